@@ -1,0 +1,225 @@
+// What Python sees of the kernels: the pybind11 module flash_attn_ext._C and the CUDA side of the registered operator.
+// The only file that includes torch, and of torch only what it needs: torch/extension.h costs half a minute more.
+//
+// A call is checked, its results are allocated, the kernel is launched. What is wrong with a refused call is said by
+// flash_attn_ext/limits.py, for calls with this module and without it; here is only whether a call is right.
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/cuda/EmptyTensor.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/GradMode.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <tuple>
+
+#include "launch.h"
+#include "limits.h"
+
+namespace at::autocast {
+TORCH_API ScalarType get_autocast_dtype(DeviceType);  // ATen/autocast_mode.h, without its ATen/ATen.h
+}
+
+namespace flash_attn_ext {
+namespace {
+
+namespace py = pybind11;
+using at::Tensor;
+
+// Raises what limits.py says about this call.
+[[noreturn]] void refuse(py::handle q, py::handle k, py::handle v, py::handle softmax_scale, py::handle causal) {
+  py::module_::import("flash_attn_ext.limits").attr("check")(q, k, v, softmax_scale, causal);
+  TORCH_INTERNAL_ASSERT(false, "csrc/bindings.cpp refuses a call that flash_attn_ext/limits.py accepts");
+}
+
+// 90 for compute capability 9.0.
+int compute_capability(c10::DeviceIndex device) {
+  if (const int injected = test_faults.compute_capability) return injected;
+  static std::array<std::atomic<int>, C10_COMPILE_TIME_MAX_GPUS> known{};
+  int capability = known.at(device);
+  if (capability == 0) {
+    int major, minor;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    known[device] = capability = 10 * major + minor;
+  }
+  return capability;
+}
+
+bool has_forward(int64_t head_dim) {
+  for (const HeadDimLimits& row : kLimits) {
+    if (row.head_dim == head_dim) return row.forward.built();
+  }
+  return false;
+}
+
+// The kernels compute with a float. NaN is out of its range as well.
+bool is_scale(double value) {
+  return value >= std::numeric_limits<float>::min() && value <= std::numeric_limits<float>::max();
+}
+
+// Whether the kernels can run this call. limits.py gives the reasons when they cannot, and must agree.
+bool is_valid(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> softmax_scale) {
+  if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4) return false;
+  const at::IntArrayRef q_size = q.sizes(), k_size = k.sizes();  // (batch, seqlen, heads, head_dim)
+  return k_size == v.sizes() && q_size[0] == k_size[0] && q_size[3] == k_size[3] &&  //
+         k_size[2] > 0 && q_size[2] % k_size[2] == 0 &&                              //
+         (q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16) &&       //
+         k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type() &&
+         q.is_cuda() && k.device() == q.device() && v.device() == q.device() &&  //
+         has_forward(q_size[3]) && is_scale(softmax_scale.value_or(1)) &&  //
+         compute_capability(q.get_device()) == 90;
+}
+
+// Whether tensor maps can address the tensor where it lies: 16-byte aligned, and so is every stride that is used.
+bool is_addressable(const Tensor& t) {
+  if (t.stride(3) != 1 || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 != 0) return false;
+  for (int i = 0; i < 3; ++i) {
+    if (t.size(i) > 1 && (t.stride(i) <= 0 || t.stride(i) * t.element_size() % 16 != 0)) return false;
+  }
+  return true;
+}
+
+Tensor addressable(const Tensor& t) { return is_addressable(t) ? t : t.clone(at::MemoryFormat::Contiguous); }
+
+Strides strides_of(const Tensor& t) {
+  // The stride of a dimension of size 1 may be anything and is never used; a tensor map wants it valid all the same.
+  const auto stride = [&](int i) { return t.size(i) > 1 ? t.stride(i) : t.size(3); };
+  return {.batch = stride(0), .seqlen = stride(1), .heads = stride(2)};
+}
+
+Tensor allocate_like(const Tensor& t) {
+  // The usual case without the dispatcher, which costs as much as the allocation itself.
+  return t.is_non_overlapping_and_dense() ? Tensor(at::detail::empty_strided_cuda(t.sizes(), t.strides(), t.options()))
+                                          : at::empty_like(t);
+}
+
+// The operator's CUDA kernel.
+std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
+                                        std::optional<double> softmax_scale, bool causal) {
+  if (!is_valid(q, k, v, softmax_scale)) {
+    py::gil_scoped_acquire gil;
+    refuse(py::cast(q), py::cast(k), py::cast(v), py::cast(softmax_scale), py::cast(causal));
+  }
+  const c10::cuda::CUDAGuard guard(q.device());
+
+  Tensor out = allocate_like(q);
+  Tensor lse = at::detail::empty_cuda({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kFloat));
+  if (out.numel() == 0) return {out, lse};
+  if (k.size(1) == 0) return {out.zero_(), lse.fill_(-std::numeric_limits<float>::infinity())};
+
+  const Tensor q_in = addressable(q), k_in = addressable(k), v_in = addressable(v);
+  const Tensor out_in_place = is_addressable(out) ? out : at::empty_like(out, out.options(), at::MemoryFormat::Contiguous);
+  const ForwardParams params{
+      .q = q_in.const_data_ptr(),
+      .k = k_in.const_data_ptr(),
+      .v = v_in.const_data_ptr(),
+      .out = out_in_place.mutable_data_ptr(),
+      .lse = lse.mutable_data_ptr<float>(),
+      .q_strides = strides_of(q_in),
+      .k_strides = strides_of(k_in),
+      .v_strides = strides_of(v_in),
+      .out_strides = strides_of(out_in_place),
+      .batch = q.size(0),
+      .seqlen_q = q.size(1),
+      .seqlen_k = k.size(1),
+      .heads = q.size(2),
+      .kv_heads = k.size(2),
+      .head_dim = static_cast<int>(q.size(3)),
+      .dtype = q.scalar_type() == at::kHalf ? DType::kFloat16 : DType::kBFloat16,
+      .softmax_scale = static_cast<float>(softmax_scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3))))),
+      .causal = causal,
+  };
+  launch_forward(params, c10::cuda::getCurrentCUDAStream(q.get_device()).stream());
+  if (!out_in_place.is_same(out)) out.copy_(out_in_place);
+  return {out, lse};
+}
+
+// Whether the dispatcher would do anything with this call but hand it to forward_cuda: autograd, autocast, a dispatch
+// mode (FakeTensor, selective checkpointing, tracing), a tensor subclass, functorch, another device.
+bool needs_dispatcher(const Tensor& q, const Tensor& k, const Tensor& v) {
+  if (c10::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad())) return true;
+  static constexpr c10::DispatchKeySet kPassedThrough{c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCUDA,
+                                                      c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect};
+  const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
+  c10::DispatchKeySet keys = ((q.key_set() | k.key_set() | v.key_set()) | local.included_) - local.excluded_;
+  if (keys.has(c10::DispatchKey::AutocastCUDA)) {
+    const at::ScalarType dtype = at::autocast::get_autocast_dtype(at::kCUDA);
+    if (q.scalar_type() != dtype || k.scalar_type() != dtype || v.scalar_type() != dtype) return true;
+    keys = keys.remove(c10::DispatchKey::AutocastCUDA);  // nothing to cast
+  }
+  return (keys.raw_repr() & ~kPassedThrough.raw_repr()) != 0;
+}
+
+// What flash_attn_ext.forward calls in eager mode. The registered operator does the same and costs several
+// microseconds more, so it is called only when the dispatcher has work to do.
+std::tuple<Tensor, Tensor> forward(py::handle q_object, py::handle k_object, py::handle v_object,
+                                   py::handle scale_object, py::handle causal_object) {
+  const auto is_tensor = [](py::handle object) { return THPVariable_Check(object.ptr()); };
+  std::optional<double> softmax_scale;
+  bool is_well_typed = is_tensor(q_object) && is_tensor(k_object) && is_tensor(v_object) && PyBool_Check(causal_object.ptr());
+  if (PyFloat_Check(scale_object.ptr())) {
+    softmax_scale = PyFloat_AS_DOUBLE(scale_object.ptr());
+  } else if (!scale_object.is_none()) {
+    is_well_typed = is_well_typed && PyLong_CheckExact(scale_object.ptr());  // a bool is no number here
+    if (is_well_typed) softmax_scale = PyLong_AsDouble(scale_object.ptr());
+    PyErr_Clear();  // an int beyond double's range has become -1, which is refused as well
+  }
+  if (!is_well_typed) refuse(q_object, k_object, v_object, scale_object, causal_object);
+
+  const Tensor &q = THPVariable_Unpack(q_object.ptr()), &k = THPVariable_Unpack(k_object.ptr()),
+               &v = THPVariable_Unpack(v_object.ptr());
+  const bool causal = causal_object.ptr() == Py_True;
+
+  const py::gil_scoped_release no_gil;  // an allocation or a full launch queue can wait for the device
+  if (!needs_dispatcher(q, k, v)) return forward_cuda(q, k, v, softmax_scale, causal);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("flash_attn_ext::forward", "")
+                             .typed<decltype(forward_cuda)>();
+  return op.call(q, k, v, softmax_scale, causal);
+}
+
+// The table of limits.h.
+py::list limits() {
+  const auto tile = [](const auto& t) -> py::object {
+    if (!t.built()) return py::none();
+    return py::dict(py::arg("block_q") = t.block_q, py::arg("block_kv") = t.block_kv, py::arg("stages") = t.stages);
+  };
+  py::list rows;
+  for (const HeadDimLimits& row : kLimits) {
+    rows.append(py::dict(py::arg("head_dim") = row.head_dim, py::arg("forward") = tile(row.forward),
+                         py::arg("backward") = tile(row.backward)));
+  }
+  return rows;
+}
+
+void set_test_faults(bool tensor_map_encode_fails, int capability) {
+  test_faults.tensor_map_encode_fails = tensor_map_encode_fails;
+  test_faults.compute_capability = capability;
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.def("forward", torch::wrap_pybind_function(forward),
+        "forward(q, k, v, softmax_scale, causal) -> (out, lse), by position only; see flash_attn_ext.forward.");
+  m.def("limits", limits, "The table of csrc/limits.h, a dict per head dimension; None stands for 'not built'.");
+  m.def("compute_capability", torch::wrap_pybind_function(compute_capability), py::arg("device"),
+        "Compute capability of the CUDA device with this index, 90 for 9.0.");
+  m.def("set_test_faults", set_test_faults, py::kw_only(), py::arg("tensor_map_encode_fails") = false,
+        py::arg("compute_capability") = 0,
+        "For tests only: makes the driver seem to refuse tensor maps, and every GPU seem to be of this compute\n"
+        "capability (80 for 8.0; 0: the real one). Called without arguments it ends both.");
+}
+
+TORCH_LIBRARY_IMPL(flash_attn_ext, CUDA, m) { m.impl("forward", forward_cuda); }
+
+}  // namespace
+}  // namespace flash_attn_ext

@@ -1,0 +1,443 @@
+// Attention forward for Hopper: O = softmax(scale * Q K^T) V and its log-sum-exp.
+//
+// FlashAttention-3 (Shah et al. 2024), sections 3.1 and 3.2. A thread block keeps 64 query rows per consumer warpgroup and
+// walks the KV blocks from the last to the first. Roles: of warpgroup 0, the producer, one thread copies K and V blocks
+// into two rings and one thread copies Q; each other warpgroup, a consumer, multiplies and does the softmax of its own
+// rows. Blocks are persistent: they take tile after tile (tile/schedule.h), and the producer is already at the next tile
+// while the consumers finish this one. docs/forward.md has the barriers, the shared-memory plan and the cycle budget.
+
+#include <cuda/ptx>
+
+#include <array>
+#include <atomic>
+#include <climits>
+#include <type_traits>
+
+#include "launch.h"
+#include "limits.h"
+#include "params.h"
+#include "ptx/tma.cuh"
+#include "ptx/warpgroup.cuh"
+#include "ptx/wgmma.cuh"
+#include "tensor_map.h"
+#include "tile/block_range.h"
+#include "tile/fragment.cuh"
+#include "tile/mask.cuh"
+#include "tile/ring.cuh"
+#include "tile/schedule.h"
+#include "tile/smem.cuh"
+#include "tile/softmax.cuh"
+
+namespace flash_attn_ext {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------- config
+
+template <int kRow, class Type>
+struct ForwardConfig {
+  using T = Type;
+  static constexpr ForwardTile kTile = kLimits[kRow].forward;
+  static constexpr int kHeadDim = kLimits[kRow].head_dim;
+  static constexpr int kBlockQ = kTile.block_q;
+  static constexpr int kBlockKv = kTile.block_kv;
+  static constexpr int kStages = kTile.stages;
+  static constexpr int kConsumers = kTile.consumers();
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+
+  // The SM's 65536 registers, shared out by setmaxnreg in multiples of 8: 24 + 2 * 240 <= 504, 32 + 3 * 160 = 512.
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+
+  // With a buffer of its own, O leaves while Q of the next tile arrives. Where it does not fit, O leaves through Q's.
+  static constexpr bool kOwnOutBuffer = (2 * kBlockQ + 2 * kStages * kBlockKv) * kHeadDim * 2 < 226 * 1024;
+
+  static_assert(kTile.built() && kBlockQ == 64 * kConsumers && kBlockKv % 16 == 0 && kHeadDim % kSlabColumns == 0);
+  static_assert(kConsumers == 2 || kConsumers == 3, "register counts are chosen for two or three consumers");
+};
+
+// ---------------------------------------------------------------------------------------------------- shared memory
+
+template <class Config>
+struct ForwardSmem {
+  static constexpr int kConsumers = Config::kConsumers;
+  using QTile = SmemTile<typename Config::T, 64, Config::kHeadDim>;  // of one consumer; O has the same shape
+  using KvTile = SmemTile<typename Config::T, Config::kBlockKv, Config::kHeadDim>;
+  using KvRing = Ring<Config::kStages>;
+
+  QTile q[kConsumers];
+  KvTile k[Config::kStages];
+  KvTile v[Config::kStages];
+  struct None {};
+  struct OutBuffer {
+    QTile tile[kConsumers];
+  };
+  [[no_unique_address]] std::conditional_t<Config::kOwnOutBuffer, OutBuffer, None> out_buffer;
+
+  KvRing k_ring;
+  KvRing v_ring;
+  uint64_t q_full[kConsumers];   // Q loader -> consumer: your rows of Q have arrived
+  uint64_t q_empty[kConsumers];  // consumer -> Q loader: the buffer of my rows is free
+
+  __device__ QTile& out(int consumer) {
+    if constexpr (Config::kOwnOutBuffer) {
+      return out_buffer.tile[consumer];
+    } else {
+      return q[consumer];
+    }
+  }
+};
+
+// Named barriers; 0 is __syncthreads.
+constexpr int kTurnBarrier = 1;  // + consumer: the one before me has issued its products, the tensor cores are mine
+constexpr int kOutBarrier = 4;   // + consumer: my four warps agree on the state of my O buffer
+
+struct ForwardArguments {
+  CUtensorMap q, k, v, out;
+  float* lse;
+  TileSchedule schedule;
+  Sequence sequence;
+  int heads, heads_per_kv_head;
+  float scale_log2;
+};
+
+// One output tile: which rows of which head, and how many KV blocks they see.
+template <class Config>
+struct Tile {
+  int first_row, head, batch, blocks;
+
+  __device__ __forceinline__ Tile(const ForwardArguments& args, int index) {
+    TileCoord at = args.schedule.tile(index);
+    first_row = at.row_block * Config::kBlockQ;
+    head = at.head;
+    batch = at.batch;
+    blocks = args.sequence.visible_blocks(first_row, Config::kBlockQ, Config::kBlockKv);
+  }
+};
+
+// --------------------------------------------------------------------------------------------------------- producer
+
+template <class SmemTileType>
+__device__ __forceinline__ void copy_tile(SmemTileType& to, const CUtensorMap& from, int row, int head, int batch,
+                                          uint64_t* full) {
+#pragma unroll
+  for (int slab = 0; slab < SmemTileType::kSlabs; ++slab) {
+    const int32_t at[4] = {slab * kSlabColumns, row, head, batch};
+    cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, to.slab(slab), &from, at, full);
+  }
+}
+
+// K runs one block ahead of V, because the consumers multiply Q K^T of a block before P V of the block before it.
+template <class Config>
+__device__ __forceinline__ void load_kv(const ForwardArguments& args, ForwardSmem<Config>& smem) {
+  using Smem = ForwardSmem<Config>;
+  RingPosition<Config::kStages> k_at, v_at;
+  for (TileWalk walk(args.schedule, blockIdx.x, gridDim.x); walk.valid(); walk.next()) {
+    const Tile<Config> tile(args, walk.tile);
+    const int kv_head = tile.head / args.heads_per_kv_head;
+    for (int block = tile.blocks - 1; block >= -1; --block) {
+      if (block >= 0) {
+        uint64_t* full = smem.k_ring.begin_fill(k_at, Smem::KvTile::kBytes);
+        copy_tile(smem.k[k_at.stage], args.k, block * Config::kBlockKv, kv_head, tile.batch, full);
+        k_at.next();
+      }
+      if (block + 1 < tile.blocks) {
+        uint64_t* full = smem.v_ring.begin_fill(v_at, Smem::KvTile::kBytes);
+        copy_tile(smem.v[v_at.stage], args.v, (block + 1) * Config::kBlockKv, kv_head, tile.batch, full);
+        v_at.next();
+      }
+    }
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void load_q(const ForwardArguments& args, ForwardSmem<Config>& smem) {
+  using Smem = ForwardSmem<Config>;
+  uint32_t phase = 0;
+  for (TileWalk walk(args.schedule, blockIdx.x, gridDim.x); walk.valid(); walk.next(), phase ^= 1) {
+    const Tile<Config> tile(args, walk.tile);
+    for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
+      wait_phase(&smem.q_empty[consumer], phase ^ 1);
+      cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared,
+                                           &smem.q_full[consumer], Smem::QTile::kBytes);
+      copy_tile(smem.q[consumer], args.q, tile.first_row + 64 * consumer, tile.head, tile.batch, &smem.q_full[consumer]);
+    }
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------- consumer
+
+// A consumer warpgroup's registers and its place in the rings. `scores` is S, then P in float32; `p` is P as operand.
+template <class Config>
+struct Consumer {
+  using T = typename Config::T;
+  using Smem = ForwardSmem<Config>;
+  static constexpr int kHeadDim = Config::kHeadDim, kBlockKv = Config::kBlockKv;
+
+  const ForwardArguments& args;
+  Smem& smem;
+  const int index;
+  const uint64_t q_descriptor, k_descriptor, v_descriptor;
+  RingPosition<Config::kStages> k_at, v_at;
+  uint32_t q_phase = 0;
+
+  float out[kHeadDim / 2];
+  float scores[kBlockKv / 2];
+  uint32_t p[kBlockKv / 16][4];
+
+  __device__ __forceinline__ Consumer(const ForwardArguments& args, Smem& smem, int index)
+      : args(args),
+        smem(smem),
+        index(index),
+        q_descriptor(k_major_descriptor(smem.q[index])),
+        k_descriptor(k_major_descriptor(smem.k[0])),
+        v_descriptor(mn_major_descriptor(smem.v[0])) {}
+
+  // Issues S = Q K^T of the K block at hand.
+  __device__ __forceinline__ void issue_scores() {
+    ptx::wgmma_fence();
+    const uint64_t k = k_descriptor + k_at.stage * (Smem::KvTile::kBytes >> 4);
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      ptx::Wgmma<kBlockKv>::template ss<T>(scores, q_descriptor + k_major_step<typename Smem::QTile>(step),
+                                           k + k_major_step<typename Smem::KvTile>(step), step > 0);
+    }
+    ptx::wgmma_commit_group();
+  }
+
+  // Issues O += P V of the V block at hand.
+  __device__ __forceinline__ void issue_output() {
+    ptx::wgmma_fence();
+    const uint64_t v = v_descriptor + v_at.stage * (Smem::KvTile::kBytes >> 4);
+#pragma unroll
+    for (int step = 0; step < kBlockKv / 16; ++step) {
+      ptx::Wgmma<kHeadDim>::template rs<T>(out, p[step], v + mn_major_step<typename Smem::KvTile>(step), 1);
+    }
+    ptx::wgmma_commit_group();
+  }
+
+  __device__ __forceinline__ void release_k() {
+    smem.k_ring.release(k_at);
+    k_at.next();
+  }
+  __device__ __forceinline__ void release_v() {
+    smem.v_ring.release(v_at);
+    v_at.next();
+  }
+
+  // Consumers take turns at issuing products, so that one multiplies while another does its softmax.
+  __device__ __forceinline__ void await_turn() { ptx::bar_sync(kTurnBarrier + index, 256); }
+  __device__ __forceinline__ void pass_turn() {
+    ptx::bar_arrive(kTurnBarrier + (index + 1 == Config::kConsumers ? 0 : index + 1), 256);
+  }
+
+  __device__ __forceinline__ void mask(int first_row, int block) {
+    const int row = first_row + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    const int visible[2] = {args.sequence.visible_keys(row) - block * kBlockKv,
+                            args.sequence.visible_keys(row + 8) - block * kBlockKv};
+    mask_scores(scores, visible);
+  }
+
+  // The tile's first block has no P V to hide its softmax behind.
+  __device__ __forceinline__ void first_block(OnlineSoftmax& softmax, int first_row, int block, bool masked) {
+    float rescale[2];
+    smem.k_ring.wait_full(k_at);
+    issue_scores();
+    ptx::wgmma_wait_group<0>(scores);
+    release_k();
+    if (masked) mask(first_row, block);
+    softmax.update(scores, rescale);
+    to_operand<T>(p, scores);
+  }
+
+  // S = Q K^T of this block is issued before O += P V of the one before it: the softmax of S runs under P V.
+  template <bool kMasked>
+  __device__ __forceinline__ void next_block(OnlineSoftmax& softmax, int first_row, int block) {
+    float rescale[2];
+    smem.k_ring.wait_full(k_at);
+    await_turn();
+    issue_scores();
+    smem.v_ring.wait_full(v_at);
+    issue_output();
+    pass_turn();
+    ptx::wgmma_wait_group<1>(scores);
+    release_k();
+    if constexpr (kMasked) mask(first_row, block);
+    const bool grew = softmax.update(scores, rescale);
+    ptx::wgmma_wait_group<0>(out);
+    release_v();
+    to_operand<T>(p, scores);
+    if (grew) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= rescale[fragment_row(i)];
+    }
+  }
+
+  __device__ __forceinline__ void last_output() {
+    smem.v_ring.wait_full(v_at);
+    issue_output();
+    ptx::wgmma_wait_group<0>(out);
+    release_v();
+  }
+
+  // O / sum leaves through shared memory by TMA, which clips the rows past the end; lse leaves from registers.
+  __device__ __forceinline__ void store(OnlineSoftmax& softmax, const Tile<Config>& tile, int first_row) {
+    float row_scale[2], lse[2];
+    softmax.finish(row_scale, lse);
+
+    const bool leader = threadIdx.x % 128 == 0;
+    if constexpr (Config::kOwnOutBuffer) {  // the tile before has left it
+      if (leader) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
+      ptx::bar_sync(kOutBarrier + index, 128);
+    }
+    store_fragment<T, kHeadDim>(smem.out(index), out, row_scale);
+    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+    ptx::bar_sync(kOutBarrier + index, 128);
+    if (leader) {
+#pragma unroll
+      for (int slab = 0; slab < Smem::QTile::kSlabs; ++slab) {
+        const int32_t at[4] = {slab * kSlabColumns, first_row, tile.head, tile.batch};
+        cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_global, cuda::ptx::space_shared, &args.out, at,
+                                        smem.out(index).slab(slab));
+      }
+      cuda::ptx::cp_async_bulk_commit_group();
+      if constexpr (!Config::kOwnOutBuffer) {
+        cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
+        cuda::ptx::mbarrier_arrive(&smem.q_empty[index]);
+      }
+    }
+
+    const int row = first_row + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    float* head_lse = args.lse + (static_cast<int64_t>(tile.batch) * args.heads + tile.head) * args.sequence.seqlen_q;
+    if (threadIdx.x % 4 == 0) {
+      if (row < args.sequence.seqlen_q) head_lse[row] = lse[0];
+      if (row + 8 < args.sequence.seqlen_q) head_lse[row + 8] = lse[1];
+    }
+  }
+
+  __device__ __forceinline__ void run_tile(const Tile<Config>& tile) {
+    const int first_row = tile.first_row + 64 * index;
+    const int full_blocks = args.sequence.full_blocks(first_row, kBlockKv);
+    OnlineSoftmax softmax(args.scale_log2);
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.f;
+
+    wait_phase(&smem.q_full[index], q_phase);
+    q_phase ^= 1;
+    int block = tile.blocks - 1;
+    if (block >= 0) first_block(softmax, first_row, block, block >= full_blocks);
+    for (--block; block >= full_blocks; --block) next_block<true>(softmax, first_row, block);
+    for (; block >= 0; --block) next_block<false>(softmax, first_row, block);
+    if constexpr (Config::kOwnOutBuffer) {
+      if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&smem.q_empty[index]);
+    }
+    if (tile.blocks > 0) last_output();
+    store(softmax, tile, first_row);
+  }
+};
+
+// ----------------------------------------------------------------------------------------------------------- kernel
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __grid_constant__ ForwardArguments args) {
+  extern __shared__ __align__(1024) unsigned char dynamic_smem[];
+  auto& smem = *reinterpret_cast<ForwardSmem<Config>*>(dynamic_smem);
+  // Through a shuffle, so that the compiler knows it is the same for the whole warp.
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+
+  if (threadIdx.x == 0) {
+    constexpr int kConsumerWarps = 4 * Config::kConsumers;
+    smem.k_ring.init(kConsumerWarps);
+    smem.v_ring.init(kConsumerWarps);
+    for (int i = 0; i < Config::kConsumers; ++i) {
+      cuda::ptx::mbarrier_init(&smem.q_full[i], 1);
+      cuda::ptx::mbarrier_init(&smem.q_empty[i], Config::kOwnOutBuffer ? 4 : 1);  // its warps, or who stored O
+    }
+    cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
+    for (const CUtensorMap* map : {&args.q, &args.k, &args.v, &args.out}) ptx::prefetch_tensormap(map);
+  }
+  __syncthreads();
+
+  if (warpgroup == 0) {
+    ptx::setmaxnreg_dec<Config::kProducerRegisters>();
+    if (threadIdx.x == 0) load_kv<Config>(args, smem);
+    if (threadIdx.x == 32) load_q<Config>(args, smem);
+  } else {
+    ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
+    Consumer<Config> consumer(args, smem, warpgroup - 1);
+    if (consumer.index == Config::kConsumers - 1) consumer.pass_turn();  // the first turn is consumer 0's
+    for (TileWalk walk(args.schedule, blockIdx.x, gridDim.x); walk.valid(); walk.next()) {
+      consumer.run_tile(Tile<Config>(args, walk.tile));
+    }
+    if (consumer.index == 0) consumer.await_turn();  // takes the last turn, so that no barrier is left half full
+    if (threadIdx.x % 128 == 0) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------- launch
+
+int multiprocessors(int device) {
+  int count = 0;
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "counting multiprocessors");
+  return count;
+}
+
+// Allows a kernel its shared memory, once for each device: it is a property of the device's copy of the kernel.
+template <class Config>
+void allow_shared_memory(int device) {
+  constexpr int kBytes = sizeof(ForwardSmem<Config>);
+  static_assert(kBytes <= 227 * 1024, "the tile needs more shared memory than a Hopper thread block can have");
+  static std::array<std::atomic<bool>, 64> allowed{};
+  if (device < 64 && allowed[device].load(std::memory_order_acquire)) return;
+  check_cuda(cudaFuncSetAttribute(forward_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+             "asking for shared memory");
+  if (device < 64) allowed[device].store(true, std::memory_order_release);
+}
+
+template <class Config>
+void launch(const ForwardParams& p, cudaStream_t stream) {
+  // What a persistent grid wants to find in L2: half of the 50 MB or 60 MB that Hoppers have.
+  constexpr int64_t kL2Bytes = int64_t{32} << 20;
+  constexpr int64_t kElementBytes = 2;
+
+  const int64_t row_blocks = (p.seqlen_q + Config::kBlockQ - 1) / Config::kBlockQ;
+  // Tile and row counts are int in the kernel (offsets are not); room for one more round past the last tile.
+  if (p.seqlen_q > INT_MAX / 2 || p.seqlen_k > INT_MAX / 2 || row_blocks * p.batch * p.heads > INT_MAX / 2) {
+    throw std::runtime_error("more rows or tiles than 2^30 in one call: split the batch or the heads over several");
+  }
+  ForwardArguments args;
+  args.q = make_tensor_map("q", p.q, p.dtype, p.batch, p.seqlen_q, p.heads, p.head_dim, p.q_strides, 64);
+  args.k = make_tensor_map("k", p.k, p.dtype, p.batch, p.seqlen_k, p.kv_heads, p.head_dim, p.k_strides, Config::kBlockKv);
+  args.v = make_tensor_map("v", p.v, p.dtype, p.batch, p.seqlen_k, p.kv_heads, p.head_dim, p.v_strides, Config::kBlockKv);
+  args.out = make_tensor_map("out", p.out, p.dtype, p.batch, p.seqlen_q, p.heads, p.head_dim, p.out_strides, 64);
+  args.lse = p.lse;
+  args.heads = static_cast<int>(p.heads);
+  args.heads_per_kv_head = static_cast<int>(p.heads / p.kv_heads);
+  args.schedule = TileSchedule::make(static_cast<int>(row_blocks), args.heads, static_cast<int>(p.batch), p.causal,
+                                     2 * p.seqlen_k * p.head_dim * kElementBytes, args.heads_per_kv_head, kL2Bytes);
+  args.sequence = {static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k), p.causal};
+  args.scale_log2 = p.softmax_scale * 1.4426950408889634f;  // log2(e)
+
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "asking for the current device");
+  allow_shared_memory<Config>(device);
+  const int blocks = std::min(multiprocessors(device), args.schedule.tiles());
+  forward_kernel<Config><<<blocks, Config::kThreads, sizeof(ForwardSmem<Config>), stream>>>(args);
+  check_cuda(cudaGetLastError(), "launching the forward kernel");
+}
+
+}  // namespace
+
+void launch_forward(const ForwardParams& params, cudaStream_t stream) {
+  const bool found = with_limits(params.head_dim, [&]<std::size_t row>() {
+    if constexpr (kLimits[row].forward.built()) {
+      if (params.dtype == DType::kFloat16) {
+        launch<ForwardConfig<row, __half>>(params, stream);
+      } else {
+        launch<ForwardConfig<row, __nv_bfloat16>>(params, stream);
+      }
+    }
+  });
+  if (!found) throw std::runtime_error("no forward kernel for head_dim " + std::to_string(params.head_dim));
+}
+
+}  // namespace flash_attn_ext

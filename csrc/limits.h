@@ -1,0 +1,52 @@
+// THE TABLE: which head dimensions run, which train, and with which tiles.
+//
+// One row per head dimension. Everything that needs to know a limit reads it from here: the kernels' dispatch and
+// static_asserts, _C.limits() and through it Python's checks and every refusal's text, the test cases, and the support
+// table in README.md. Adding a head dimension is adding a row (and a wgmma wrapper in ptx/wgmma.cuh if its shape is new).
+#pragma once
+
+#include <cstddef>
+#include <iterator>
+#include <utility>
+
+namespace flash_attn_ext {
+
+// {} means "not built".
+struct ForwardTile {
+  int block_q = 0;    // query rows of one thread block: 64 per consumer warpgroup
+  int block_kv = 0;   // keys of one step of the main loop
+  int stages = 0;     // K tiles, and as many V tiles, in flight
+  constexpr bool built() const { return block_q > 0; }
+  constexpr int consumers() const { return block_q / 64; }  // warpgroups; wgmma's M is 64
+};
+
+struct BackwardTile {
+  int block_q = 0;
+  int block_kv = 0;
+  int stages = 0;
+  constexpr bool built() const { return block_q > 0; }
+};
+
+struct HeadDimLimits {
+  int head_dim;
+  ForwardTile forward;
+  BackwardTile backward;
+};
+
+inline constexpr HeadDimLimits kLimits[] = {
+    // Head dim 64 is bound by exp2 as much as by the products: three warpgroups share the units best.
+    {.head_dim = 64, .forward = {.block_q = 192, .block_kv = 128, .stages = 2}, .backward = {}},
+    {.head_dim = 128, .forward = {.block_q = 128, .block_kv = 128, .stages = 2}, .backward = {}},
+    // O takes 128 registers a thread and Q 64 KB: two warpgroups, and 80 keys are what shared memory holds twice.
+    {.head_dim = 256, .forward = {.block_q = 128, .block_kv = 80, .stages = 2}, .backward = {}},
+};
+
+// Calls f.template operator()<row>() for the row of kLimits with this head dim; false if there is none.
+template <class F>
+bool with_limits(int head_dim, F&& f) {
+  return [&]<std::size_t... row>(std::index_sequence<row...>) {
+    return ((kLimits[row].head_dim == head_dim && (f.template operator()<row>(), true)) || ...);
+  }(std::make_index_sequence<std::size(kLimits)>{});
+}
+
+}  // namespace flash_attn_ext

@@ -1,0 +1,31 @@
+// Which keys a query row sees, and so which KV blocks a range of rows visits and which of those need a mask.
+// Causal is bottom-right aligned: query i sees key j iff j <= i + seqlen_k - seqlen_q.
+#pragma once
+
+#include "host_device.h"
+
+namespace flash_attn_ext {
+
+struct Sequence {
+  int seqlen_q;
+  int seqlen_k;
+  bool causal;
+
+  // Query `row` sees the keys 0 <= j < visible_keys(row). Rows past the end count like the last row would, further on.
+  HOST_DEVICE int visible_keys(int row) const {
+    if (!causal) return seqlen_k;
+    long long keys = static_cast<long long>(row) + seqlen_k - seqlen_q + 1;
+    return keys < 0 ? 0 : keys < seqlen_k ? static_cast<int>(keys) : seqlen_k;
+  }
+
+  // Blocks 0 <= b < visible_blocks hold a key that some row of first_row <= row < first_row + rows sees.
+  HOST_DEVICE int visible_blocks(int first_row, int rows, int block_kv) const {
+    int last_row = first_row + rows <= seqlen_q ? first_row + rows - 1 : seqlen_q - 1;
+    return (visible_keys(last_row) + block_kv - 1) / block_kv;
+  }
+
+  // Blocks 0 <= b < full_blocks are seen whole by `first_row`, and so by every row after it: they need no mask.
+  HOST_DEVICE int full_blocks(int first_row, int block_kv) const { return visible_keys(first_row) / block_kv; }
+};
+
+}  // namespace flash_attn_ext

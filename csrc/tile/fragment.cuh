@@ -1,0 +1,65 @@
+// What a thread does with its part of a 64-row accumulator (the layout is described in ptx/wgmma.cuh).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "../ptx/warpgroup.cuh"
+#include "smem.cuh"
+
+namespace flash_attn_ext {
+
+// Row of accumulator registers i within the thread's two rows: 0 for lane / 4, 1 for lane / 4 + 8.
+__device__ __forceinline__ constexpr int fragment_row(int i) { return i % 4 / 2; }
+
+// Column of accumulator register i, less the thread's own 2 * (lane % 4).
+__device__ __forceinline__ constexpr int fragment_column(int i) { return i / 4 * 8 + i % 2; }
+
+// Two floats rounded to nearest and packed, the first in the lower half.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
+  __half2 pair = __floats2half2_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
+  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
+// An accumulator of 16 * kSteps columns as the A operands of kSteps products: for 16-bit types both layouts agree, so
+// that registers pair up in order and nothing is exchanged between threads.
+template <class T, int kSteps>
+__device__ __forceinline__ void to_operand(uint32_t (&a)[kSteps][4], const float (&acc)[8 * kSteps]) {
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[k][i] = pack<T>(acc[8 * k + 2 * i], acc[8 * k + 2 * i + 1]);
+  }
+}
+
+// Stores a 64-row accumulator, each of the thread's two rows scaled, as T into a swizzled tile.
+template <class T, int kColumns>
+__device__ __forceinline__ void store_fragment(SmemTile<T, 64, kColumns>& tile, const float (&acc)[kColumns / 2],
+                                               const float (&row_scale)[2]) {
+  int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  int row = warp * 16 + lane % 16;
+#pragma unroll
+  for (int j = 0; j < kColumns / 16; ++j) {
+    const float* x = acc + 8 * j;
+    ptx::stmatrix_x4(tile.chunk_address(j / 4, row, j % 4 * 2 + lane / 16),
+                     pack<T>(x[0] * row_scale[0], x[1] * row_scale[0]), pack<T>(x[2] * row_scale[1], x[3] * row_scale[1]),
+                     pack<T>(x[4] * row_scale[0], x[5] * row_scale[0]), pack<T>(x[6] * row_scale[1], x[7] * row_scale[1]));
+  }
+}
+
+}  // namespace flash_attn_ext

@@ -1,0 +1,58 @@
+// A ring of stages between one producer, which fills them by bulk copies, and consumers, which hand them back.
+#pragma once
+
+#include <cuda/ptx>
+
+#include <cstdint>
+
+namespace flash_attn_ext {
+
+// Which stage is at hand, and the parity of its barriers' phase. They change together.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Returns once the phase of this parity has completed. A barrier that was never completed counts as if the phase
+// before its first one, of parity 1, had: a producer's first wait with parity 1 passes.
+__device__ __forceinline__ void wait_phase(uint64_t* barrier, uint32_t parity) {
+  while (!cuda::ptx::mbarrier_try_wait_parity(barrier, parity)) {
+  }
+}
+
+template <int kStages>
+struct Ring {
+  uint64_t full[kStages];   // producer -> consumers: the stage's bytes have arrived
+  uint64_t empty[kStages];  // consumers -> producer: nobody reads the stage any more
+
+  __device__ void init(int consumer_arrivals) {
+    for (int i = 0; i < kStages; ++i) {
+      cuda::ptx::mbarrier_init(&full[i], 1);
+      cuda::ptx::mbarrier_init(&empty[i], consumer_arrivals);
+    }
+  }
+
+  // Producer: waits until the stage is free and announces how many bytes will be copied into it.
+  __device__ __forceinline__ uint64_t* begin_fill(RingPosition<kStages> at, uint32_t bytes) {
+    wait_phase(&empty[at.stage], at.phase ^ 1);
+    cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared,
+                                         &full[at.stage], bytes);
+    return &full[at.stage];
+  }
+
+  // Consumers: wait for the bytes; hand the stage back (one thread of each warp counts for the warp).
+  __device__ __forceinline__ void wait_full(RingPosition<kStages> at) { wait_phase(&full[at.stage], at.phase); }
+  __device__ __forceinline__ void release(RingPosition<kStages> at) {
+    if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&empty[at.stage]);
+  }
+};
+
+}  // namespace flash_attn_ext

@@ -1,0 +1,94 @@
+// The online softmax (Milakov & Gimelshein 2018; FlashAttention 2, section 3.1) on score fragments.
+#pragma once
+
+#include <cmath>
+
+#include "../ptx/warpgroup.cuh"
+#include "fragment.cuh"
+
+namespace flash_attn_ext {
+
+// Per thread: two rows, each shared by the four threads of a quad. The maximum is the quad's, the sum the thread's own.
+//
+// The reference that is subtracted need not be the maximum: any value serves as long as sum and O share it and nothing
+// overflows. So sum and O are rescaled only when the maximum has grown by more than kSlack over the reference, which
+// after the first blocks it hardly ever does. P is then at most 2^kSlack, in range for fp16 too, and no less precise.
+struct OnlineSoftmax {
+  static constexpr float kSlack = 8.f;  // in powers of two
+
+  float scale_log2;  // softmax_scale * log2(e): exp(scale * s) = exp2(scale_log2 * s), one FFMA and one EX2
+  float reference[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0.f, 0.f};
+
+  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) {}
+
+  // Turns scores into P = exp2(scale_log2 * (score - reference)) and adds them to the sum. Returns, for the whole warp
+  // alike, whether O must be multiplied by `rescale` before P V is added to it.
+  template <int kRegisters>
+  __device__ __forceinline__ bool update(float (&scores)[kRegisters], float (&rescale)[2]) {
+    // Two chains a row: the latency of a maximum is longer than its turn at issue.
+    float maximum[2][2] = {{scores[0], scores[4]}, {scores[2], scores[6]}};
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) {
+      float& m = maximum[fragment_row(i)][i / 4 % 2];
+      m = fmaxf(m, scores[i]);
+    }
+    float row_max[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      row_max[r] = fmaxf(maximum[r][0], maximum[r][1]);
+      row_max[r] = fmaxf(row_max[r], __shfl_xor_sync(~0u, row_max[r], 1));
+      row_max[r] = fmaxf(row_max[r], __shfl_xor_sync(~0u, row_max[r], 2));
+    }
+
+    // Where both are -inf (or +inf) the difference is NaN, the comparison false, and the reference stays.
+    bool grew = __any_sync(~0u, (row_max[0] - reference[0]) * scale_log2 > kSlack ||
+                                    (row_max[1] - reference[1]) * scale_log2 > kSlack);
+    if (grew) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float raised = fmaxf(reference[r], row_max[r]);
+        rescale[r] = raised == reference[r] ? 1.f : ptx::ex2((reference[r] - raised) * scale_log2);
+        reference[r] = raised;
+        sum[r] *= rescale[r];
+      }
+    }
+
+    float offset[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) offset[r] = scaled_reference(r);
+    float partial[2][2] = {{sum[0], 0.f}, {sum[1], 0.f}};
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) {
+      int r = fragment_row(i);
+      scores[i] = ptx::ex2(fmaf(scores[i], scale_log2, -offset[r]));
+      partial[r][i / 4 % 2] += scores[i];
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] = partial[r][0] + partial[r][1];
+    return grew;
+  }
+
+  // After the last block: what O must be multiplied by, and the log-sum-exp of the scaled scores. A row that saw nothing,
+  // or only scores of -inf, has the sum 0: its O becomes 0 and its lse -inf. NaN stays NaN.
+  __device__ __forceinline__ void finish(float (&row_scale)[2], float (&lse)[2]) {
+    constexpr float kLn2 = 0.6931471805599453f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+      sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+      bool empty = sum[r] == 0.f;
+      row_scale[r] = empty ? 0.f : 1.f / sum[r];
+      lse[r] = empty ? -INFINITY : (scaled_reference(r) + log2f(sum[r])) * kLn2;
+    }
+  }
+
+ private:
+  // A reference of -inf means that no finite score was seen: 0 makes P = exp2(-inf) = 0, where -inf would make it NaN.
+  __device__ __forceinline__ float scaled_reference(int r) const {
+    float scaled = reference[r] * scale_log2;
+    return scaled == -INFINITY ? 0.f : scaled;
+  }
+};
+
+}  // namespace flash_attn_ext
