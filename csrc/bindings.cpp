@@ -35,12 +35,6 @@ namespace {
 namespace py = pybind11;
 using at::Tensor;
 
-// Raises what limits.py says about this call.
-[[noreturn]] void refuse(py::handle q, py::handle k, py::handle v, py::handle softmax_scale, py::handle causal) {
-  py::module_::import("flash_attn_ext.limits").attr("check")(q, k, v, softmax_scale, causal);
-  TORCH_INTERNAL_ASSERT(false, "csrc/bindings.cpp refuses a call that flash_attn_ext/limits.py accepts");
-}
-
 // 90 for compute capability 9.0.
 int compute_capability(c10::DeviceIndex device) {
   if (const int injected = test_faults.compute_capability) return injected;
@@ -70,12 +64,12 @@ bool is_scale(double value) {
 // Whether the kernels can run this call. limits.py gives the reasons when they cannot, and must agree.
 bool is_valid(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> softmax_scale) {
   if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4) return false;
-  const at::IntArrayRef q_size = q.sizes(), k_size = k.sizes();  // (batch, seqlen, heads, head_dim)
+  const at::IntArrayRef q_size = q.sizes(), k_size = k.sizes();                      // (batch, seqlen, heads, head_dim)
   return k_size == v.sizes() && q_size[0] == k_size[0] && q_size[3] == k_size[3] &&  //
          k_size[2] > 0 && q_size[2] % k_size[2] == 0 &&                              //
          (q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16) &&       //
-         k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type() &&
-         q.is_cuda() && k.device() == q.device() && v.device() == q.device() &&  //
+         k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type() && q.is_cuda() &&
+         k.device() == q.device() && v.device() == q.device() &&           //
          has_forward(q_size[3]) && is_scale(softmax_scale.value_or(1)) &&  //
          compute_capability(q.get_device()) == 90;
 }
@@ -107,8 +101,9 @@ Tensor allocate_like(const Tensor& t) {
 std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                                         std::optional<double> softmax_scale, bool causal) {
   if (!is_valid(q, k, v, softmax_scale)) {
-    py::gil_scoped_acquire gil;
-    refuse(py::cast(q), py::cast(k), py::cast(v), py::cast(softmax_scale), py::cast(causal));
+    const py::gil_scoped_acquire gil;
+    py::module_::import("flash_attn_ext.limits").attr("check")(q, k, v, softmax_scale, causal);
+    TORCH_CHECK(false, "a bug in flash_attn_ext: csrc/bindings.cpp refuses a call that limits.py accepts");
   }
   const c10::cuda::CUDAGuard guard(q.device());
 
@@ -118,7 +113,8 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k, const 
   if (k.size(1) == 0) return {out.zero_(), lse.fill_(-std::numeric_limits<float>::infinity())};
 
   const Tensor q_in = addressable(q), k_in = addressable(k), v_in = addressable(v);
-  const Tensor out_in_place = is_addressable(out) ? out : at::empty_like(out, out.options(), at::MemoryFormat::Contiguous);
+  const Tensor out_in_place =
+      is_addressable(out) ? out : at::empty_like(out, out.options(), at::MemoryFormat::Contiguous);
   const ForwardParams params{
       .q = q_in.const_data_ptr(),
       .k = k_in.const_data_ptr(),
@@ -149,7 +145,8 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k, const 
 bool needs_dispatcher(const Tensor& q, const Tensor& k, const Tensor& v) {
   if (c10::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad())) return true;
   static constexpr c10::DispatchKeySet kPassedThrough{c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCUDA,
-                                                      c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect};
+                                                      c10::DispatchKey::ADInplaceOrView,
+                                                      c10::DispatchKey::BackendSelect};
   const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
   c10::DispatchKeySet keys = ((q.key_set() | k.key_set() | v.key_set()) | local.included_) - local.excluded_;
   if (keys.has(c10::DispatchKey::AutocastCUDA)) {
@@ -165,26 +162,23 @@ bool needs_dispatcher(const Tensor& q, const Tensor& k, const Tensor& v) {
 std::tuple<Tensor, Tensor> forward(py::handle q_object, py::handle k_object, py::handle v_object,
                                    py::handle scale_object, py::handle causal_object) {
   const auto is_tensor = [](py::handle object) { return THPVariable_Check(object.ptr()); };
-  std::optional<double> softmax_scale;
-  bool is_well_typed = is_tensor(q_object) && is_tensor(k_object) && is_tensor(v_object) && PyBool_Check(causal_object.ptr());
-  if (PyFloat_Check(scale_object.ptr())) {
-    softmax_scale = PyFloat_AS_DOUBLE(scale_object.ptr());
-  } else if (!scale_object.is_none()) {
-    is_well_typed = is_well_typed && PyLong_CheckExact(scale_object.ptr());  // a bool is no number here
-    if (is_well_typed) softmax_scale = PyLong_AsDouble(scale_object.ptr());
-    PyErr_Clear();  // an int beyond double's range has become -1, which is refused as well
+  if (!is_tensor(q_object) || !is_tensor(k_object) || !is_tensor(v_object) || !PyBool_Check(causal_object.ptr()) ||
+      !(scale_object.is_none() || PyFloat_Check(scale_object.ptr()))) {
+    // Refused by Python, or seldom enough to be its matter: an int, or a SymFloat while tracing, as softmax_scale.
+    return py::module_::import("flash_attn_ext.interface")
+        .attr("forward_by_operator")(q_object, k_object, v_object, scale_object, causal_object)
+        .cast<std::tuple<Tensor, Tensor>>();
   }
-  if (!is_well_typed) refuse(q_object, k_object, v_object, scale_object, causal_object);
-
   const Tensor &q = THPVariable_Unpack(q_object.ptr()), &k = THPVariable_Unpack(k_object.ptr()),
                &v = THPVariable_Unpack(v_object.ptr());
+  std::optional<double> softmax_scale;
+  if (!scale_object.is_none()) softmax_scale = PyFloat_AS_DOUBLE(scale_object.ptr());
   const bool causal = causal_object.ptr() == Py_True;
 
   const py::gil_scoped_release no_gil;  // an allocation or a full launch queue can wait for the device
   if (!needs_dispatcher(q, k, v)) return forward_cuda(q, k, v, softmax_scale, causal);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("flash_attn_ext::forward", "")
-                             .typed<decltype(forward_cuda)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("flash_attn_ext::forward", "").typed<decltype(forward_cuda)>();
   return op.call(q, k, v, softmax_scale, causal);
 }
 

@@ -224,10 +224,15 @@ struct Consumer {
     v_at.next();
   }
 
-  // Consumers take turns at issuing products, so that one multiplies while another does its softmax.
-  __device__ __forceinline__ void await_turn() { ptx::bar_sync(kTurnBarrier + index, 256); }
+  // Where the config says so, consumers take turns at issuing products, so that one multiplies while another does its
+  // softmax. A tile of n blocks has n - 1 turns for each consumer, whether or not it has work in them.
+  __device__ __forceinline__ void await_turn() {
+    if constexpr (Config::kTile.turns) ptx::bar_sync(kTurnBarrier + index, 256);
+  }
   __device__ __forceinline__ void pass_turn() {
-    ptx::bar_arrive(kTurnBarrier + (index + 1 == Config::kConsumers ? 0 : index + 1), 256);
+    if constexpr (Config::kTile.turns) {
+      ptx::bar_arrive(kTurnBarrier + (index + 1 == Config::kConsumers ? 0 : index + 1), 256);
+    }
   }
 
   __device__ __forceinline__ void mask(int first_row, int block) {
@@ -235,6 +240,18 @@ struct Consumer {
     const int visible[2] = {args.sequence.visible_keys(row) - block * kBlockKv,
                             args.sequence.visible_keys(row + 8) - block * kBlockKv};
     mask_scores(scores, visible);
+  }
+
+  // A block that rows of other consumers see, but none of this one's.
+  __device__ __forceinline__ void skip_block(int block) {
+    smem.k_ring.wait_full(k_at);
+    release_k();
+    if (block > 0) {
+      await_turn();
+      pass_turn();
+    }
+    smem.v_ring.wait_full(v_at);
+    release_v();
   }
 
   // The tile's first block has no P V to hide its softmax behind.
@@ -316,6 +333,7 @@ struct Consumer {
 
   __device__ __forceinline__ void run_tile(const Tile<Config>& tile) {
     const int first_row = tile.first_row + 64 * index;
+    const int own_blocks = args.sequence.visible_blocks(first_row, 64, kBlockKv);
     const int full_blocks = args.sequence.full_blocks(first_row, kBlockKv);
     OnlineSoftmax softmax(args.scale_log2);
 #pragma unroll
@@ -324,13 +342,14 @@ struct Consumer {
     wait_phase(&smem.q_full[index], q_phase);
     q_phase ^= 1;
     int block = tile.blocks - 1;
+    for (; block >= own_blocks; --block) skip_block(block);
     if (block >= 0) first_block(softmax, first_row, block, block >= full_blocks);
     for (--block; block >= full_blocks; --block) next_block<true>(softmax, first_row, block);
     for (; block >= 0; --block) next_block<false>(softmax, first_row, block);
     if constexpr (Config::kOwnOutBuffer) {
       if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&smem.q_empty[index]);
     }
-    if (tile.blocks > 0) last_output();
+    if (own_blocks > 0) last_output();
     store(softmax, tile, first_row);
   }
 };

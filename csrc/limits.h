@@ -16,6 +16,7 @@ struct ForwardTile {
   int block_q = 0;    // query rows of one thread block: 64 per consumer warpgroup
   int block_kv = 0;   // keys of one step of the main loop
   int stages = 0;     // K tiles, and as many V tiles, in flight
+  bool turns = false; // consumers take turns at issuing products ("ping-pong")
   constexpr bool built() const { return block_q > 0; }
   constexpr int consumers() const { return block_q / 64; }  // warpgroups; wgmma's M is 64
 };
@@ -34,11 +35,13 @@ struct HeadDimLimits {
 };
 
 inline constexpr HeadDimLimits kLimits[] = {
-    // Head dim 64 is bound by exp2 as much as by the products: three warpgroups share the units best.
-    {.head_dim = 64, .forward = {.block_q = 192, .block_kv = 128, .stages = 2}, .backward = {}},
+    // Bound by exp2 as much as by the products: three warpgroups share the units best, and without turns they fall into
+    // step and use one unit at a time.
+    {.head_dim = 64, .forward = {.block_q = 192, .block_kv = 128, .stages = 2, .turns = true}, .backward = {}},
+    // Without turns: here two warpgroups keep out of step by themselves (docs/tuning.md).
     {.head_dim = 128, .forward = {.block_q = 128, .block_kv = 128, .stages = 2}, .backward = {}},
     // O takes 128 registers a thread and Q 64 KB: two warpgroups, and 80 keys are what shared memory holds twice.
-    {.head_dim = 256, .forward = {.block_q = 128, .block_kv = 80, .stages = 2}, .backward = {}},
+    {.head_dim = 256, .forward = {.block_q = 128, .block_kv = 80, .stages = 2, .turns = true}, .backward = {}},
 };
 
 // Calls f.template operator()<row>() for the row of kLimits with this head dim; false if there is none.

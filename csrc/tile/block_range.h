@@ -11,15 +11,17 @@ struct Sequence {
   int seqlen_k;
   bool causal;
 
-  // Query `row` sees the keys 0 <= j < visible_keys(row). Rows past the end count like the last row would, further on.
+  // Query `row` sees the keys 0 <= j < visible_keys(row).
   HOST_DEVICE int visible_keys(int row) const {
     if (!causal) return seqlen_k;
     long long keys = static_cast<long long>(row) + seqlen_k - seqlen_q + 1;
     return keys < 0 ? 0 : keys < seqlen_k ? static_cast<int>(keys) : seqlen_k;
   }
 
-  // Blocks 0 <= b < visible_blocks hold a key that some row of first_row <= row < first_row + rows sees.
+  // Blocks 0 <= b < visible_blocks hold a key that some row of first_row <= row < first_row + rows sees. Rows past the
+  // end of the sequence see nothing.
   HOST_DEVICE int visible_blocks(int first_row, int rows, int block_kv) const {
+    if (first_row >= seqlen_q) return 0;
     int last_row = first_row + rows <= seqlen_q ? first_row + rows - 1 : seqlen_q - 1;
     return (visible_keys(last_row) + block_kv - 1) / block_kv;
   }

@@ -24,7 +24,9 @@ struct RingPosition {
 // Returns once the phase of this parity has completed. A barrier that was never completed counts as if the phase
 // before its first one, of parity 1, had: a producer's first wait with parity 1 passes.
 __device__ __forceinline__ void wait_phase(uint64_t* barrier, uint32_t parity) {
-  while (!cuda::ptx::mbarrier_try_wait_parity(barrier, parity)) {
+  // A thread that is put to sleep for long costs the multiplying warps neither issue slots nor power.
+  constexpr uint32_t kSuspendNanoseconds = 10'000'000;
+  while (!cuda::ptx::mbarrier_try_wait_parity(barrier, parity, kSuspendNanoseconds)) {
   }
 }
 

@@ -1,0 +1,141 @@
+"""The case table: every shape the forward tests run, derived from the compiled table of limits.
+
+A row of limits gives its tile; lengths are chosen around the tile's edges, so a new head dimension or a new tile size
+brings its own cases with it.
+"""
+
+import itertools
+import zlib
+from dataclasses import dataclass
+
+import torch
+
+from flash_attn_ext.limits import TABLE
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+ROWS = [row for row in TABLE if row["forward"]]
+HEAD_DIMS = [row["head_dim"] for row in ROWS]
+
+MHA, GQA, MQA = (3, 3), (6, 2), (5, 1)  # heads, kv_heads
+
+
+@dataclass(frozen=True)
+class Case:
+    head_dim: int
+    dtype: str
+    seqlen_q: int
+    seqlen_k: int
+    causal: bool = False
+    batch: int = 2
+    heads: int = 3
+    kv_heads: int = 3
+    layout: str = "bshd"
+    softmax_scale: float | None = None
+
+    def __str__(self):
+        words = [f"d{self.head_dim}", self.dtype, "causal" if self.causal else "full"]
+        words += [f"q{self.seqlen_q}k{self.seqlen_k}", f"b{self.batch}", f"h{self.heads}of{self.kv_heads}", self.layout]
+        if self.softmax_scale is not None:
+            words.append(f"scale{self.softmax_scale:g}")
+        return "-".join(words)
+
+    def inputs(self, device, seed=None):
+        """q, k, v of the case's shapes, memory layout and dtype; normal values, the same at every call."""
+        generator = torch.Generator(device).manual_seed(zlib.crc32(str(self).encode()) if seed is None else seed)
+        q_shape = (self.batch, self.seqlen_q, self.heads, self.head_dim)
+        kv_shape = (self.batch, self.seqlen_k, self.kv_heads, self.head_dim)
+
+        def normal(*shape):
+            return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(DTYPES[self.dtype])
+
+        return LAYOUTS[self.layout](normal, q_shape, kv_shape)
+
+
+def _permuted(*order):
+    """Memory in the order given, seen as (batch, seqlen, heads, head_dim)."""
+    back = sorted(range(4), key=lambda i: order[i])
+
+    def inputs(normal, q_shape, kv_shape):
+        return [normal(*(shape[i] for i in order)).permute(back) for shape in (q_shape, kv_shape, kv_shape)]
+
+    return inputs
+
+
+def _qkv_packed(normal, q_shape, kv_shape):
+    """Slices of one (batch, seqlen, heads + 2 kv_heads, head_dim) tensor, as one projection makes them."""
+    batch, seqlen, heads, head_dim = q_shape
+    kv_heads = kv_shape[2]
+    assert kv_shape[1] == seqlen, "packed q, k, v have one length"
+    return normal(batch, seqlen, heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], dim=2)
+
+
+def _kv_packed(normal, q_shape, kv_shape):
+    """k and v are slices of one (batch, seqlen, 2, kv_heads, head_dim) tensor."""
+    batch, seqlen, kv_heads, head_dim = kv_shape
+    return [normal(*q_shape), *normal(batch, seqlen, 2, kv_heads, head_dim).unbind(2)]
+
+
+LAYOUTS = {
+    "bshd": _permuted(0, 1, 2, 3),
+    "bhsd": _permuted(0, 2, 1, 3),
+    "sbhd": _permuted(1, 0, 2, 3),
+    "qkvpacked": _qkv_packed,
+    "kvpacked": _kv_packed,
+}
+
+
+def edge_lengths(block):
+    return (1, block - 1, block, block + 1, 2 * block + 3)
+
+
+def forward_cases(row):
+    """All cases of one row of limits."""
+    block_q, block_kv = row["forward"]["block_q"], row["forward"]["block_kv"]
+    shapes = []  # dicts without head_dim, dtype, causal
+
+    # Tile edges of queries against tile edges of keys, with the head layouts taking turns.
+    heads = itertools.cycle((MHA, GQA, MQA))
+    for seqlen_q, seqlen_k in itertools.product(edge_lengths(block_q), edge_lengths(block_kv)):
+        shapes.append((seqlen_q, seqlen_k, 2, *next(heads), "bshd"))
+
+    # Primes, q longer and shorter than k, the edges of a warpgroup's 64 rows, and enough keys to lap the pipeline.
+    for seqlen_q, seqlen_k in [(113, 113), (509, 509), (113, 1031), (1031, 113), (997, 1009), (3, 799), (799, 3)]:
+        shapes.append((seqlen_q, seqlen_k, 2, *next(heads), "bshd"))
+    for seqlen_q in (63, 64, 65):
+        shapes.append((seqlen_q, 7 * block_kv + 1, 3, *next(heads), "bshd"))
+        shapes.append((2 * block_q + seqlen_q, 2 * block_q + seqlen_q, 1, *next(heads), "bshd"))
+
+    # Layouts, each with every kind of head sharing.
+    for layout in LAYOUTS:
+        seqlen_k = block_q + 37 if layout == "qkvpacked" else block_kv + 29
+        shapes += [(block_q + 37, seqlen_k, 2, *kind, layout) for kind in (MHA, GQA, MQA)]
+
+    # Other ratios of heads, and one head of one batch.
+    for kind in ((1, 1), (4, 2), (12, 4), (16, 1)):
+        shapes.append((block_q + 5, 2 * block_kv + 5, 1, *kind, "bshd"))
+
+    # More tiles than any GPU has multiprocessors, so that a persistent block takes several.
+    shapes.append((3 * block_q + 5, 5 * block_kv + 7, 3, 40, 8, "bshd"))
+    shapes.append((2 * block_q, 2 * block_q, 9, 24, 24, "bhsd"))
+
+    # Long: training's square, a query against a long past, more than 65535 keys.
+    shapes.append((4096, 4096, 1, 2, 1, "bshd"))
+    shapes.append((1, 8191, 3, *GQA, "bshd"))
+    shapes.append((block_q + 1, 70001, 1, 1, 1, "bshd"))
+
+    for seqlen_q, seqlen_k, batch, heads, kv_heads, layout in shapes:
+        for causal, dtype in itertools.product((False, True), DTYPES):
+            yield Case(row["head_dim"], dtype, seqlen_q, seqlen_k, causal, batch, heads, kv_heads, layout)
+
+
+def smoke_cases(row):
+    """A handful per row: each dtype, causal or not, whole tiles and ragged ones, q longer and shorter than k."""
+    block_q, block_kv = row["forward"]["block_q"], row["forward"]["block_kv"]
+    lengths = [(block_q, block_kv), (2 * block_q + 3, 2 * block_kv + 3), (block_q + 1, 5 * block_kv + 1)]
+    for (seqlen_q, seqlen_k), causal, dtype in itertools.product(lengths, (False, True), DTYPES):
+        yield Case(row["head_dim"], dtype, seqlen_q, seqlen_k, causal, 2, *GQA)
+
+
+FORWARD = list(dict.fromkeys(case for row in ROWS for case in forward_cases(row)))
+SMOKE = [case for row in ROWS for case in smoke_cases(row)]

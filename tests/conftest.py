@@ -1,0 +1,40 @@
+"""What every test file shares: markers, the hypothesis seed, and a guard against kernels that hang."""
+
+import faulthandler
+import os
+import random
+import sys
+import threading
+
+import pytest
+
+SEED = int(os.environ.get("FLASH_ATTN_EXT_SEED") or random.SystemRandom().randrange(2**32))
+HANG_SECONDS = 150  # far above any test here; a kernel that never ends cannot be interrupted, only the process can
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: runs on a Hopper GPU, skipped elsewhere")
+    config.addinivalue_line("markers", "quick: a first look at correctness, seconds on a GPU")
+    # The real stderr, since a test's own is captured and lost when the process is ended.
+    config.real_stderr = os.fdopen(os.dup(sys.__stderr__.fileno()), "w")
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"FLASH_ATTN_EXT_SEED={SEED} repeats the random shapes of this run")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    def abandon():
+        stderr = item.config.real_stderr
+        print(f"\n{item.nodeid} has not ended after {HANG_SECONDS} s; giving up", file=stderr, flush=True)
+        faulthandler.dump_traceback(file=stderr)
+        os._exit(1)
+
+    watchdog = threading.Timer(HANG_SECONDS, abandon)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        return (yield)
+    finally:
+        watchdog.cancel()

@@ -1,0 +1,123 @@
+// Tensor maps, the ring, swizzled tiles and the fragment store: a tensor travels through shared memory and back.
+#include <cuda/ptx>
+
+#include "../../csrc/tensor_map.h"
+#include "../../csrc/tile/fragment.cuh"
+#include "../../csrc/tile/ring.cuh"
+#include "../../csrc/tile/smem.cuh"
+#include "device.cuh"
+
+using namespace flash_attn_ext;
+using test::DeviceArray;
+using T = __nv_bfloat16;
+
+constexpr int kColumns = 128, kTileRows = 64, kStages = 2;
+constexpr int kBatch = 2, kSeqlen = 150, kHeads = 3;  // 150 rows: the third tile is ragged
+
+struct Smem {
+  SmemTile<T, kTileRows, kColumns> in[kStages], out;
+  Ring<kStages> ring;
+};
+
+// Warp 0 copies the tiles of a sequence into the ring; warps 4 to 7 read them by address, double each element and store
+// them as a fragment would be stored.
+__global__ void round_trip(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, float* raw) {
+  extern __shared__ __align__(1024) unsigned char dynamic_smem[];
+  auto& smem = *reinterpret_cast<Smem*>(dynamic_smem);
+  const int head = blockIdx.x % kHeads, batch = blockIdx.x / kHeads, tiles = (kSeqlen + kTileRows - 1) / kTileRows;
+  if (threadIdx.x == 0) {
+    smem.ring.init(4);
+    cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
+  }
+  __syncthreads();
+  RingPosition<kStages> at;
+  if (threadIdx.x == 0) {
+    for (int tile = 0; tile < tiles; ++tile, at.next()) {
+      uint64_t* full = smem.ring.begin_fill(at, sizeof smem.in[0]);
+      for (int slab = 0; slab < kColumns / kSlabColumns; ++slab) {
+        const int32_t coordinates[4] = {slab * kSlabColumns, tile * kTileRows, head, batch};
+        cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, smem.in[at.stage].slab(slab),
+                                        &from, coordinates, full);
+      }
+    }
+  } else if (threadIdx.x >= 128) {
+    const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    for (int tile = 0; tile < tiles; ++tile, at.next()) {
+      smem.ring.wait_full(at);
+      float x[kColumns / 2];
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) {
+        const int r = row + 8 * fragment_row(i), c = column + fragment_column(i);
+        const uint32_t address = smem.in[at.stage].chunk_address(c / 64, r, c % 64 / 8) + c % 8 * 2;
+        x[i] = static_cast<float>(*reinterpret_cast<const T*>(__cvta_shared_to_generic(address)));
+        raw[((blockIdx.x * tiles + tile) * kTileRows + r) * kColumns + c] = x[i];
+      }
+      __syncwarp();
+      smem.ring.release(at);
+      const float twice[2] = {2.f, 2.f};
+      store_fragment<T, kColumns>(smem.out, x, twice);
+      cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+      ptx::bar_sync(1, 128);
+      if (threadIdx.x == 128) {
+        for (int slab = 0; slab < kColumns / kSlabColumns; ++slab) {
+          const int32_t coordinates[4] = {slab * kSlabColumns, tile * kTileRows, head, batch};
+          cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_global, cuda::ptx::space_shared, &to, coordinates,
+                                          smem.out.slab(slab));
+        }
+        cuda::ptx::cp_async_bulk_commit_group();
+        cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
+      }
+      ptx::bar_sync(1, 128);
+    }
+  }
+}
+
+int main() {
+  test::require_hopper();
+  // Rows beyond the sequence belong to a guard that must neither be read nor written.
+  constexpr int kGuard = 7, kRows = kSeqlen + kGuard;
+  const Strides strides{.batch = kRows * kHeads * kColumns, .seqlen = kHeads * kColumns, .heads = kColumns};
+  const auto offset = [&](int batch, int row, int head) {
+    return batch * strides.batch + row * strides.seqlen + head * strides.heads;
+  };
+  std::mt19937 generator(1);
+  std::vector<T> input(kBatch * strides.batch, T(NAN));
+  for (int batch = 0; batch < kBatch; ++batch) {
+    for (int row = 0; row < kSeqlen; ++row) {
+      for (int head = 0; head < kHeads; ++head) {
+        for (int c = 0; c < kColumns; ++c) {
+          input[offset(batch, row, head) + c] = T(static_cast<float>(static_cast<int>(generator() % 200) - 100));
+        }
+      }
+    }
+  }
+  const int tiles = (kSeqlen + kTileRows - 1) / kTileRows;
+  DeviceArray<T> in_device(input), out_device(input.size());
+  DeviceArray<float> raw_device(kBatch * kHeads * tiles * kTileRows * kColumns);
+  const auto map = [&](const char* name, T* data) {
+    return make_tensor_map(name, data, DType::kBFloat16, kBatch, kSeqlen, kHeads, kColumns, strides, kTileRows);
+  };
+  test::launch(round_trip, kBatch * kHeads, 256, static_cast<int>(sizeof(Smem)), map("in", in_device.data),
+               map("out", out_device.data), raw_device.data);
+  const std::vector<T> output = out_device.host();
+  const std::vector<float> raw = raw_device.host();
+
+  for (int batch = 0; batch < kBatch; ++batch) {
+    for (int head = 0; head < kHeads; ++head) {
+      for (int row = 0; row < tiles * kTileRows; ++row) {
+        for (int c = 0; c < kColumns; ++c) {
+          const std::string name = "row " + std::to_string(row) + " column " + std::to_string(c);
+          const float read = raw[((batch * kHeads + head) * tiles * kTileRows + row) * kColumns + c];
+          const float expected = row < kSeqlen ? float(input[offset(batch, row, head) + c]) : 0.f;
+          test::check(read == expected, name + " arrives (zero past the end)");
+          if (row < kSeqlen) {
+            test::check(float(output[offset(batch, row, head) + c]) == 2 * expected, name + " leaves doubled");
+          } else if (row < kRows) {
+            test::check(std::isnan(float(output[offset(batch, row, head) + c])), name + " past the end is not written");
+          }
+        }
+      }
+    }
+  }
+  return test::finish("copy");
+}

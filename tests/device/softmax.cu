@@ -1,0 +1,87 @@
+// The online softmax and the mask on fragments, block by block, against a softmax in double on the CPU.
+#include "../../csrc/tile/softmax.cuh"
+
+#include <cmath>
+
+#include "../../csrc/tile/mask.cuh"
+#include "device.cuh"
+
+using namespace flash_attn_ext;
+using test::DeviceArray;
+
+constexpr int kRows = 64, kBlock = 32, kBlocks = 4, kKeys = kBlock * kBlocks;
+constexpr float kScale = 0.3f, kLog2e = 1.4426950408889634f;
+
+// O = softmax(scale * scores) 1, which is the sum of the probabilities: 1 where a row sees something. Also the lse.
+__global__ void online_softmax(const float* scores, const int* visible_keys, float* out, float* lse_out) {
+  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  OnlineSoftmax softmax(kScale * kLog2e);
+  float o[2] = {0.f, 0.f};
+  for (int block = 0; block < kBlocks; ++block) {
+    float s[kBlock / 2], rescale[2];
+#pragma unroll
+    for (int i = 0; i < kBlock / 2; ++i) {
+      s[i] = scores[(row + 8 * fragment_row(i)) * kKeys + block * kBlock + column + fragment_column(i)];
+    }
+    const int visible[2] = {visible_keys[row] - block * kBlock, visible_keys[row + 8] - block * kBlock};
+    mask_scores(s, visible);
+    if (softmax.update(s, rescale)) {
+      for (int r = 0; r < 2; ++r) o[r] *= rescale[r];
+    }
+#pragma unroll
+    for (int i = 0; i < kBlock / 2; ++i) o[fragment_row(i)] += s[i];
+  }
+  float row_scale[2], lse[2];
+  softmax.finish(row_scale, lse);
+  for (int r = 0; r < 2; ++r) {
+    o[r] += __shfl_xor_sync(~0u, o[r], 1);
+    o[r] += __shfl_xor_sync(~0u, o[r], 2);
+    if (threadIdx.x % 4 == 0) {
+      out[row + 8 * r] = o[r] * row_scale[r];
+      lse_out[row + 8 * r] = lse[r];
+    }
+  }
+}
+
+int main() {
+  test::require_hopper();
+  std::mt19937 generator(1);
+  std::normal_distribution<float> normal(0.f, 10.f);
+  std::vector<float> scores(kRows * kKeys);
+  std::vector<int> visible(kRows);
+  for (int row = 0; row < kRows; ++row) {
+    visible[row] = row == 0 ? 0 : row == 1 ? kKeys : static_cast<int>(generator() % (kKeys + 1));
+    for (int key = 0; key < kKeys; ++key) {
+      float& score = scores[row * kKeys + key];
+      score = normal(generator);
+      if (row == 2) score = -INFINITY;                                  // sees keys, and only -inf
+      if (row == 3) score = key < kBlock ? -INFINITY : score;           // its first block is -inf
+      if (row == 4) score = 20.f * key;                                 // grows along the walk
+      if (row == 5) score = -20.f * key;                                // falls
+      if (row == 6) score = 7.f;                                        // all equal
+      if (row == 7 && key == 40) score = NAN;
+      if (row == 8 && key == 40) score = INFINITY;
+    }
+  }
+  for (int row = 2; row < 9; ++row) visible[row] = kKeys;
+  DeviceArray<float> scores_device(scores), out_device(kRows), lse_device(kRows);
+  DeviceArray<int> visible_device(visible);
+  online_softmax<<<1, 128>>>(scores_device.data, visible_device.data, out_device.data, lse_device.data);
+  const std::vector<float> out = out_device.host(), lse = lse_device.host();
+
+  for (int row = 0; row < kRows; ++row) {
+    double maximum = -INFINITY, sum = 0;
+    for (int key = 0; key < visible[row]; ++key) maximum = std::fmax(maximum, kScale * scores[row * kKeys + key]);
+    for (int key = 0; key < visible[row]; ++key) sum += std::exp(kScale * scores[row * kKeys + key] - maximum);
+    const std::string name = "row " + std::to_string(row);
+    if (row == 7 || row == 8) {
+      test::check(std::isnan(out[row]) && !std::isfinite(lse[row]), name + " saw NaN or +inf");
+    } else if (maximum == -INFINITY) {
+      test::check(out[row] == 0.f && lse[row] == -INFINITY, name + " saw nothing");
+    } else {
+      test::check(std::fabs(out[row] - 1.f) < 1e-5f, name + ": probabilities add up to " + std::to_string(out[row]));
+      test::check(std::fabs(lse[row] - (maximum + std::log(sum))) < 1e-5 + 1e-6 * std::fabs(maximum), name + ": lse");
+    }
+  }
+  return test::finish("softmax");
+}

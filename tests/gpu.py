@@ -1,0 +1,33 @@
+"""What tests on a GPU share."""
+
+import pytest
+import torch
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+needs_hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU (compute capability 9.0)")]
+
+
+def on_hopper(test):
+    """Decorates a single test with what needs_hopper does for a file."""
+    for mark in needs_hopper:
+        test = mark(test)
+    return test
+
+
+def needs_free(gigabytes):
+    """Skips where another process, or a smaller GPU, leaves too little memory."""
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GiB of free GPU memory, {free:.0f} GiB are free")
+
+
+def poison(*like):
+    """Fills memory with NaN and frees it, so that the next tensors of these sizes are handed exactly that memory.
+
+    What a kernel then leaves unwritten shows as NaN, where fresh memory would often be zero and look right.
+    """
+    sizes = [max(x.numel() * x.element_size(), 1) for x in like]
+    blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device=like[0].device) for size in sizes]
+    del blocks

@@ -1,0 +1,315 @@
+"""Refused calls: the type of the exception, and that its text has the argument, its value, what is accepted, a way out.
+
+Each bad input is tried on CPU tensors, on fake CUDA tensors (which need no GPU), and on a GPU.
+"""
+
+import math
+
+import pytest
+import torch
+from conftest import SEED
+from gpu import on_hopper
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import flash_attn_ext
+from flash_attn_ext import explain, flash_attn_func
+from flash_attn_ext.limits import TABLE
+
+operator = torch.ops.flash_attn_ext.forward.default
+needs_table = pytest.mark.skipif(not TABLE, reason="flash_attn_ext is installed without its GPU kernels")
+
+RUNS = [row["head_dim"] for row in TABLE if row["forward"]]
+FORWARD_ONLY = [row["head_dim"] for row in TABLE if row["forward"] and not row["backward"]]
+D = RUNS[0] if RUNS else 64
+
+
+def good(device, head_dim=D, dtype=torch.bfloat16):
+    """The arguments of a call that nothing is wrong with."""
+    q = torch.ones(2, 5, 4, head_dim, dtype=dtype, device=device)
+    k, v = (torch.ones(2, 7, 2, head_dim, dtype=dtype, device=device) for _ in range(2))
+    return {"q": q, "k": k, "v": v}
+
+
+# What is wrong: (changes to the arguments of a good call, words of the text)
+WRONG_VALUE = {
+    "q of rank 3": (
+        lambda q, k, v: {"q": q[0]},
+        ["q has 3 dimensions", f"(5, 4, {D})", "must have 4", "(batch, seqlen, heads, head_dim)", "q.unsqueeze(0)"],
+    ),
+    "k of rank 3": (lambda q, k, v: {"k": k[0]}, ["k has 3 dimensions", "must have 4", "kv_heads", "k.unsqueeze(0)"]),
+    "v of rank 5": (lambda q, k, v: {"v": v[None]}, ["v has 5 dimensions", f"(1, 2, 7, 2, {D})", "must have 4"]),
+    "q a scalar": (lambda q, k, v: {"q": q.sum()}, ["q has 0 dimensions", "must have 4"]),
+    "heads not a multiple": (
+        lambda q, k, v: {"k": k[:, :, :1].expand(2, 7, 3, D), "v": v[:, :, :1].expand(2, 7, 3, D)},
+        ["q has 4 heads", "k, v have 3", "multiple", "num_key_value_heads"],
+    ),
+    "no kv heads": (
+        lambda q, k, v: {"k": k[:, :, :0], "v": v[:, :, :0]},
+        ["k and v have 0 heads", f"(2, 7, 0, {D})", "at least 1"],
+    ),
+    "kv heads differ": (lambda q, k, v: {"v": v[:, :, :1]}, ["k has 2 heads but v has 1", "must be equal"]),
+    "batch of k": (lambda q, k, v: {"k": k[:1]}, ["batch sizes 2, 1 and 2", "must be equal"]),
+    "batch of v": (lambda q, k, v: {"v": v[:1]}, ["batch sizes 2, 2 and 1", "must be equal"]),
+    "seqlen of v": (lambda q, k, v: {"v": v[:, :6]}, ["k has seqlen 7 but v has 6", "must be equal"]),
+    "head_dim of k": (lambda q, k, v: {"k": k[..., :32]}, [f"head_dim {D}, 32 and {D}", "must be equal"]),
+    "head_dim of v": (lambda q, k, v: {"v": v[..., :32]}, [f"{D} and 32", "must be equal", "functional.pad"]),
+    "head_dim 0": (lambda q, k, v: {"q": q[..., :0], "k": k[..., :0], "v": v[..., :0]}, ["head_dim 0", "at least 1"]),
+    "dtypes differ": (
+        lambda q, k, v: {"v": v.half()},
+        ["q, k and v", "bfloat16, bfloat16 and float16", "must be equal", "Cast", "autocast"],
+    ),
+    "integers": (
+        lambda q, k, v: {"q": q.int(), "k": k.int(), "v": v.int()},
+        ["q, k and v are int32", "must be float16", "bfloat16", "q.to(torch.bfloat16)"],
+    ),
+    "softmax_scale 0": (lambda q, k, v: {"softmax_scale": 0.0}, ["softmax_scale is 0.0", "finite and greater than 0"]),
+    "softmax_scale -1": (
+        lambda q, k, v: {"softmax_scale": -1.0},
+        ["softmax_scale is -1.0", "greater than 0", "1/sqrt"],
+    ),
+    "softmax_scale nan": (lambda q, k, v: {"softmax_scale": math.nan}, ["softmax_scale is nan", "finite"]),
+    "softmax_scale inf": (lambda q, k, v: {"softmax_scale": math.inf}, ["softmax_scale is inf", "finite"]),
+    "softmax_scale too large": (lambda q, k, v: {"softmax_scale": 1e39}, ["softmax_scale is 1e+39", "finite"]),
+    "softmax_scale too small": (lambda q, k, v: {"softmax_scale": 1e-46}, ["softmax_scale is 1e-46", "greater than 0"]),
+    "softmax_scale subnormal": (lambda q, k, v: {"softmax_scale": 1e-40}, ["softmax_scale is 1e-40", "greater than 0"]),
+}
+WRONG_TYPE = {
+    "an int for q": (lambda q, k, v: {"q": 3}, ["q must be a torch.Tensor", "int", "3"]),
+    "None for k": (lambda q, k, v: {"k": None}, ["k must be a torch.Tensor", "NoneType"]),
+    "a list for v": (lambda q, k, v: {"v": [1.0]}, ["v must be a torch.Tensor", "list", "[1.0]"]),
+    "a string for softmax_scale": (lambda q, k, v: {"softmax_scale": "1"}, ["softmax_scale must be a float", "str"]),
+    "a tensor for softmax_scale": (
+        lambda q, k, v: {"softmax_scale": torch.tensor(0.5)},
+        ["softmax_scale must be a float or None", "Tensor", "float(scale)"],
+    ),
+    "a bool for softmax_scale": (lambda q, k, v: {"softmax_scale": True}, ["softmax_scale must be a float", "bool"]),
+    "an int for causal": (lambda q, k, v: {"causal": 1}, ["causal must be True or False", "int", "1"]),
+    "None for causal": (lambda q, k, v: {"causal": None}, ["causal must be True or False", "NoneType"]),
+}
+WRONG_ON_CUDA = {
+    "float32": (lambda q, k, v: {"q": q.float(), "k": k.float(), "v": v.float()}, ["float32", "on cuda", "autocast"]),
+    "float64": (
+        lambda q, k, v: {"q": q.double(), "k": k.double(), "v": v.double()},
+        ["float64", "float16", "bfloat16"],
+    ),
+    "k on the cpu": (
+        lambda q, k, v: {"k": torch.ones(k.shape, dtype=k.dtype)},
+        ["q, k and v are on cuda:0, cpu and cuda:0", "must be on one device"],
+    ),
+}
+each = pytest.mark.parametrize
+wrong_value = each("change, words", WRONG_VALUE.values(), ids=WRONG_VALUE.keys())
+wrong_type = each("change, words", WRONG_TYPE.values(), ids=WRONG_TYPE.keys())
+wrong_on_cuda = each("change, words", WRONG_ON_CUDA.values(), ids=WRONG_ON_CUDA.keys())
+
+
+def assert_refused(call, exception, words):
+    with pytest.raises(exception) as caught:
+        call()
+    text = str(caught.value)
+    assert type(caught.value) is exception
+    assert [word for word in words if word not in text] == [], text
+    return text
+
+
+def assert_call_refused(arguments, exception, words):
+    """By the public functions, by the operator, and by explain() without a call: all in the same words."""
+    text = assert_refused(lambda: flash_attn_func(**arguments), exception, words)
+    assert_refused(lambda: flash_attn_ext.forward(**arguments), exception, [text])
+    if exception is not TypeError:  # the operator's types are the dispatcher's to check
+        assert_refused(lambda: operator(**arguments), exception, [text])
+    assert explain(**arguments) == text
+
+
+@wrong_value
+def test_wrong_value_on_cpu(change, words):
+    arguments = good("cpu")
+    assert_call_refused(arguments | change(**arguments), ValueError, words)
+
+
+@wrong_type
+def test_wrong_type_on_cpu(change, words):
+    arguments = good("cpu")
+    assert_call_refused(arguments | change(**arguments), TypeError, words)
+
+
+@each("change, words", (WRONG_VALUE | WRONG_ON_CUDA).values(), ids=(WRONG_VALUE | WRONG_ON_CUDA).keys())
+def test_wrong_value_of_fake_cuda_tensors(change, words):
+    with FakeTensorMode():
+        arguments = good("cuda")
+        assert_refused(lambda: operator(**(arguments | change(**arguments))), ValueError, words)
+
+
+def test_device_of_k_on_cpu():
+    arguments = good("cpu")
+    arguments["k"] = arguments["k"].to("meta")
+    words = ["q, k and v are on cpu, meta and cpu", "must be on one device"]
+    assert_refused(lambda: flash_attn_func(**arguments), ValueError, words)
+    assert all(word in explain(**arguments) for word in words)
+
+
+def test_under_compile():
+    compiled = torch.compile(flash_attn_func, backend="eager", fullgraph=True)
+    arguments = good("cpu")
+    arguments["v"] = arguments["v"][:, :6]
+    with pytest.raises(Exception, match="k has seqlen 7 but v has 6"):
+        compiled(**arguments)
+
+
+def test_nothing_wrong():
+    assert explain(**good("cpu")) is None
+    assert explain(**good("cpu"), softmax_scale=2, causal=True) is None
+    assert flash_attn_func(**good("cpu"), softmax_scale=2, causal=True).shape == (2, 5, 4, D)
+
+
+def outside_the_table():
+    return sorted({1, 8, 32, 96, 127, 512, *(d + 8 for d in RUNS), *(d - 8 for d in RUNS)} - set(RUNS))
+
+
+@needs_table
+@each("head_dim", outside_the_table())
+def test_head_dim_outside_the_table(head_dim):
+    with FakeTensorMode():
+        arguments = good("cuda", head_dim)
+        text = assert_refused(lambda: operator(**arguments), ValueError, [f"head_dim is {head_dim}", "hidden_size"])
+    assert all(str(runs) in text for runs in RUNS)
+    larger = [runs for runs in RUNS if runs > head_dim]
+    if larger:
+        assert f"pad q, k and v with zeros to {larger[0]} and pass softmax_scale={head_dim}**-0.5" in text
+    else:
+        assert "pad" not in text
+
+
+@pytest.mark.skipif(not FORWARD_ONLY, reason="every head dim with a forward kernel has a backward kernel")
+@each("head_dim", FORWARD_ONLY)
+@each("wanted", ["q", "k", "v", "qkv"])
+def test_gradient_without_a_backward_kernel(head_dim, wanted):
+    with FakeTensorMode():
+        arguments = good("cuda", head_dim)
+        for name in wanted:
+            arguments[name].requires_grad_()
+        words = [f"head_dim {head_dim} has no backward", "torch.no_grad()", ", ".join(wanted[:-1]) or wanted]
+        words += map(str, flash_attn_ext.supported()["backward"])
+        assert_refused(lambda: operator(**arguments), ValueError, words)
+        with torch.no_grad():
+            assert not operator(**arguments)[0].requires_grad
+        assert not operator(**{name: x.detach() for name, x in arguments.items()})[0].requires_grad
+
+
+def test_unavailable_devices():
+    assert flash_attn_ext.is_available("cpu") is False
+    if not torch.cuda.is_available():
+        assert flash_attn_ext.is_available() is False and flash_attn_ext.is_available("cuda:0") is False
+
+
+# On a GPU: the same, and what only a GPU can show ---------------------------------------------------------------------
+
+
+@on_hopper
+@each(
+    "change, words",
+    (WRONG_VALUE | WRONG_ON_CUDA).values(),
+    ids=(WRONG_VALUE | WRONG_ON_CUDA).keys(),
+)
+def test_wrong_value_on_gpu(change, words):
+    arguments = good("cuda")
+    assert_call_refused(arguments | change(**arguments), ValueError, words)
+
+
+@on_hopper
+@wrong_type
+def test_wrong_type_on_gpu(change, words):
+    arguments = good("cuda")
+    assert_call_refused(arguments | change(**arguments), TypeError, words)
+
+
+@on_hopper
+@each("head_dim", outside_the_table())
+def test_head_dim_outside_the_table_on_gpu(head_dim):
+    words = [f"head_dim is {head_dim}", "hidden_size", *map(str, RUNS)]
+    assert_call_refused(good("cuda", head_dim), ValueError, words)
+
+
+@on_hopper
+@each("head_dim", FORWARD_ONLY)
+def test_gradient_without_a_backward_kernel_on_gpu(head_dim):
+    arguments = good("cuda", head_dim)
+    arguments["k"].requires_grad_()
+    words = ["k requires grad", f"head_dim {head_dim} has no backward", "torch.no_grad()"]
+    assert_call_refused(arguments, ValueError, words)
+    with torch.no_grad():
+        assert explain(**arguments) is None
+        flash_attn_func(**arguments)
+
+    # Reentrant checkpointing runs the forward without grad first: the refusal comes with the recomputation.
+    out = checkpoint(flash_attn_func, *arguments.values(), use_reentrant=True)
+    assert_refused(lambda: out.sum().backward(), ValueError, words)
+
+
+@pytest.fixture
+def faults():
+    """Sets the faults that the compiled module can pretend, and ends them."""
+    from flash_attn_ext import _C
+
+    yield _C.set_test_faults
+    _C.set_test_faults()
+
+
+@on_hopper
+@each("capability", [80, 89, 100, 120])
+def test_gpu_that_is_not_a_hopper(faults, capability):
+    faults(compute_capability=capability)
+    words = ["Hopper", "9.0", torch.cuda.get_device_name(), f"{capability // 10}.{capability % 10}"]
+    assert_call_refused(good("cuda"), RuntimeError, [*words, "scaled_dot_product_attention"])
+    assert not flash_attn_ext.is_available()
+    faults()
+    assert flash_attn_ext.is_available()
+    flash_attn_func(**good("cuda"))
+
+
+@on_hopper
+def test_tensor_map_that_cannot_be_encoded(faults):
+    faults(tensor_map_encode_fails=True)
+    words = ["q", "batch 2", "seqlen 5", "heads 4", f"head_dim {D}", "strides", "contiguous"]
+    assert_refused(lambda: flash_attn_func(**good("cuda")), RuntimeError, words)
+    faults()
+    torch.cuda.synchronize()  # nothing was launched that could fail later
+    assert (flash_attn_func(**good("cuda")) == 1).all()
+
+
+@on_hopper
+@seed(SEED)
+@settings(max_examples=200, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_calls_run_or_say_what_explain_says(data):
+    """The compiled module decides whether a call is right, limits.py says why it is not: they must agree."""
+    draw = data.draw
+    sizes = {name: [2, 5, 4, D] for name in "qkv"}
+    for _ in range(draw(st.integers(0, 3))):  # sizes to spoil, of one tensor or of all three
+        dim, size = draw(st.integers(0, 3)), draw(st.sampled_from([0, 1, 2, 3, 8, 63, 64, 96, 128, 256]))
+        for name in draw(st.sampled_from(["q", "k", "v", "kv", "qkv"])):
+            sizes[name][dim] = size
+    dtypes = st.sampled_from([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32])
+    one_dtype, grad = draw(dtypes), draw(st.sampled_from(["", "", "", "q", "kv"]))
+    arguments = {
+        name: torch.ones(
+            size[draw(st.sampled_from([0, 0, 0, 0, 0, 1])) :],
+            dtype=one_dtype if draw(st.integers(0, 4)) else draw(dtypes),
+            device="cuda" if draw(st.integers(0, 9)) else "cpu",
+            requires_grad=name in grad,
+        )
+        for name, size in sizes.items()
+    }
+    scales = [None, 0.1, 3, 0.0, -1.0, math.nan, math.inf, 1e-46, 1e-40, 1e38, 1e39, True, "1"]
+    arguments["softmax_scale"] = draw(st.sampled_from(scales))
+    arguments["causal"] = draw(st.sampled_from([False, True, True, 0, None]))
+    refusal = explain(**arguments)
+    if refusal is None:
+        flash_attn_ext.forward(**arguments)
+    else:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            flash_attn_ext.forward(**arguments)
+        assert str(caught.value) == refusal

@@ -1,0 +1,529 @@
+"""The forward pass on the GPU: the case table against the oracle, then what a table of shapes cannot show."""
+
+import itertools
+import math
+import threading
+
+import gpu
+import pytest
+import torch
+from cases import DTYPES, FORWARD, HEAD_DIMS, LAYOUTS, ROWS, SMOKE, Case
+from conftest import SEED
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from oracle import check, same_bits
+
+import flash_attn_ext
+from flash_attn_ext import flash_attn_func
+
+pytestmark = gpu.needs_hopper
+
+both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+both_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+each_head_dim = pytest.mark.parametrize("head_dim", HEAD_DIMS)
+each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"d{row['head_dim']}")
+
+
+def attend(q, k, v, softmax_scale=None, causal=False):
+    """out and lse, in memory that held NaN before."""
+    gpu.poison(q, q.new_empty(q.shape[:3], dtype=torch.float32))
+    return flash_attn_ext.forward(q, k, v, softmax_scale, causal)
+
+
+def attend_and_check(q, k, v, softmax_scale=None, causal=False, lse_slack=1.0):
+    out, lse = attend(q, k, v, softmax_scale, causal)
+    check(out, lse, q, k, v, softmax_scale, causal, lse_slack)
+    return out, lse
+
+
+def normal(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype)
+
+
+def assert_same(results, expected, what=""):
+    for name, a, b in zip(("out", "lse"), results, expected, strict=True):
+        assert same_bits(a, b), f"{name} differs {what}"
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+# The table -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("case", SMOKE, ids=str)
+def test_smoke(case):
+    attend_and_check(*case.inputs("cuda"), case.softmax_scale, case.causal)
+
+
+@pytest.mark.parametrize("case", FORWARD, ids=str)
+def test_table(case):
+    attend_and_check(*case.inputs("cuda"), case.softmax_scale, case.causal)
+
+
+@seed(SEED)
+@settings(max_examples=60, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck))
+@given(
+    head_dim=st.sampled_from(HEAD_DIMS or [0]),
+    dtype=st.sampled_from(list(DTYPES)),
+    causal=st.booleans(),
+    batch=st.integers(1, 4),
+    kv_heads=st.integers(1, 4),
+    group=st.integers(1, 6),
+    seqlen_q=st.integers(1, 700),
+    seqlen_k=st.integers(1, 900),
+    layout=st.sampled_from(list(LAYOUTS)),
+    softmax_scale=st.none() | st.floats(1e-3, 4.0),
+    values=st.integers(0, 2**32 - 1),
+)
+def test_random_shapes(
+    head_dim, dtype, causal, batch, kv_heads, group, seqlen_q, seqlen_k, layout, softmax_scale, values
+):
+    if layout == "qkvpacked":
+        seqlen_k = seqlen_q
+    case = Case(head_dim, dtype, seqlen_q, seqlen_k, causal, batch, kv_heads * group, kv_heads, layout, softmax_scale)
+    attend_and_check(*case.inputs("cuda", seed=values), softmax_scale, causal)
+
+
+# The public function -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_public_function_is_the_low_level_pair():
+    q, k, v = Case(128, "bf16", 200, 300, heads=6, kv_heads=2).inputs("cuda")
+    out, lse = attend(q, k, v, 0.1, True)
+    assert same_bits(flash_attn_func(q, k, v, 0.1, True), out)
+    assert same_bits(flash_attn_func(q, k, v, softmax_scale=0.1, causal=True), out)
+    assert_same(flash_attn_func(q, k, v, 0.1, True, return_lse=True), (out, lse))
+    assert_same(torch.ops.flash_attn_ext.forward(q, k, v, 0.1, True), (out, lse), "through the operator")
+
+
+@each_head_dim
+@both_masks
+def test_default_scale_is_one_over_sqrt_head_dim(head_dim, causal):
+    q, k, v = Case(head_dim, "bf16", 130, 170).inputs("cuda")
+    assert_same(attend(q, k, v, None, causal), attend(q, k, v, head_dim**-0.5, causal))
+
+
+@each_head_dim
+@both_dtypes
+@pytest.mark.parametrize("softmax_scale", [1e-4, 0.03, 1.0, 2.5, 30.0])
+def test_softmax_scale(head_dim, dtype, softmax_scale):
+    q, k, v = (normal(2, 193, 3, head_dim, dtype=dtype) for _ in range(3))
+    attend_and_check(q, k, v, softmax_scale, causal=True)
+
+
+def test_inputs_stay_as_they_are():
+    inputs = Case(128, "bf16", 200, 300, layout="bhsd").inputs("cuda")
+    before = [x.clone() for x in inputs]
+    attend(*inputs, causal=True)
+    assert all(same_bits(x, y) for x, y in zip(inputs, before, strict=True))
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_poison_reaches_what_is_allocated_next():
+    """The test of the test: without this, attend() would prove nothing about unwritten memory."""
+    q = normal(2, 200, 3, 128)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    gpu.poison(q, lse)
+    empty = torch.empty_like(q), torch.empty_like(lse)
+    assert all(x.isnan().all() for x in empty)
+
+
+@each_row
+@both_masks
+def test_surroundings_change_nothing(row, causal):
+    """q, k, v inside larger buffers: the fill around them, in every dimension, must not reach the result."""
+    tile, head_dim = row["forward"], row["head_dim"]
+    for seqlen_q, seqlen_k in itertools.product((1, tile["block_q"] + 5), (3, tile["block_kv"] + 9)):
+        inputs = [normal(2, s, h, head_dim) for s, h in ((seqlen_q, 6), (seqlen_k, 2), (seqlen_k, 2))]
+        expected = attend(*inputs, causal=causal)
+        for fill in (0.0, math.nan, math.inf, -math.inf):
+            embedded = [embed(x, fill, margin=300) for x in inputs]
+            assert_same(attend(*embedded, causal=causal), expected, f"with {fill} around q, k and v")
+
+
+def embed(x, fill, margin):
+    """x as the middle of a larger buffer; head_dim's margin keeps 16-byte alignment."""
+    margins = (1, margin, 1, 8)
+    buffer = x.new_full([size + 2 * m for size, m in zip(x.shape, margins, strict=True)], fill)
+    middle = buffer[tuple(slice(m, m + size) for size, m in zip(x.shape, margins, strict=True))]
+    middle.copy_(x)
+    assert not middle.is_contiguous()
+    return middle
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_out_has_the_strides_of_empty_like(layout):
+    q, k, v = Case(128, "bf16", 200, 200, heads=6, kv_heads=2, layout=layout).inputs("cuda")
+    out, lse = attend(q, k, v)
+    assert out.stride() == torch.empty_like(q).stride()
+    assert lse.is_contiguous()
+
+
+def last_dim_strided(x):
+    return x.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+def misaligned_pointer(x):
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def misaligned_strides(x):
+    return torch.nn.functional.pad(x, (0, 1))[..., :-1]
+
+
+def dims_reversed(x):
+    return x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+
+
+def odd_strides_where_size_is_one(x):
+    return x.as_strided(x.shape, (7, x.shape[3], 0, 1))
+
+
+def expanded_batch(x):
+    return x[:1].expand_as(x)
+
+
+def expanded_heads(x):
+    return x[:, :, :1].expand_as(x)
+
+
+def expanded_seqlen(x):
+    return x[:, :1].expand_as(x)
+
+
+def overlapping_rows(x):
+    return x.flatten().as_strided(x.shape, (16 * x.shape[1], 16, 8, 1))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        last_dim_strided,
+        misaligned_pointer,
+        misaligned_strides,
+        dims_reversed,
+        odd_strides_where_size_is_one,
+        expanded_batch,
+        expanded_heads,
+        expanded_seqlen,
+        overlapping_rows,
+    ],
+    ids=lambda view: view.__name__,
+)
+@pytest.mark.parametrize("which", ["q", "k", "v", "qkv"])
+def test_any_strides(view, which):
+    """Whatever the strides: the result of the same values in fresh memory, bit for bit."""
+    inputs = {"q": normal(2, 150, 4, 128), "k": normal(2, 170, 4, 128), "v": normal(2, 170, 4, 128)}
+    if view is odd_strides_where_size_is_one:
+        inputs = {name: x[:1, :, :1].contiguous() for name, x in inputs.items()}
+    strided = {name: view(x) if name in which else x for name, x in inputs.items()}
+    fresh = {name: x.clone(memory_format=torch.contiguous_format) for name, x in strided.items()}
+    assert [x.stride() for x in strided.values()] != [x.stride() for x in fresh.values()] or view is misaligned_pointer
+    expected = attend_and_check(*fresh.values(), causal=True)
+    results = attend(*strided.values(), causal=True)
+    assert_same(results, expected)
+    assert results[0].stride() == torch.empty_like(strided["q"]).stride()
+
+
+# Extreme logits ------------------------------------------------------------------------------------------------------
+
+
+def logits(kind, row, dtype):
+    """q, k, v whose scores are hard for an online softmax."""
+    head_dim = row["head_dim"]
+    seqlen_q, seqlen_k = row["forward"]["block_q"] + 33, 4 * row["forward"]["block_kv"] + 7
+    q, k, v = (normal(1, s, 2, head_dim, dtype=dtype) for s in (seqlen_q, seqlen_k, seqlen_k))
+    ramp = torch.linspace(0, 1, seqlen_k, device="cuda").view(1, -1, 1, 1)
+    direction = torch.ones(head_dim, device="cuda")
+    if kind in ("growing", "falling"):  # every block raises the maximum; only the first one does
+        q = (0.1 * q + direction).to(dtype)
+        k = (0.1 * k + 6 * direction * (ramp if kind == "growing" else 1 - ramp)).to(dtype)
+    elif kind == "all equal":
+        k = k[:, :1].expand_as(k).contiguous()
+    elif kind == "all zero":
+        q = torch.zeros_like(q)
+    elif kind == "all very negative":
+        q, k = (0.1 * q + 8).to(dtype), (0.1 * k - 8).to(dtype)
+    elif kind == "all very positive":
+        q, k = (0.1 * q + 8).to(dtype), (0.1 * k + 8).to(dtype)
+    elif kind == "huge first key":
+        k[:, 0] *= 100
+    elif kind == "huge last key":
+        k[:, -1] *= 100
+    elif kind == "huge v":  # sums of seqlen_k such values still fit the accumulator
+        v = (v.sign() * (torch.finfo(torch.float16).max * 0.9 if dtype == torch.float16 else 2.0**116)).to(dtype)
+    elif kind == "tiny v":
+        v = v * 2.0**-14
+    return q, k, v
+
+
+@each_row
+@both_dtypes
+@both_masks
+@pytest.mark.parametrize(
+    "kind",
+    ["growing", "falling", "all equal", "all zero", "all very negative", "all very positive"]
+    + ["huge first key", "huge last key", "huge v", "tiny v"],
+)
+def test_extreme_logits(kind, row, dtype, causal):
+    # Tensor cores truncate the running sum of q k at every step. Where all of 256 products have one sign and fp16's
+    # full precision, the truncations add up to 1.2 times lse's bound (docs/forward.md), and no schedule changes that.
+    one_sign = kind in ("growing", "falling", "all very negative", "all very positive")
+    lse_slack = max(1, row["head_dim"] / 128) if one_sign and dtype == torch.float16 else 1
+    attend_and_check(*logits(kind, row, dtype), causal=causal, lse_slack=lse_slack)
+
+
+# Rows that see nothing, NaN and Inf ----------------------------------------------------------------------------------
+
+
+@each_row
+@pytest.mark.parametrize("seqlens", [(300, 1), (300, 99), (193, 65), (65, 64)], ids=lambda s: f"q{s[0]}k{s[1]}")
+def test_rows_that_see_nothing(row, seqlens):
+    seqlen_q, seqlen_k = seqlens
+    q, k, v = (normal(2, s, 3, row["head_dim"]) for s in (seqlen_q, seqlen_k, seqlen_k))
+    out, lse = attend_and_check(q, k, v, causal=True)
+    blind = seqlen_q - seqlen_k
+    assert (out[:, :blind] == 0).all() and (lse[:, :, :blind] == -math.inf).all()
+    assert lse[:, :, blind:].isfinite().all()
+
+
+@both_masks
+@pytest.mark.parametrize(
+    "batch, seqlen_q, seqlen_k", [(2, 5, 0), (2, 0, 5), (2, 0, 0), (0, 5, 5), (0, 0, 0), (2, 1000, 0)]
+)
+def test_empty_inputs(batch, seqlen_q, seqlen_k, causal):
+    q = normal(batch, seqlen_q, 4, 128)
+    k, v = normal(batch, seqlen_k, 2, 128), normal(batch, seqlen_k, 2, 128)
+    out, lse = attend(q, k, v, causal=causal)
+    assert out.shape == q.shape and out.dtype == q.dtype and (out == 0).all()
+    assert lse.shape == (batch, 4, seqlen_q) and lse.dtype == torch.float32 and (lse == -math.inf).all()
+    torch.cuda.synchronize()
+
+
+@each_row
+@both_masks
+def test_nan_in_q_reaches_its_row_only(row, causal):
+    seqlen = row["forward"]["block_q"] + 21
+    q, k, v = (normal(2, seqlen, 2, row["head_dim"]) for _ in range(3))
+    out, lse = attend(q, k, v, causal=causal)
+    q[1, 70, 0, 5] = math.nan
+    nan_out, nan_lse = attend(q, k, v, causal=causal)
+    assert nan_out[1, 70, 0].isnan().all() and not nan_lse[1, 0, 70].isfinite()
+    nan_out[1, 70, 0], nan_lse[1, 0, 70] = out[1, 70, 0], lse[1, 0, 70]
+    assert_same((nan_out, nan_lse), (out, lse), "in rows without NaN")
+
+
+@each_row
+@both_masks
+@pytest.mark.parametrize("what", ["nan", "score of +inf"])
+def test_nan_score_reaches_the_rows_that_see_it(row, causal, what):
+    seqlen, key = row["forward"]["block_q"] + 21, row["forward"]["block_kv"] + 2
+    q, k, v = (normal(2, seqlen, 4, row["head_dim"]) for _ in range(3))
+    k, v = k[:, :, :2], v[:, :, :2]
+    q[..., 5] = 1
+    out, lse = attend(q, k, v, causal=causal)
+    k = k.clone()
+    k[0, key, 1, 5] = math.nan if what == "nan" else math.inf
+    nan_out, nan_lse = attend(q, k, v, causal=causal)
+    first = key if causal else 0
+    assert nan_out[0, first:, 2:].isnan().all() and not nan_lse[0, 2:, first:].isfinite().any()
+    nan_out[0, first:, 2:], nan_lse[0, 2:, first:] = out[0, first:, 2:], lse[0, 2:, first:]
+    assert_same((nan_out, nan_lse), (out, lse), "in rows that do not see the key")
+
+
+@each_row
+@both_masks
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_nan_in_v_reaches_out_only(row, causal, value):
+    block_kv = row["forward"]["block_kv"]
+    seqlen, key = 3 * block_kv + 21, 2 * block_kv + 2
+    q, k, v = (normal(2, seqlen, 2, row["head_dim"]) for _ in range(3))
+    out, lse = attend(q, k, v, causal=causal)
+    v[0, key, 1, 5] = value
+    nan_out, nan_lse = attend(q, k, v, causal=causal)
+    assert same_bits(nan_lse, lse), "lse does not depend on v"
+    first = key if causal else 0
+    assert not nan_out[0, first:, 1, 5].isfinite().any()
+    # Rows that mask the key may or may not have its tile multiplied by probabilities of 0: unspecified.
+    nan_out[0, :, 1, 5] = out[0, :, 1, 5]
+    assert same_bits(nan_out, out), "only the element's own column may change"
+
+
+@each_row
+@both_dtypes
+@both_masks
+@pytest.mark.parametrize("where", ["all", "first block", "last block", "all but one"])
+def test_scores_of_minus_inf(row, dtype, causal, where):
+    block_kv = row["forward"]["block_kv"]
+    seqlen = 3 * block_kv + 11
+    q, k, v = (normal(1, seqlen, 2, row["head_dim"], dtype=dtype) for _ in range(3))
+    q[..., 3] = 1
+    keys = {
+        "all": slice(None),
+        "first block": slice(0, block_kv),
+        "last block": slice(2 * block_kv, None),
+        "all but one": [j for j in range(seqlen) if j != block_kv + 1],
+    }[where]
+    k[:, keys, :, 3] = -math.inf
+    out, lse = attend_and_check(q, k, v, causal=causal)
+    if where == "all":
+        assert (out == 0).all() and (lse == -math.inf).all()
+
+
+# Sizes ---------------------------------------------------------------------------------------------------------------
+
+
+@both_masks
+@pytest.mark.parametrize("shape", [(8200, 128, 16, 128), (1, 1100, 16384, 128)], ids=str)
+def test_more_than_2_to_the_31_elements(shape, causal):
+    gpu.needs_free(24)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    assert q.numel() > 2**31
+    out, lse = flash_attn_ext.forward(q, k, v, None, causal)
+    last = [x[-1:, :, -1:].clone(memory_format=torch.contiguous_format) for x in (q, k, v)]
+    expected = attend_and_check(*last, causal=causal)
+    assert_same((out[-1:, :, -1:], lse[-1:, -1:]), expected, "in the last head")
+    del q, k, v, out, lse
+    torch.cuda.empty_cache()
+
+
+@both_masks
+@pytest.mark.parametrize(
+    "batch, seqlen_q, heads, kv_heads, seqlen_k",
+    [(70001, 3, 1, 1, 5), (1, 3, 70001, 70001, 5), (1, 3, 70001, 1, 5), (1, 70000 * 64 + 3, 1, 1, 5)],
+    ids=["batch", "heads", "heads of MQA", "tiles"],
+)
+def test_sizes_beyond_a_grid_dimension(batch, seqlen_q, heads, kv_heads, seqlen_k, causal):
+    q = normal(batch, seqlen_q, heads, 64)
+    k, v = (normal(batch, seqlen_k, kv_heads, 64) for _ in range(2))
+    attend_and_check(q, k, v, causal=causal)
+    torch.cuda.empty_cache()
+
+
+# Streams, graphs, devices, repeats -----------------------------------------------------------------------------------
+
+SLEEP = 100_000_000  # cycles: some 50 ms, far longer than the host needs to come back
+
+
+@both_masks
+def test_other_stream_without_synchronising(causal):
+    """Work is ordered on the current stream, and the call returns before that stream gets to it."""
+    inputs = [normal(2, 500, 4, 128) for _ in range(3)]
+    expected = attend(*inputs, causal=causal)
+    late = [torch.full_like(x, math.nan) for x in inputs]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        attend(*inputs, causal=causal)  # so that memory for this stream is at hand
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(SLEEP)
+        for x, y in zip(late, inputs, strict=True):
+            x.copy_(y)
+        results = flash_attn_ext.forward(*late, None, causal)
+        assert not stream.query(), "the call waited for the GPU"
+    stream.synchronize()
+    assert_same(results, expected)
+
+
+@both_masks
+def test_cuda_graph_replays(causal):
+    inputs = [normal(3, 700, 8, 128) for _ in range(3)]
+    attend(*inputs, causal=causal)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = flash_attn_ext.forward(*inputs, None, causal)
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for values in (1, 2):  # the graph reads what lies in its inputs at replay
+        torch.manual_seed(values)
+        for x in inputs:
+            x.normal_()
+        expected_out, expected_lse = attend_and_check(*inputs, causal=causal)
+        for _ in range(50):
+            out.fill_(math.nan), lse.fill_(math.nan)
+            graph.replay()
+            different += (out != expected_out).sum() + (lse != expected_lse).sum()
+    assert different.item() == 0
+
+
+@each_row
+@both_masks
+def test_repeats_are_bitwise_equal(row, causal):
+    """The same bits 200 times over, with enough tiles that a race between producer and consumers would show."""
+    tile = row["forward"]
+    q, k, v = (normal(4, s, 20, row["head_dim"]) for s in (3 * tile["block_q"] + 7,) + (9 * tile["block_kv"] + 3,) * 2)
+    first_out, first_lse = attend_and_check(q, k, v, causal=causal)
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(200):
+        out, lse = flash_attn_ext.forward(q, k, v, None, causal)
+        different += (out != first_out).sum() + (lse != first_lse).sum()
+    assert different.item() == 0
+
+
+def test_threads():
+    """Each on its own stream, all at once."""
+    cases = [Case(d, "bf16", 300 + 10 * i, 400, True) for i, d in enumerate(HEAD_DIMS * 2)]
+    inputs = [case.inputs("cuda") for case in cases]
+    expected = [attend(*x, causal=True) for x in inputs]
+    torch.cuda.synchronize()
+    failures = []
+
+    def work(i):
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(20):
+                    assert_same(flash_attn_ext.forward(*inputs[i], None, True), expected[i], f"in thread {i}")
+        except (AssertionError, RuntimeError) as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_device_of_the_tensors_not_the_current_one():
+    inputs = Case(128, "bf16", 200, 300, True).inputs("cuda:0")
+    expected = attend(*inputs, causal=True)
+    with torch.cuda.device(0):
+        results = flash_attn_ext.forward(*(x.to("cuda:1") for x in inputs), None, True)
+    assert results[0].device == torch.device("cuda:1")
+    assert_same([x.to("cuda:0") for x in results], expected)
+
+
+# torch around it -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@both_dtypes
+def test_autocast(given, dtype):
+    inputs = [normal(2, 130, 3, 64, dtype=given) for _ in range(3)]
+    expected = attend(*(x.to(dtype) for x in inputs), causal=True)
+    with torch.autocast("cuda", dtype=dtype):
+        assert_same(flash_attn_func(*inputs, causal=True, return_lse=True), expected)
+        assert_same(torch.ops.flash_attn_ext.forward(*inputs, None, True), expected, "through the operator")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_fullgraph(backend):
+    torch._dynamo.reset()
+
+    def layer(q, k, v):
+        out, lse = flash_attn_func(q * 2, k, v, causal=True, return_lse=True)
+        return out + 1, lse
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for seqlen in (130, 257):
+            inputs = [normal(2, seqlen, 3, 128) for _ in range(3)]
+            assert_same(compiled(*inputs), layer(*inputs), "under torch.compile")

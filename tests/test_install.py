@@ -1,0 +1,58 @@
+"""Installations without the binary, or with one built for another torch: CPU tensors work, and the reason is told."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flash_attn_ext
+
+USE = """
+import torch, flash_attn_ext
+q, k, v = torch.randn(3, 1, 5, 2, 8).requires_grad_()
+flash_attn_ext.flash_attn_func(q, k, v, causal=True).sum().backward()
+print(flash_attn_ext.supported(), flash_attn_ext.is_available())
+"""
+
+
+@pytest.fixture
+def package(tmp_path):
+    """The package's Python files alone, as an installation without CUDA has them."""
+    source = Path(flash_attn_ext.__file__).parent
+    shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns("*.so", "_build_info.py", "__*__"))
+    for name in ("__init__.py", "__main__.py"):
+        shutil.copy(source / name, tmp_path / source.name)
+    return tmp_path / source.name
+
+
+def python(package, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(package.parent)}
+    run = subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=package.parent, capture_output=True, text=True, check=True
+    )
+    return run.stdout, run.stderr
+
+
+def test_without_the_binary(package):
+    stdout, stderr = python(package, "-c", USE)
+    assert stdout.split("\n")[0] == "{'forward': (), 'backward': ()} False"
+    assert "Warning" not in stderr, "such an installation is a choice"
+    info = json.loads(python(package, "-m", "flash_attn_ext", "info", "--json")[0])
+    assert "without its GPU kernels" in info["unavailable"] and info["head_dims"] == {"forward": [], "backward": []}
+
+
+def test_with_a_binary_for_another_torch(package):
+    (package / "_build_info.py").write_text("BUILD = {'torch': '1.13.1', 'cuda': '11.7', 'python': '3.10.1'}\n")
+    (package / "_C.so").write_text("not to be loaded")
+    stdout, stderr = python(package, "-c", USE)
+    assert stdout.split("\n")[0] == "{'forward': (), 'backward': ()} False"
+    assert "RuntimeWarning" in stderr and "built for torch 1.13.1" in stderr and "pip install" in stderr
+
+
+def test_info_in_words(package):
+    stdout, _ = python(package, "-m", "flash_attn_ext", "info")
+    assert flash_attn_ext.__version__ in stdout and "without its GPU kernels" in stdout

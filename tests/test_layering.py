@@ -1,0 +1,104 @@
+"""The house of csrc/: who may include whom, where torch and asm may be, and that builds compile every kernel."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[1] / "csrc"
+FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cuh", ".cu", ".cpp"})
+
+TABLE = {"limits.h"}
+INTERFACE = TABLE | {"params.h", "launch.h"}
+# A layer, and the layers or files of ours that it may include besides its own.
+MAY_INCLUDE = {
+    "limits.h": set(),
+    "params.h": TABLE,
+    "launch.h": TABLE | {"params.h"},
+    "bindings.cpp": INTERFACE,
+    "ptx": set(),
+    "tile": {"ptx"},
+    "tensor_map.h": INTERFACE,
+    "forward": INTERFACE | {"tensor_map.h", "ptx", "tile"},
+    "backward": INTERFACE | {"tensor_map.h", "ptx", "tile"},
+}
+STANDARD_LIBRARY_ONLY = ["limits.h", "params.h"]
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CSRC)))
+
+
+def code(path):
+    """The file without comments and strings' contents; include lines keep their paths."""
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+    return re.sub(r'(#include\s+"[^"\n]*")|"(?:\\.|[^"\\\n])*"', lambda found: found[1] or '""', text)
+
+
+def layer(path):
+    """The directory's name, or the file's; forward.cu, forward_tile.cuh, ... are one layer."""
+    first, *rest = path.relative_to(CSRC).parts
+    if rest:
+        return first
+    return next((name for name in ("forward", "backward") if re.match(rf"{name}\b|{name}_", first)), first)
+
+
+def includes(path, brackets):
+    pattern = r'#include\s+"([^"]+)"' if brackets == '""' else r"#include\s+<([^>]+)>"
+    return re.findall(pattern, code(path))
+
+
+def resolve(path, include):
+    found = [base / include for base in (path.parent, CSRC) if (base / include).exists()]
+    assert found, f"{path.name} includes {include}, which is not in csrc/"
+    return found[0].resolve()
+
+
+def test_every_file_has_a_layer():
+    assert FILES
+    assert {layer(path) for path in FILES} - MAY_INCLUDE.keys() == set()
+
+
+@each_file
+def test_includes_run_one_way(path):
+    allowed = MAY_INCLUDE[layer(path)] | {layer(path)}
+    forbidden = [include for include in includes(path, '""') if layer(resolve(path, include)) not in allowed]
+    assert forbidden == [], f"{path.name} may include {sorted(allowed)}"
+
+
+@each_file
+def test_only_the_bindings_see_torch(path):
+    theirs = [x for x in includes(path, "<>") if re.match(r"(torch|ATen|c10|pybind11)/|Python\.h", x)]
+    if path.name == "bindings.cpp":
+        assert "torch/extension.h" not in theirs, "it takes half a minute to compile; the small headers do"
+    else:
+        assert theirs == [] and not re.search(r"\b(at|c10|torch|pybind11)::", code(path))
+
+
+@each_file
+def test_asm_is_in_ptx_only(path):
+    assert layer(path) == "ptx" or not re.search(r"\b(asm|__asm__)\b", code(path))
+
+
+@each_file
+def test_tile_never_sees_params(path):
+    if layer(path) in ("tile", "ptx"):
+        assert not re.search(r"\b(Forward|Backward)Params\b|\bkLimits\b", code(path))
+
+
+@each_file
+def test_no_macros(path):
+    """But one, which its comment defends."""
+    macros = re.findall(r"#define\s+(\w+)", code(path))
+    assert set(macros) <= ({"HOST_DEVICE"} if path.name == "host_device.h" else set())
+    if path.suffix in {".h", ".cuh"}:
+        assert "#pragma once" in path.read_text()
+
+
+@pytest.mark.parametrize("name", STANDARD_LIBRARY_ONLY)
+def test_the_table_needs_the_standard_library_only(name):
+    assert [x for x in includes(CSRC / name, "<>") if not re.fullmatch(r"\w+", x)] == []
+
+
+def test_builds_compile_every_kernel():
+    """One source list serves setup.py and CMakeLists.txt."""
+    assert sorted((CSRC / "kernels.txt").read_text().split()) == sorted(path.name for path in CSRC.glob("*.cu"))
+    for build in ("setup.py", "CMakeLists.txt"):
+        assert "kernels.txt" in (CSRC.parent / build).read_text(), f"{build} does not read the list"

@@ -1,0 +1,74 @@
+"""The table of csrc/limits.h against everything that is derived from it."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from cases import DTYPES, FORWARD, ROWS, SMOKE, forward_cases
+
+import flash_attn_ext
+from flash_attn_ext import limits
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+import tables  # noqa: E402 (what writes the tables of the documents)
+
+pytestmark = pytest.mark.skipif(not limits.TABLE, reason="flash_attn_ext is installed without its GPU kernels")
+
+
+def test_the_compiled_table_is_the_one_in_the_source():
+    """Not that of a build from before the last edit."""
+    source = (ROOT / "csrc" / "limits.h").read_text()
+    rows = re.findall(r"\{\.head_dim = (\d+),\s*\.forward = \{([^}]*)\},\s*\.backward = \{([^}]*)\}\}", source)
+    assert len(rows) == len(re.findall(r"\.head_dim = ", source)), "a row that this test cannot read"
+
+    def tile(text):
+        return {name: int(number) for name, number in re.findall(r"\.(\w+) = (\d+)", text)} or None
+
+    in_source = [
+        {"head_dim": int(d), "forward": tile(forward), "backward": tile(backward)} for d, forward, backward in rows
+    ]
+    assert in_source == limits.TABLE
+
+
+def test_rows_are_sane():
+    dims = [row["head_dim"] for row in limits.TABLE]
+    assert dims == sorted(set(dims)), "one row per head dim, in order"
+    assert not [row for row in limits.TABLE if row["backward"] and not row["forward"]]
+
+
+def test_supported_is_the_table():
+    for which in ("forward", "backward"):
+        assert flash_attn_ext.supported()[which] == tuple(row["head_dim"] for row in limits.TABLE if row[which])
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"d{row['head_dim']}")
+def test_every_row_is_tested_at_the_edges_of_its_tile(row):
+    cases = list(forward_cases(row))
+    assert set(cases) <= set(FORWARD) and any(case.head_dim == row["head_dim"] for case in SMOKE)
+    for block, lengths in (
+        (row["forward"]["block_q"], {case.seqlen_q for case in cases}),
+        (row["forward"]["block_kv"], {case.seqlen_k for case in cases}),
+    ):
+        assert {1, block - 1, block, block + 1, 2 * block + 3} <= lengths
+    seen = {(case.dtype, case.causal, case.seqlen_q > case.seqlen_k, case.seqlen_q < case.seqlen_k) for case in cases}
+    for dtype in DTYPES:
+        for causal in (False, True):
+            assert {(dtype, causal, True, False), (dtype, causal, False, True), (dtype, causal, False, False)} <= seen
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/head-dims.md"])
+def test_documents_have_the_table(document):
+    """The generated block is up to date, and says of every head dim whether it runs and trains."""
+    assert document not in tables.check(), "run: python benchmarks/tables.py"
+    begin, end = "<!-- support-table:begin -->", "<!-- support-table:end -->"
+    block = (ROOT / document).read_text().split(begin)[1].split(end)[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.strip().splitlines()[2:]]
+    shown = [(int(head_dim), forward != "–", backward != "–") for head_dim, forward, backward in cells]
+    assert shown == [(row["head_dim"], bool(row["forward"]), bool(row["backward"])) for row in limits.TABLE]
+
+
+def test_documents_are_up_to_date():
+    """Their speed tables too, which come from the committed results."""
+    assert tables.check() == [], "run: python benchmarks/tables.py"

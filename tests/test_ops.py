@@ -1,0 +1,246 @@
+"""The registered operator: what torch.compile, FakeTensor, autocast, checkpointing and dispatch modes see."""
+
+from functools import partial
+
+import pytest
+import torch
+from cases import HEAD_DIMS, LAYOUTS, Case
+from gpu import on_hopper
+from oracle import same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from flash_attn_ext import flash_attn_func
+
+operator = torch.ops.flash_attn_ext.forward.default
+both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+def leaves(*shapes, dtype=torch.float32):
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+@both_masks
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_on_cpu(causal, requires_grad):
+    q, k, v = leaves((2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 8))
+    inputs = [x.detach().requires_grad_(requires_grad) for x in (q, k, v)]
+    torch.library.opcheck(operator, (*inputs, 0.3, causal))
+    torch.library.opcheck(operator, (*inputs,), {"causal": causal})
+
+
+@on_hopper
+@both_masks
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_opcheck_on_gpu(causal, layout):
+    inputs = Case(128, "bf16", 130, 140, causal, heads=6, kv_heads=2, layout=layout).inputs("cuda")
+    torch.library.opcheck(operator, (*inputs, None, causal))
+
+
+# Fake tensors: shapes, dtypes and strides without data ----------------------------------------------------------------
+
+
+@each_layout
+@pytest.mark.parametrize("seqlen", [6, 1])
+def test_fake_results_are_laid_out_as_real_ones(layout, seqlen):
+    inputs = Case(64, "bf16", seqlen, seqlen, heads=4, kv_heads=2, layout=layout).inputs("cpu")
+    real = flash_attn_func(*inputs, return_lse=True)
+    with FakeTensorMode() as mode:
+        fake = flash_attn_func(*(mode.from_tensor(x) for x in inputs), return_lse=True)
+    for a, b in zip(fake, real, strict=True):
+        assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+
+
+@each_layout
+def test_fake_cuda_tensors_need_no_gpu(layout):
+    head_dim = HEAD_DIMS[0] if HEAD_DIMS else 64
+    inputs = Case(head_dim, "bf16", 6, 6, heads=4, kv_heads=2, layout=layout).inputs("cpu")
+    with FakeTensorMode():
+        q, k, v = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") for x in inputs)
+        out, lse = operator(q, k, v, None, True)
+        assert (out.shape, out.stride(), out.dtype) == (q.shape, torch.empty_like(q).stride(), q.dtype)
+        assert (lse.shape, lse.dtype, lse.is_contiguous()) == ((2, 4, 6), torch.float32, True)
+        assert out.device.type == lse.device.type == "cuda"
+
+
+def test_meta_tensors():
+    q, k, v = (torch.empty(2, s, 4, 64, device="meta", dtype=torch.bfloat16) for s in (6, 9, 9))
+    out, lse = flash_attn_func(q, k, v, return_lse=True)
+    assert out.is_meta and out.shape == q.shape and lse.is_meta and lse.shape == (2, 4, 6)
+
+
+# torch.compile --------------------------------------------------------------------------------------------------------
+
+
+def attention_layer(q, k, v):
+    out, lse = flash_attn_func(q * 2, k, v, causal=True, return_lse=True)
+    return out + 1, lse
+
+
+def test_compile_fullgraph_with_dynamic_shapes():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    for backend in (count, "aot_eager"):
+        torch._dynamo.reset()
+        compiled = torch.compile(attention_layer, fullgraph=True, dynamic=True, backend=backend)
+        for batch, seqlen_q, seqlen_k in ((2, 17, 23), (3, 30, 9), (4, 8, 8)):
+            inputs = [torch.randn(batch, s, 4, 16) for s in (seqlen_q, seqlen_k, seqlen_k)]
+            for a, b in zip(compiled(*inputs), attention_layer(*inputs), strict=True):
+                assert same_bits(a, b)
+    assert len(graphs) == 1, "one graph serves all shapes"
+    assert operator in [node.target for node in graphs[0].graph.nodes]
+
+
+def test_compile_with_gradients():
+    compiled = torch.compile(attention_layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    inputs = leaves((2, 9, 4, 8), (2, 13, 2, 8), (2, 13, 2, 8), dtype=torch.float64)
+    gradients = [torch.autograd.grad(function(*inputs)[0].sum(), inputs) for function in (compiled, attention_layer)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_export_keeps_the_operator():
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v):
+            return flash_attn_func(q, k, v, causal=True)
+
+    program = torch.export.export(Layer(), tuple(torch.randn(2, 5, 4, 8) for _ in range(3)))
+    assert operator in [node.target for node in program.graph.nodes]
+
+
+# Dispatch modes and subclasses ----------------------------------------------------------------------------------------
+
+
+class Record(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.called.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_operator():
+    q, k, v = (torch.randn(2, 5, 4, 8) for _ in range(3))
+    with Record() as mode:
+        flash_attn_func(q, k, v)
+    assert operator in mode.called
+
+
+def test_selective_checkpoint_can_save_attention():
+    recomputed = []
+
+    def policy(context, function, *args, **kwargs):
+        if context.is_recompute:
+            recomputed.append(function)
+        return CheckpointPolicy.MUST_SAVE if function is operator else CheckpointPolicy.PREFER_RECOMPUTE
+
+    q, k, v = leaves((1, 5, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8), dtype=torch.float64)
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+
+    def layer(q, k, v):
+        return flash_attn_func(q.sin(), k, v, causal=True).cos()
+
+    out = checkpoint(layer, q, k, v, use_reentrant=False, context_fn=contexts)
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    torch.testing.assert_close(gradients, torch.autograd.grad(layer(q, k, v).sum(), (q, k, v)))
+    assert operator in recomputed, "the policy was asked about attention"
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(use_reentrant):
+    q, k, v = leaves((1, 5, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8), dtype=torch.float64)
+    out = checkpoint(flash_attn_func, q, k, v, use_reentrant=use_reentrant)
+    gradients = torch.autograd.grad(out.sum(), (q, k, v)) if not use_reentrant else None
+    if use_reentrant:
+        out.sum().backward()
+        gradients = (q.grad, k.grad, v.grad)
+    torch.testing.assert_close(gradients, torch.autograd.grad(flash_attn_func(q, k, v).sum(), (q, k, v)))
+
+
+class Subclass(torch.Tensor):
+    called = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.called.append(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_tensor_subclass_sees_the_operator():
+    q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
+    Subclass.called.clear()
+    out = flash_attn_func(q.as_subclass(Subclass), k, v)
+    assert operator in Subclass.called and isinstance(out, Subclass)
+
+
+# Autograd and autocast ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "kv", "qkv"])
+def test_only_the_gradients_asked_for(wanted):
+    tensors = {name: torch.randn(1, 5, 2, 8, dtype=torch.float64, requires_grad=name in wanted) for name in "qkv"}
+    flash_attn_func(*tensors.values(), causal=True).sum().backward()
+    assert {name for name, x in tensors.items() if x.grad is not None} == set(wanted)
+
+
+def test_expanded_and_strided_dout():
+    q, k, v = leaves((2, 5, 4, 8), (2, 5, 4, 8), (2, 5, 4, 8), dtype=torch.float64)
+    out = flash_attn_func(q, k, v)
+    strided = torch.randn(8, 4, 5, 2, dtype=torch.float64).permute(3, 2, 1, 0)
+    for dout in (torch.ones(1, 1, 1, 1, dtype=torch.float64).expand_as(out), strided):
+        ours = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+        torch.testing.assert_close(ours, torch.autograd.grad(out, (q, k, v), dout.contiguous(), retain_graph=True))
+
+
+def test_lse_is_not_differentiable():
+    out, lse = flash_attn_func(*leaves((1, 5, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8)), return_lse=True)
+    assert out.requires_grad and not lse.requires_grad
+
+
+@pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()], ids=["sum", "square"])
+def test_second_derivatives_are_refused_not_forgotten(loss):
+    q, k, v = leaves((1, 5, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8), dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(loss(flash_attn_func(q, k, v)), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_casts_what_it_may(given, dtype):
+    inputs = [torch.randn(1, 5, 2, 8).to(given) for _ in range(3)]
+    cast = [x if given == torch.float64 else x.to(dtype) for x in inputs]
+    expected = flash_attn_func(*cast, causal=True, return_lse=True)
+    with torch.autocast("cpu", dtype=dtype):
+        for results in (flash_attn_func(*inputs, causal=True, return_lse=True), operator(*inputs, None, True)):
+            assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True))
+    with torch.autocast("cpu", dtype=dtype, enabled=False):
+        assert flash_attn_func(*inputs).dtype == given
+
+
+def test_autocast_casts_gradients_back():
+    inputs = leaves((1, 5, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = flash_attn_func(*inputs)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert all(x.grad.dtype == torch.float32 for x in inputs)
+
+
+def test_autocast_evens_out_mixed_dtypes():
+    q, k, v = torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8).bfloat16(), torch.randn(1, 5, 2, 8).half()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert flash_attn_func(q, k, v).dtype == torch.bfloat16

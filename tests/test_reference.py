@@ -1,0 +1,194 @@
+"""The CPU path: attention_reference against torch's own attention, and flash_attn_func on CPU tensors."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, Case
+from oracle import check, same_bits
+
+import flash_attn_ext
+from flash_attn_ext import attention_reference, flash_attn_func
+
+both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+shapes = pytest.mark.parametrize(
+    "seqlen_q, seqlen_k, heads, kv_heads, head_dim",
+    [(1, 1, 1, 1, 1), (17, 17, 4, 4, 64), (23, 41, 6, 2, 40), (41, 23, 6, 2, 16), (1, 37, 5, 1, 128), (30, 1, 4, 2, 8)],
+)
+
+
+def normal(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def visible(seqlen_q, seqlen_k, causal):
+    """(seqlen_q, seqlen_k): what the query sees. Row by row, from the definition."""
+    last = [i + seqlen_k - seqlen_q if causal else seqlen_k - 1 for i in range(seqlen_q)]
+    return torch.tensor([[j <= last[i] for j in range(seqlen_k)] for i in range(seqlen_q)])
+
+
+def torchs_attention(q, k, v, softmax_scale, causal):
+    """torch's own, with the bottom-right mask spelled out, and 0 for the rows that see nothing."""
+    seen = visible(q.shape[1], k.shape[1], causal)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen | ~seen.any(-1, keepdim=True), scale=softmax_scale, enable_gqa=True
+        )
+    return out.masked_fill(~seen.any(-1, keepdim=True), 0).transpose(1, 2)
+
+
+@shapes
+@both_masks
+@pytest.mark.parametrize("softmax_scale", [None, 0.3])
+def test_out_and_gradients_are_torchs(seqlen_q, seqlen_k, heads, kv_heads, head_dim, causal, softmax_scale):
+    inputs = [normal(2, s, h, head_dim) for s, h in ((seqlen_q, heads), (seqlen_k, kv_heads), (seqlen_k, kv_heads))]
+    dout = normal(*inputs[0].shape)
+    results = []
+    for function in (torchs_attention, lambda *args: attention_reference(*args)[0], flash_attn_func):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = function(*leaves, softmax_scale, causal)
+        results.append((out, *torch.autograd.grad(out, leaves, dout)))
+    for ours in results[1:]:
+        torch.testing.assert_close(ours, results[0])
+
+
+@shapes
+@both_masks
+def test_lse_is_the_logarithm_of_the_sum(seqlen_q, seqlen_k, heads, kv_heads, head_dim, causal):
+    q = normal(2, seqlen_q, heads, head_dim)
+    k, v = normal(2, seqlen_k, kv_heads, head_dim), normal(2, seqlen_k, kv_heads, head_dim)
+    _, lse = attention_reference(q, k, v, 0.3, causal)
+    seen = visible(seqlen_q, seqlen_k, causal)
+    for b in range(2):
+        for h in range(heads):
+            scores = 0.3 * q[b, :, h] @ k[b, :, h // (heads // kv_heads)].T
+            torch.testing.assert_close(lse[b, h], (scores.exp() * seen).sum(-1).log())
+
+
+@both_masks
+def test_gradcheck(causal):
+    q, k, v = (normal(1, s, h, 3).requires_grad_() for s, h in ((5, 2), (4, 1), (4, 1)))
+    assert torch.autograd.gradcheck(lambda *x: attention_reference(*x, 0.7, causal)[0], (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: flash_attn_func(*x, 0.7, causal), (q, k, v))
+
+
+def test_gradient_of_the_references_lse():
+    q, k, v = (normal(1, 4, 2, 3).requires_grad_() for _ in range(3))
+    assert torch.autograd.gradcheck(lambda *x: attention_reference(*x, 0.7, True)[1], (q, k, v))
+
+
+def test_rows_that_see_nothing_have_no_nan_and_no_gradient():
+    q, k, v = (normal(1, s, 2, 8).requires_grad_() for s in (9, 4, 4))
+    out, lse = flash_attn_func(q, k, v, causal=True, return_lse=True)
+    assert (out[:, :5] == 0).all() and (lse[:, :, :5] == -math.inf).all() and lse[:, :, 5:].isfinite().all()
+    gradients = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert all(x.isfinite().all() for x in gradients)
+    assert (gradients[0][:, :5] == 0).all()
+    without = torch.autograd.grad(flash_attn_func(q[:, 5:], k, v, causal=True), (k, v), torch.ones_like(out[:, 5:]))
+    torch.testing.assert_close(gradients[1:], without)
+
+
+@both_masks
+@pytest.mark.parametrize("batch, seqlen_q, seqlen_k", [(2, 5, 0), (2, 0, 5), (2, 0, 0), (0, 5, 5)])
+def test_empty_inputs(batch, seqlen_q, seqlen_k, causal):
+    q, k, v = (torch.randn(batch, s, h, 8).requires_grad_() for s, h in ((seqlen_q, 4), (seqlen_k, 2), (seqlen_k, 2)))
+    out, lse = flash_attn_func(q, k, v, causal=causal, return_lse=True)
+    assert out.shape == q.shape and (out == 0).all()
+    assert lse.shape == (batch, 4, seqlen_q) and lse.dtype == torch.float32 and (lse == -math.inf).all()
+    for x, gradient in zip((q, k, v), torch.autograd.grad(out, (q, k, v), torch.ones_like(out)), strict=True):
+        assert gradient.shape == x.shape and (gradient == 0).all()
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_nan_reaches_what_sees_it(where):
+    inputs = {name: normal(1, 6, 2, 8) for name in "qkv"}
+    clean, clean_lse = attention_reference(*inputs.values(), causal=True)
+    inputs[where][0, 3, 1, 2] = math.nan
+    out, lse = attention_reference(*inputs.values(), causal=True)
+    rows = slice(3, 4) if where == "q" else slice(3, None)
+    columns = slice(2, 3) if where == "v" else slice(None)
+    assert out[0, rows, 1, columns].isnan().all()
+    assert torch.equal(lse, clean_lse) if where == "v" else lse[0, 1, rows].isnan().all()
+    assert same_bits(out[:, :, 0], clean[:, :, 0]), "the other head"
+    if where != "v":
+        assert same_bits(out[:, :3], clean[:, :3]), "rows that do not see it"
+
+
+def test_infinite_scores():
+    q, k, v = (normal(1, 5, 1, 8) for _ in range(3))
+    q[..., 0] = 1
+    k[:, :2, :, 0] = -math.inf
+    out, lse = attention_reference(q, k, v)
+    torch.testing.assert_close((out, lse), attention_reference(q, k[:, 2:], v[:, 2:]))
+    k[..., 0] = -math.inf
+    out, lse = attention_reference(q, k, v)
+    assert (out == 0).all() and (lse == -math.inf).all()
+    k[:, 4, :, 0] = math.inf
+    out, lse = attention_reference(q, k, v)
+    assert out.isnan().all() and not lse.isfinite().any()
+
+
+# flash_attn_func on CPU tensors ---------------------------------------------------------------------------------------
+
+CPU_CASES = [
+    Case(head_dim, dtype, seqlen_q, seqlen_k, causal, 2, heads, kv_heads)
+    for head_dim in (64, 80)
+    for dtype in DTYPES
+    for causal in (False, True)
+    for seqlen_q, seqlen_k, heads, kv_heads in ((1, 67, 4, 4), (67, 1, 6, 2), (129, 129, 5, 1), (65, 131, 6, 3))
+]
+CPU_CASES += [Case(128, "bf16", 70, 70, True, 2, 6, 2, layout) for layout in LAYOUTS]
+
+
+@pytest.mark.parametrize("case", CPU_CASES, ids=str)
+def test_cpu_tensors_meet_the_rule_of_the_gpu(case):
+    q, k, v = case.inputs("cpu")
+    out, lse = flash_attn_func(q, k, v, case.softmax_scale, case.causal, return_lse=True)
+    check(out, lse, q, k, v, case.softmax_scale, case.causal)
+    assert out.stride() == torch.empty_like(q).stride() and lse.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_wide_dtypes(dtype):
+    q, k, v = (normal(2, 33, 3, 24, dtype=dtype) for _ in range(3))
+    out, lse = flash_attn_func(q, k, v, causal=True, return_lse=True)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    torch.testing.assert_close(out, torchs_attention(q, k, v, None, True))
+
+
+def test_signatures():
+    """Positional order as FlashAttention-3's; what is ours is keyword-only."""
+    parameters = inspect.signature(flash_attn_func).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    required = inspect.Parameter.empty
+    assert list(defaults.items()) == [
+        *((name, required) for name in "qkv"),
+        ("softmax_scale", None),
+        ("causal", False),
+        ("return_lse", False),
+    ]
+    assert [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY] == ["return_lse"]
+    assert list(inspect.signature(flash_attn_ext.forward).parameters) == ["q", "k", "v", "softmax_scale", "causal"]
+
+
+def test_public_function_is_the_low_level_pair():
+    q, k, v = Case(64, "bf16", 20, 30, heads=6, kv_heads=2).inputs("cpu")
+    out, lse = flash_attn_ext.forward(q, k, v, 0.1, True)
+    assert same_bits(flash_attn_func(q, k, v, 0.1, True), out)
+    for pair in (
+        flash_attn_func(q, k, v, softmax_scale=0.1, causal=True, return_lse=True),
+        torch.ops.flash_attn_ext.forward(q, k, v, 0.1, True),
+    ):
+        assert same_bits(pair[0], out) and same_bits(pair[1], lse)
+
+
+def test_default_scale_is_one_over_sqrt_head_dim():
+    q, k, v = (normal(1, 9, 2, 24) for _ in range(3))
+    assert same_bits(flash_attn_func(q, k, v), flash_attn_func(q, k, v, 24**-0.5))

@@ -1,0 +1,76 @@
+"""A smoke subset of the forward cases under compute-sanitizer: no access out of bounds, no barrier misused.
+
+Run as a script, this file is the program that the sanitizer watches.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu
+import pytest
+
+pytestmark = gpu.needs_hopper
+TOOLS = ["memcheck", "synccheck"]
+
+
+def sanitizer():
+    places = [shutil.which("compute-sanitizer"), *sorted(Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))]
+    return next((place for place in places if place and Path(place).exists()), None)
+
+
+def watched():
+    """Per row, full and causal: one ragged call with GQA, and where causal, rows that see nothing.
+
+    Inputs come from the CPU, so that no kernel but ours runs and costs the sanitizer time.
+    """
+    from cases import ROWS, Case
+
+    import flash_attn_ext
+
+    for row in ROWS:
+        block_q, block_kv = row["forward"]["block_q"], row["forward"]["block_kv"]
+        for causal, dtype in ((False, "fp16"), (True, "bf16")):
+            case = Case(row["head_dim"], dtype, 2 * block_q + 3, block_kv + 5, causal, 1, 4, 2)
+            out, lse = flash_attn_ext.forward(*(x.cuda() for x in case.inputs("cpu")), None, causal)
+            assert out.cpu().isfinite().all() and not lse.cpu().isnan().any()
+    print("all calls made")
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Both tools at once: most of their time is the start of Python and torch."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # so that a tensor's end is an allocation's end
+    }
+    command = [sanitizer(), "--error-exitcode", "86", "--tool"]
+    runs = {
+        tool: subprocess.Popen(
+            [*command, tool, sys.executable, __file__],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for tool in TOOLS
+    }
+    yield runs
+    for run in runs.values():
+        run.kill()
+
+
+@pytest.mark.skipif(sanitizer() is None, reason="no compute-sanitizer: it comes with the CUDA toolkit")
+@pytest.mark.parametrize("tool", TOOLS)
+def test_clean(runs, tool):
+    output, _ = runs[tool].communicate(timeout=120)
+    if "Device not supported" in output:
+        pytest.skip(f"compute-sanitizer says of this machine: Device not supported\n{output[-1000:]}")
+    assert runs[tool].returncode == 0, output[-8000:]
+    assert "all calls made" in output and "ERROR SUMMARY: 0 errors" in output, output[-8000:]
+
+
+if __name__ == "__main__":
+    watched()

@@ -1,0 +1,134 @@
+"""The machine code in the binary: every kernel of the table is there, on wgmma, with nothing in local memory."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from flash_attn_ext.limits import TABLE
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import nvcc  # noqa: E402 (the build's own reader of ptxas output)
+
+needs_binary = pytest.mark.skipif(not TABLE, reason="flash_attn_ext is installed without its GPU kernels")
+KERNEL = re.compile(r"forward_kernel.*?ForwardConfigILi(\d+)E(?:13__nv_(?P<bf16>bfloat16)|6__half)E")
+KERNELS = [(index, dtype) for index, row in enumerate(TABLE) if row["forward"] for dtype in ("fp16", "bf16")]
+each_kernel = pytest.mark.parametrize(
+    "kernel", KERNELS, ids=lambda kernel: f"d{TABLE[kernel[0]]['head_dim']}-{kernel[1]}"
+)
+
+
+def cuobjdump(*arguments):
+    """Its output for the compiled module; it comes with the toolkit, and with triton."""
+    from flash_attn_ext import _C
+
+    places = [shutil.which("cuobjdump"), *sorted(Path("/usr/local").glob("cuda*/bin/cuobjdump"))]
+    places += [Path(folder) / "triton/backends/nvidia/bin/cuobjdump" for folder in sys.path]
+    tool = next((place for place in places if place and Path(place).exists()), None)
+    if tool is None:
+        pytest.skip("no cuobjdump: neither in the CUDA toolkit nor in triton")
+    return subprocess.run([tool, *arguments, _C.__file__], capture_output=True, text=True, check=True).stdout
+
+
+def by_kernel(output):
+    """Splits what follows each function's name; keys are (row of the table, dtype)."""
+    parts = re.split(r"^\s*Function\s*:?\s*(\S+?):?$", output, flags=re.MULTILINE)
+    found = {}
+    for name, text in zip(parts[1::2], parts[2::2], strict=True):
+        if match := KERNEL.search(name):
+            found[int(match[1]), "bf16" if match["bf16"] else "fp16"] = text
+    return found
+
+
+@pytest.fixture(scope="module")
+def sass():
+    return by_kernel(cuobjdump("-sass"))
+
+
+@pytest.fixture(scope="module")
+def usage():
+    return by_kernel(cuobjdump("-res-usage"))
+
+
+@needs_binary
+def test_every_kernel_of_the_table_is_there_and_no_other(sass, usage):
+    assert sorted(sass) == sorted(usage) == sorted(KERNELS)
+
+
+@needs_binary
+@each_kernel
+def test_products_are_wgmma(sass, kernel):
+    """At least the instructions of one S = Q K^T and one O += P V, in this dtype; no product the old way."""
+    row, dtype = TABLE[kernel[0]], kernel[1]
+    issued = re.findall(r"\bHGMMA\.64x(\d+)x16\.F32(\.BF16)?", sass[kernel])
+    assert {suffix for _, suffix in issued} == {".BF16" if dtype == "bf16" else ""}
+    needed = defaultdict(int)
+    needed[row["forward"]["block_kv"]] += row["head_dim"] // 16
+    needed[row["head_dim"]] += row["forward"]["block_kv"] // 16
+    for columns, count in needed.items():
+        assert sum(int(n) == columns for n, _ in issued) >= count
+    assert not re.search(r"\bHMMA\b", sass[kernel])
+
+
+@needs_binary
+@each_kernel
+def test_tiles_move_by_tma(sass, kernel):
+    assert re.search(r"\bUTMALDG\b", sass[kernel]) and re.search(r"\bUTMASTG\b", sass[kernel])
+
+
+@needs_binary
+@each_kernel
+def test_no_local_memory(sass, usage, kernel):
+    assert not re.findall(r"\b(?:LDL|STL)\b.*", sass[kernel])
+    assert re.search(r"\bSTACK:0\b", usage[kernel]) and re.search(r"\bLOCAL:0\b", usage[kernel])
+
+
+@needs_binary
+def test_code_is_for_hopper_alone_and_small():
+    from flash_attn_ext import _C
+
+    assert set(re.findall(r"^arch = (\S+)", cuobjdump("-res-usage"), re.MULTILINE)) == {"sm_90a"}
+    assert Path(_C.__file__).stat().st_size <= 20e6
+
+
+def test_what_ptxas_said_of_the_last_build():
+    logs = sorted((ROOT / "build").glob("temp*/**/*.ptxas"))  # setup.py's
+    if not logs:
+        pytest.skip("no build/temp*/**/*.ptxas: the binary was not built in this directory")
+    for log in logs:
+        text = log.read_text()
+        assert "Compiling entry function" in text, f"{log}: ptxas was not asked to say anything"
+        assert nvcc.faults(text) == []
+
+
+CLEAN = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'kernel' for 'sm_90a'
+ptxas info    : Function properties for kernel
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers
+"""
+
+
+@pytest.mark.parametrize(
+    "good, bad",
+    [
+        ("0 bytes stack frame", "16 bytes stack frame"),
+        ("0 bytes spill stores", "4 bytes spill stores"),
+        ("0 bytes spill loads", "120 bytes spill loads"),
+        (
+            "ptxas info    : 0 bytes gmem",
+            "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+            "insufficient register resources for the wgmma pipeline in function 'kernel'",
+        ),
+    ],
+)
+def test_the_build_notices_slow_kernels(good, bad):
+    assert nvcc.faults(CLEAN) == []
+    (fault,) = nvcc.faults(CLEAN.replace(good, bad))
+    assert bad.split(":")[-1].strip() in fault and "kernel" in fault
