@@ -9,6 +9,7 @@
 #include <ATen/ops/empty_like.h>
 #include <c10/core/GradMode.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -19,8 +20,10 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <mutex>
 #include <optional>
 #include <tuple>
+#include <unordered_map>
 
 #include "launch.h"
 #include "limits.h"
@@ -97,6 +100,22 @@ Tensor allocate_like(const Tensor& t) {
                                           : at::empty_like(t);
 }
 
+// The kernels' tile counter: 0 before a launch and again after it. Launches of one stream follow each other, so each
+// stream has its own, which nothing has to zero between launches. A captured launch may be replayed on any stream,
+// beside anything: it gets a counter of its own, which the graph zeroes.
+Tensor tile_counter(c10::cuda::CUDAStream stream, const Tensor& like) {
+  const auto new_counter = [&] { return at::detail::empty_cuda({1}, like.options().dtype(at::kInt)).zero_(); };
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return new_counter();
+  unsigned long long id;  // not the handle, which may come back after the stream is gone
+  C10_CUDA_CHECK(cudaStreamGetId(stream.stream(), &id));
+  static std::mutex mutex;
+  static auto& counters = *new std::unordered_map<unsigned long long, Tensor>;  // never freed: the driver may go first
+  const std::lock_guard lock(mutex);
+  auto [entry, is_new] = counters.try_emplace(id);
+  if (is_new) entry->second = new_counter();
+  return entry->second;
+}
+
 // The operator's CUDA kernel.
 std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                                         std::optional<double> softmax_scale, bool causal) {
@@ -115,12 +134,15 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k, const 
   const Tensor q_in = addressable(q), k_in = addressable(k), v_in = addressable(v);
   const Tensor out_in_place =
       is_addressable(out) ? out : at::empty_like(out, out.options(), at::MemoryFormat::Contiguous);
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(q.get_device());
+  const Tensor counter = tile_counter(stream, q);
   const ForwardParams params{
       .q = q_in.const_data_ptr(),
       .k = k_in.const_data_ptr(),
       .v = v_in.const_data_ptr(),
       .out = out_in_place.mutable_data_ptr(),
       .lse = lse.mutable_data_ptr<float>(),
+      .tile_counter = counter.mutable_data_ptr<int>(),
       .q_strides = strides_of(q_in),
       .k_strides = strides_of(k_in),
       .v_strides = strides_of(v_in),
@@ -135,7 +157,7 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k, const 
       .softmax_scale = static_cast<float>(softmax_scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3))))),
       .causal = causal,
   };
-  launch_forward(params, c10::cuda::getCurrentCUDAStream(q.get_device()).stream());
+  launch_forward(params, stream.stream());
   if (!out_in_place.is_same(out)) out.copy_(out_in_place);
   return {out, lse};
 }

@@ -1,16 +1,16 @@
 // Attention forward for Hopper: O = softmax(scale * Q K^T) V and its log-sum-exp.
 //
-// FlashAttention-3 (Shah et al. 2024), sections 3.1 and 3.2. A thread block keeps 64 query rows per consumer warpgroup and
-// walks the KV blocks from the last to the first. Roles: of warpgroup 0, the producer, one thread copies K and V blocks
-// into two rings and one thread copies Q; each other warpgroup, a consumer, multiplies and does the softmax of its own
-// rows. Blocks are persistent: they take tile after tile (tile/schedule.h), and the producer is already at the next tile
-// while the consumers finish this one. docs/forward.md has the barriers, the shared-memory plan and the cycle budget.
-
-#include <cuda/ptx>
+// FlashAttention-3 (Shah et al. 2024), sections 3.1 and 3.2. A thread block keeps 64 query rows per consumer warpgroup
+// and walks the KV blocks from the last to the first. Roles: of warpgroup 0, the producer, one thread takes tiles and
+// copies their K and V blocks into two rings, and one thread copies Q; each other warpgroup, a consumer, multiplies and
+// does the softmax of its own rows. Blocks are persistent: they take tile after tile (tile/schedule.h), and the
+// producer is already at the next tile while the consumers finish this one. docs/forward.md has the barriers, the
+// shared-memory plan and the cycle budget.
 
 #include <array>
 #include <atomic>
 #include <climits>
+#include <cuda/ptx>
 #include <type_traits>
 
 #include "launch.h"
@@ -48,10 +48,15 @@ struct ForwardConfig {
   static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
 
-  // With a buffer of its own, O leaves while Q of the next tile arrives. Where it does not fit, O leaves through Q's.
+  // With a buffer of its own, O leaves while V of the next tile arrives. Where it does not fit, O leaves through V's.
   static constexpr bool kOwnOutBuffer = (2 * kBlockQ + 2 * kStages * kBlockKv) * kHeadDim * 2 < 226 * 1024;
 
+  // Where the first block's later half is masked for all rows of a consumer, it is not computed. At head dim 128 this
+  // was measured to cost more than it saves, since the consumers then fall into step (docs/tuning.md).
+  static constexpr bool kHalfFirstBlock = kHeadDim == 64;
+
   static_assert(kTile.built() && kBlockQ == 64 * kConsumers && kBlockKv % 16 == 0 && kHeadDim % kSlabColumns == 0);
+  static_assert(kOwnOutBuffer || (kStages >= kConsumers && kBlockKv >= 64), "each consumer's O takes a stage of V");
   static_assert(kConsumers == 2 || kConsumers == 3, "register counts are chosen for two or three consumers");
 };
 
@@ -75,25 +80,30 @@ struct ForwardSmem {
 
   KvRing k_ring;
   KvRing v_ring;
+  Ring<1> tile_ring;  // KV loader -> Q loader and consumers: the number of the next tile
+  int tile_index;
   uint64_t q_full[kConsumers];   // Q loader -> consumer: your rows of Q have arrived
-  uint64_t q_empty[kConsumers];  // consumer -> Q loader: the buffer of my rows is free
+  uint64_t q_empty[kConsumers];  // consumer -> Q loader: my last Q K^T of the tile is done
+  uint64_t out_left;             // consumers -> KV loader: O has left V's buffers (without an own buffer)
 
   __device__ QTile& out(int consumer) {
     if constexpr (Config::kOwnOutBuffer) {
       return out_buffer.tile[consumer];
     } else {
-      return q[consumer];
+      return reinterpret_cast<QTile&>(v[consumer]);
     }
   }
 };
 
 // Named barriers; 0 is __syncthreads.
-constexpr int kTurnBarrier = 1;  // + consumer: the one before me has issued its products, the tensor cores are mine
-constexpr int kOutBarrier = 4;   // + consumer: my four warps agree on the state of my O buffer
+constexpr int kTurnBarrier = 1;   // + consumer: the one before me has issued its products, the tensor cores are mine
+constexpr int kOutBarrier = 4;    // + consumer: my four warps agree on the state of my O buffer
+constexpr int kVDoneBarrier = 7;  // no consumer multiplies with V any more
 
 struct ForwardArguments {
   CUtensorMap q, k, v, out;
   float* lse;
+  int* tile_counter;
   TileSchedule schedule;
   Sequence sequence;
   int heads, heads_per_kv_head;
@@ -114,6 +124,14 @@ struct Tile {
   }
 };
 
+// The first tile is the block's own number, the others are claimed. After the last claim of the launch, the tiles()-th
+// (each block's last one fails), the counter is 0 again for the next launch.
+__device__ __forceinline__ int claim_tile(const ForwardArguments& args) {
+  const int claimed = atomicAdd(args.tile_counter, 1);
+  if (claimed == args.schedule.tiles() - 1) atomicExch(args.tile_counter, 0);
+  return gridDim.x + claimed;
+}
+
 // --------------------------------------------------------------------------------------------------------- producer
 
 template <class SmemTileType>
@@ -131,14 +149,25 @@ template <class Config>
 __device__ __forceinline__ void load_kv(const ForwardArguments& args, ForwardSmem<Config>& smem) {
   using Smem = ForwardSmem<Config>;
   RingPosition<Config::kStages> k_at, v_at;
-  for (TileWalk walk(args.schedule, blockIdx.x, gridDim.x); walk.valid(); walk.next()) {
-    const Tile<Config> tile(args, walk.tile);
+  RingPosition<1> tile_at;
+  for (int index = blockIdx.x;; tile_at.next()) {
+    wait_phase(&smem.tile_ring.empty[0], tile_at.phase ^ 1);
+    smem.tile_index = index;
+    cuda::ptx::mbarrier_arrive(&smem.tile_ring.full[0]);
+    if (index >= args.schedule.tiles()) break;
+
+    const Tile<Config> tile(args, index);
     const int kv_head = tile.head / args.heads_per_kv_head;
     for (int block = tile.blocks - 1; block >= -1; --block) {
       if (block >= 0) {
         uint64_t* full = smem.k_ring.begin_fill(k_at, Smem::KvTile::kBytes);
         copy_tile(smem.k[k_at.stage], args.k, block * Config::kBlockKv, kv_head, tile.batch, full);
         k_at.next();
+      } else {
+        index = claim_tile(args);  // as late as its latency stays hidden behind the wait for the last V
+      }
+      if (!Config::kOwnOutBuffer && block == (tile.blocks > 0 ? tile.blocks : 1) - 2) {
+        wait_phase(&smem.out_left, tile_at.phase ^ 1);  // O of the tile before; once a tile, or a phase would be missed
       }
       if (block + 1 < tile.blocks) {
         uint64_t* full = smem.v_ring.begin_fill(v_at, Smem::KvTile::kBytes);
@@ -152,14 +181,19 @@ __device__ __forceinline__ void load_kv(const ForwardArguments& args, ForwardSme
 template <class Config>
 __device__ __forceinline__ void load_q(const ForwardArguments& args, ForwardSmem<Config>& smem) {
   using Smem = ForwardSmem<Config>;
-  uint32_t phase = 0;
-  for (TileWalk walk(args.schedule, blockIdx.x, gridDim.x); walk.valid(); walk.next(), phase ^= 1) {
-    const Tile<Config> tile(args, walk.tile);
+  for (RingPosition<1> tile_at;; tile_at.next()) {
+    smem.tile_ring.wait_full(tile_at);
+    const int index = smem.tile_index;
+    smem.tile_ring.release(tile_at);
+    if (index >= args.schedule.tiles()) break;
+
+    const Tile<Config> tile(args, index);
     for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
-      wait_phase(&smem.q_empty[consumer], phase ^ 1);
+      wait_phase(&smem.q_empty[consumer], tile_at.phase ^ 1);
       cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared,
                                            &smem.q_full[consumer], Smem::QTile::kBytes);
-      copy_tile(smem.q[consumer], args.q, tile.first_row + 64 * consumer, tile.head, tile.batch, &smem.q_full[consumer]);
+      copy_tile(smem.q[consumer], args.q, tile.first_row + 64 * consumer, tile.head, tile.batch,
+                &smem.q_full[consumer]);
     }
   }
 }
@@ -178,7 +212,7 @@ struct Consumer {
   const int index;
   const uint64_t q_descriptor, k_descriptor, v_descriptor;
   RingPosition<Config::kStages> k_at, v_at;
-  uint32_t q_phase = 0;
+  RingPosition<1> tile_at;  // its phase is Q's as well: one Q a tile
 
   float out[kHeadDim / 2];
   float scores[kBlockKv / 2];
@@ -192,13 +226,20 @@ struct Consumer {
         k_descriptor(k_major_descriptor(smem.k[0])),
         v_descriptor(mn_major_descriptor(smem.v[0])) {}
 
-  // Issues S = Q K^T of the K block at hand.
+  // The first kColumns columns of the scores.
+  template <int kColumns>
+  __device__ __forceinline__ float (&first_scores())
+      [kColumns / 2] { return reinterpret_cast<float (&)[kColumns / 2]>(scores); }
+
+  // Issues S = Q K^T of the K block at hand, of its first kColumns keys.
+  template <int kColumns>
   __device__ __forceinline__ void issue_scores() {
     ptx::wgmma_fence();
     const uint64_t k = k_descriptor + k_at.stage * (Smem::KvTile::kBytes >> 4);
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
-      ptx::Wgmma<kBlockKv>::template ss<T>(scores, q_descriptor + k_major_step<typename Smem::QTile>(step),
+      ptx::Wgmma<kColumns>::template ss<T>(first_scores<kColumns>(),
+                                           q_descriptor + k_major_step<typename Smem::QTile>(step),
                                            k + k_major_step<typename Smem::KvTile>(step), step > 0);
     }
     ptx::wgmma_commit_group();
@@ -215,6 +256,9 @@ struct Consumer {
     ptx::wgmma_commit_group();
   }
 
+  __device__ __forceinline__ void release_q() {
+    if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&smem.q_empty[index]);
+  }
   __device__ __forceinline__ void release_k() {
     smem.k_ring.release(k_at);
     k_at.next();
@@ -235,11 +279,12 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void mask(int first_row, int block) {
+  template <int kRegisters>
+  __device__ __forceinline__ void mask(float (&part)[kRegisters], int first_row, int block) {
     const int row = first_row + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
     const int visible[2] = {args.sequence.visible_keys(row) - block * kBlockKv,
                             args.sequence.visible_keys(row + 8) - block * kBlockKv};
-    mask_scores(scores, visible);
+    mask_scores(part, visible);
   }
 
   // A block that rows of other consumers see, but none of this one's.
@@ -254,15 +299,20 @@ struct Consumer {
     release_v();
   }
 
-  // The tile's first block has no P V to hide its softmax behind.
+  // The tile's first block has no P V to hide its softmax behind. Of its keys only the first kColumns are seen.
+  template <int kColumns>
   __device__ __forceinline__ void first_block(OnlineSoftmax& softmax, int first_row, int block, bool masked) {
+    auto& seen = first_scores<kColumns>();
     float rescale[2];
     smem.k_ring.wait_full(k_at);
-    issue_scores();
-    ptx::wgmma_wait_group<0>(scores);
+    issue_scores<kColumns>();
+    ptx::wgmma_wait_group<0>(seen);
     release_k();
-    if (masked) mask(first_row, block);
-    softmax.update(scores, rescale);
+    if (block == 0) release_q();
+    if (masked) mask(seen, first_row, block);
+    softmax.update(seen, rescale);
+#pragma unroll
+    for (int i = kColumns / 2; i < kBlockKv / 2; ++i) scores[i] = 0.f;
     to_operand<T>(p, scores);
   }
 
@@ -272,13 +322,14 @@ struct Consumer {
     float rescale[2];
     smem.k_ring.wait_full(k_at);
     await_turn();
-    issue_scores();
+    issue_scores<kBlockKv>();
     smem.v_ring.wait_full(v_at);
     issue_output();
     pass_turn();
     ptx::wgmma_wait_group<1>(scores);
     release_k();
-    if constexpr (kMasked) mask(first_row, block);
+    if (block == 0) release_q();
+    if constexpr (kMasked) mask(scores, first_row, block);
     const bool grew = softmax.update(scores, rescale);
     ptx::wgmma_wait_group<0>(out);
     release_v();
@@ -305,6 +356,8 @@ struct Consumer {
     if constexpr (Config::kOwnOutBuffer) {  // the tile before has left it
       if (leader) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
       ptx::bar_sync(kOutBarrier + index, 128);
+    } else {
+      ptx::bar_sync(kVDoneBarrier, 128 * Config::kConsumers);
     }
     store_fragment<T, kHeadDim>(smem.out(index), out, row_scale);
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
@@ -319,7 +372,7 @@ struct Consumer {
       cuda::ptx::cp_async_bulk_commit_group();
       if constexpr (!Config::kOwnOutBuffer) {
         cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
-        cuda::ptx::mbarrier_arrive(&smem.q_empty[index]);
+        cuda::ptx::mbarrier_arrive(&smem.out_left);
       }
     }
 
@@ -331,6 +384,14 @@ struct Consumer {
     }
   }
 
+  // Through a shuffle, so that the compiler knows the number, and the loops that depend on it, to be the warp's.
+  __device__ __forceinline__ int take_tile() {
+    smem.tile_ring.wait_full(tile_at);
+    const int tile_index = __shfl_sync(~0u, smem.tile_index, 0);
+    smem.tile_ring.release(tile_at);
+    return tile_index;
+  }
+
   __device__ __forceinline__ void run_tile(const Tile<Config>& tile) {
     const int first_row = tile.first_row + 64 * index;
     const int own_blocks = args.sequence.visible_blocks(first_row, 64, kBlockKv);
@@ -339,16 +400,20 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.f;
 
-    wait_phase(&smem.q_full[index], q_phase);
-    q_phase ^= 1;
+    wait_phase(&smem.q_full[index], tile_at.phase);
     int block = tile.blocks - 1;
     for (; block >= own_blocks; --block) skip_block(block);
-    if (block >= 0) first_block(softmax, first_row, block, block >= full_blocks);
+    if (own_blocks == 0) release_q();
+    if (block >= 0) {
+      const bool half = args.sequence.visible_keys(first_row + 63) <= block * kBlockKv + kBlockKv / 2;
+      if (Config::kHalfFirstBlock && half) {
+        first_block<Config::kHalfFirstBlock ? kBlockKv / 2 : kBlockKv>(softmax, first_row, block, true);
+      } else {
+        first_block<kBlockKv>(softmax, first_row, block, block >= full_blocks);
+      }
+    }
     for (--block; block >= full_blocks; --block) next_block<true>(softmax, first_row, block);
     for (; block >= 0; --block) next_block<false>(softmax, first_row, block);
-    if constexpr (Config::kOwnOutBuffer) {
-      if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&smem.q_empty[index]);
-    }
     if (own_blocks > 0) last_output();
     store(softmax, tile, first_row);
   }
@@ -367,10 +432,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
     constexpr int kConsumerWarps = 4 * Config::kConsumers;
     smem.k_ring.init(kConsumerWarps);
     smem.v_ring.init(kConsumerWarps);
+    smem.tile_ring.init(kConsumerWarps + 1);  // and the Q loader
     for (int i = 0; i < Config::kConsumers; ++i) {
       cuda::ptx::mbarrier_init(&smem.q_full[i], 1);
-      cuda::ptx::mbarrier_init(&smem.q_empty[i], Config::kOwnOutBuffer ? 4 : 1);  // its warps, or who stored O
+      cuda::ptx::mbarrier_init(&smem.q_empty[i], 4);
     }
+    cuda::ptx::mbarrier_init(&smem.out_left, Config::kConsumers);
     cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
     for (const CUtensorMap* map : {&args.q, &args.k, &args.v, &args.out}) ptx::prefetch_tensormap(map);
   }
@@ -384,8 +451,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     Consumer<Config> consumer(args, smem, warpgroup - 1);
     if (consumer.index == Config::kConsumers - 1) consumer.pass_turn();  // the first turn is consumer 0's
-    for (TileWalk walk(args.schedule, blockIdx.x, gridDim.x); walk.valid(); walk.next()) {
-      consumer.run_tile(Tile<Config>(args, walk.tile));
+    for (;; consumer.tile_at.next()) {
+      const int tile_index = consumer.take_tile();
+      if (tile_index >= args.schedule.tiles()) break;
+      consumer.run_tile(Tile<Config>(args, tile_index));
     }
     if (consumer.index == 0) consumer.await_turn();  // takes the last turn, so that no barrier is left half full
     if (threadIdx.x % 128 == 0) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
@@ -425,10 +494,13 @@ void launch(const ForwardParams& p, cudaStream_t stream) {
   }
   ForwardArguments args;
   args.q = make_tensor_map("q", p.q, p.dtype, p.batch, p.seqlen_q, p.heads, p.head_dim, p.q_strides, 64);
-  args.k = make_tensor_map("k", p.k, p.dtype, p.batch, p.seqlen_k, p.kv_heads, p.head_dim, p.k_strides, Config::kBlockKv);
-  args.v = make_tensor_map("v", p.v, p.dtype, p.batch, p.seqlen_k, p.kv_heads, p.head_dim, p.v_strides, Config::kBlockKv);
+  args.k =
+      make_tensor_map("k", p.k, p.dtype, p.batch, p.seqlen_k, p.kv_heads, p.head_dim, p.k_strides, Config::kBlockKv);
+  args.v =
+      make_tensor_map("v", p.v, p.dtype, p.batch, p.seqlen_k, p.kv_heads, p.head_dim, p.v_strides, Config::kBlockKv);
   args.out = make_tensor_map("out", p.out, p.dtype, p.batch, p.seqlen_q, p.heads, p.head_dim, p.out_strides, 64);
   args.lse = p.lse;
+  args.tile_counter = p.tile_counter;
   args.heads = static_cast<int>(p.heads);
   args.heads_per_kv_head = static_cast<int>(p.heads / p.kv_heads);
   args.schedule = TileSchedule::make(static_cast<int>(row_blocks), args.heads, static_cast<int>(p.batch), p.causal,

@@ -2,7 +2,8 @@
 //
 // One row per head dimension. Everything that needs to know a limit reads it from here: the kernels' dispatch and
 // static_asserts, _C.limits() and through it Python's checks and every refusal's text, the test cases, and the support
-// table in README.md. Adding a head dimension is adding a row (and a wgmma wrapper in ptx/wgmma.cuh if its shape is new).
+// table in README.md. Adding a head dimension is adding a row (and a wgmma wrapper in ptx/wgmma.cuh if its shape is
+// new).
 #pragma once
 
 #include <cstddef>
@@ -13,10 +14,10 @@ namespace flash_attn_ext {
 
 // {} means "not built".
 struct ForwardTile {
-  int block_q = 0;    // query rows of one thread block: 64 per consumer warpgroup
-  int block_kv = 0;   // keys of one step of the main loop
-  int stages = 0;     // K tiles, and as many V tiles, in flight
-  bool turns = false; // consumers take turns at issuing products ("ping-pong")
+  int block_q = 0;     // query rows of one thread block: 64 per consumer warpgroup
+  int block_kv = 0;    // keys of one step of the main loop
+  int stages = 0;      // K tiles, and as many V tiles, in flight
+  bool turns = false;  // consumers take turns at issuing products ("ping-pong")
   constexpr bool built() const { return block_q > 0; }
   constexpr int consumers() const { return block_q / 64; }  // warpgroups; wgmma's M is 64
 };

@@ -22,6 +22,8 @@ struct ForwardParams {
   void* out;      // (batch, seqlen_q, heads, head_dim), 16-byte aligned
   float* lse;     // (batch, heads, seqlen_q), contiguous; natural logarithm
 
+  int* tile_counter;  // 0 when the kernel starts, and 0 again when it is done; used by one launch at a time
+
   Strides q_strides, k_strides, v_strides, out_strides;
 
   int64_t batch, seqlen_q, seqlen_k, heads, kv_heads;  // all >= 1; heads % kv_heads == 0

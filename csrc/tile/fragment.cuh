@@ -56,9 +56,10 @@ __device__ __forceinline__ void store_fragment(SmemTile<T, 64, kColumns>& tile, 
 #pragma unroll
   for (int j = 0; j < kColumns / 16; ++j) {
     const float* x = acc + 8 * j;
-    ptx::stmatrix_x4(tile.chunk_address(j / 4, row, j % 4 * 2 + lane / 16),
-                     pack<T>(x[0] * row_scale[0], x[1] * row_scale[0]), pack<T>(x[2] * row_scale[1], x[3] * row_scale[1]),
-                     pack<T>(x[4] * row_scale[0], x[5] * row_scale[0]), pack<T>(x[6] * row_scale[1], x[7] * row_scale[1]));
+    ptx::stmatrix_x4(
+        tile.chunk_address(j / 4, row, j % 4 * 2 + lane / 16), pack<T>(x[0] * row_scale[0], x[1] * row_scale[0]),
+        pack<T>(x[2] * row_scale[1], x[3] * row_scale[1]), pack<T>(x[4] * row_scale[0], x[5] * row_scale[0]),
+        pack<T>(x[6] * row_scale[1], x[7] * row_scale[1]));
   }
 }
 

@@ -1,9 +1,8 @@
 // A ring of stages between one producer, which fills them by bulk copies, and consumers, which hand them back.
 #pragma once
 
-#include <cuda/ptx>
-
 #include <cstdint>
+#include <cuda/ptx>
 
 namespace flash_attn_ext {
 

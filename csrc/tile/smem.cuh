@@ -1,8 +1,8 @@
 // Shared-memory tiles of 16-bit elements, laid out as TMA writes them with 128-byte swizzle and as wgmma reads them.
 //
-// A tile of R rows and C columns is C / 64 slabs; a slab is R rows of 64 elements (128 bytes). Within each group of 8 rows
-// (1024 bytes) the 16-byte chunk c of row r stands at chunk position c ^ (r % 8), which spreads both a row and a column
-// over all banks. Tiles are aligned to 1024 bytes.
+// A tile of R rows and C columns is C / 64 slabs; a slab is R rows of 64 elements (128 bytes). Within each group of 8
+// rows (1024 bytes) the 16-byte chunk c of row r stands at chunk position c ^ (r % 8), which spreads both a row and a
+// column over all banks. Tiles are aligned to 1024 bytes.
 #pragma once
 
 #include <cstdint>

@@ -42,8 +42,8 @@ struct OnlineSoftmax {
     }
 
     // Where both are -inf (or +inf) the difference is NaN, the comparison false, and the reference stays.
-    bool grew = __any_sync(~0u, (row_max[0] - reference[0]) * scale_log2 > kSlack ||
-                                    (row_max[1] - reference[1]) * scale_log2 > kSlack);
+    bool grew = __any_sync(
+        ~0u, (row_max[0] - reference[0]) * scale_log2 > kSlack || (row_max[1] - reference[1]) * scale_log2 > kSlack);
     if (grew) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -69,8 +69,8 @@ struct OnlineSoftmax {
     return grew;
   }
 
-  // After the last block: what O must be multiplied by, and the log-sum-exp of the scaled scores. A row that saw nothing,
-  // or only scores of -inf, has the sum 0: its O becomes 0 and its lse -inf. NaN stays NaN.
+  // After the last block: what O must be multiplied by, and the log-sum-exp of the scaled scores. A row that saw
+  // nothing, or only scores of -inf, has the sum 0: its O becomes 0 and its lse -inf. NaN stays NaN.
   __device__ __forceinline__ void finish(float (&row_scale)[2], float (&lse)[2]) {
     constexpr float kLn2 = 0.6931471805599453f;
 #pragma unroll

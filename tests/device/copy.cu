@@ -21,7 +21,8 @@ struct Smem {
 
 // Warp 0 copies the tiles of a sequence into the ring; warps 4 to 7 read them by address, double each element and store
 // them as a fragment would be stored.
-__global__ void round_trip(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, float* raw) {
+__global__ void round_trip(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to,
+                           float* raw) {
   extern __shared__ __align__(1024) unsigned char dynamic_smem[];
   auto& smem = *reinterpret_cast<Smem*>(dynamic_smem);
   const int head = blockIdx.x % kHeads, batch = blockIdx.x / kHeads, tiles = (kSeqlen + kTileRows - 1) / kTileRows;

@@ -21,7 +21,8 @@ inline void require(cudaError_t error, const char* what) {
 inline void require_hopper() {
   int devices = 0, major = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) devices = 0;
-  if (devices > 0) require(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "asking for the device");
+  if (devices > 0)
+    require(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "asking for the device");
   if (major == 9) return;
   std::printf("skipped: no Hopper GPU\n");
   std::exit(77);

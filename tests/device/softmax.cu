@@ -1,9 +1,8 @@
 // The online softmax and the mask on fragments, block by block, against a softmax in double on the CPU.
-#include "../../csrc/tile/softmax.cuh"
-
 #include <cmath>
 
 #include "../../csrc/tile/mask.cuh"
+#include "../../csrc/tile/softmax.cuh"
 #include "device.cuh"
 
 using namespace flash_attn_ext;
@@ -54,11 +53,11 @@ int main() {
     for (int key = 0; key < kKeys; ++key) {
       float& score = scores[row * kKeys + key];
       score = normal(generator);
-      if (row == 2) score = -INFINITY;                                  // sees keys, and only -inf
-      if (row == 3) score = key < kBlock ? -INFINITY : score;           // its first block is -inf
-      if (row == 4) score = 20.f * key;                                 // grows along the walk
-      if (row == 5) score = -20.f * key;                                // falls
-      if (row == 6) score = 7.f;                                        // all equal
+      if (row == 2) score = -INFINITY;                         // sees keys, and only -inf
+      if (row == 3) score = key < kBlock ? -INFINITY : score;  // its first block is -inf
+      if (row == 4) score = 20.f * key;                        // grows along the walk
+      if (row == 5) score = -20.f * key;                       // falls
+      if (row == 6) score = 7.f;                               // all equal
       if (row == 7 && key == 40) score = NAN;
       if (row == 8 && key == 40) score = INFINITY;
     }

@@ -1,8 +1,7 @@
 // Every wgmma wrapper and both operand layouts against a product on the CPU. Small integers: all sums are exact.
-#include "../../csrc/ptx/wgmma.cuh"
-
 #include <cuda/ptx>
 
+#include "../../csrc/ptx/wgmma.cuh"
 #include "../../csrc/tile/fragment.cuh"
 #include "../../csrc/tile/smem.cuh"
 #include "device.cuh"
@@ -113,6 +112,7 @@ void check_product(const char* name) {
 
 template <class T>
 void check_type(const std::string& type) {
+  check_product<T, 64, false>((type + " ss").c_str());
   check_product<T, 80, false>((type + " ss").c_str());
   check_product<T, 128, false>((type + " ss").c_str());
   check_product<T, 64, true>((type + " rs").c_str());

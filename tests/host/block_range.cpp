@@ -47,6 +47,7 @@ int main() {
   const int huge = (1 << 30) - 1;
   test::check(Sequence{1, huge, true}.visible_keys(0) == huge, "one query sees 2^30 - 1 keys");
   test::check(Sequence{huge, 1, true}.visible_keys(0) == 0, "the first of 2^30 - 1 queries sees nothing of one key");
-  test::check(Sequence{huge, huge, true}.visible_blocks(huge - 64, 192, 128) == (huge + 127) / 128, "the last row block");
+  test::check(Sequence{huge, huge, true}.visible_blocks(huge - 64, 192, 128) == (huge + 127) / 128,
+              "the last row block");
   return test::finish("block_range");
 }

@@ -1,0 +1,74 @@
+# make test                 everything on a fresh machine: virtual environment, torch, nvcc if there is none, build, tests
+# make test ENV=current     the same with the Python on PATH and what is installed there; downloads nothing
+# make build|wheel|lint|format|clean, with either ENV
+#
+# PYTEST="-m gpu -x"        arguments for pytest
+
+ENV ?= venv
+PYTHON3 ?= python3
+PYTEST ?=
+CTEST := build/cmake
+
+ifeq ($(ENV),venv)
+PYTHON := .venv/bin/python
+READY := .venv/ready
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+else ifeq ($(ENV),current)
+PYTHON := $(PYTHON3)
+READY :=
+else
+$(error ENV is '$(ENV)'; it must be venv or current)
+endif
+
+.PHONY: test build host-tests wheel lint format clean
+.NOTPARALLEL:
+
+test: build host-tests
+	$(PYTHON) -m pytest tests -q $(PYTEST)
+
+build: $(READY)
+	$(PYTHON) -W ignore setup.py -q build_ext --inplace
+
+# C++ tests without torch; those of device code run where there is a Hopper GPU.
+host-tests: $(READY)
+	@if command -v cmake >/dev/null && command -v c++ >/dev/null; then \
+	  mkdir -p $(CTEST); \
+	  cuda=$$($(PYTHON) tools/toolkit.py 2>/dev/null); \
+	  export LIBRARY_PATH="$$cuda/lib64:$$cuda/lib:$$LIBRARY_PATH"; \
+	  cmake -S . -B $(CTEST) -DPython3_EXECUTABLE="$$(command -v $(PYTHON))" \
+	    $${cuda:+-DCMAKE_CUDA_COMPILER="$$cuda/bin/nvcc"} >$(CTEST)/configure.log 2>&1 \
+	    || { cat $(CTEST)/configure.log; exit 1; }; \
+	  cmake --build $(CTEST) --parallel && ctest --test-dir $(CTEST) --output-on-failure; \
+	else \
+	  echo "No cmake or no C++ compiler here: the C++ tests are left out."; \
+	fi
+
+wheel: $(READY)
+	$(PYTHON) -W ignore setup.py -q bdist_wheel
+	@ls -l dist/*.whl
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	clang-format --dry-run --Werror $$(find csrc tests benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
+format: $(READY)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	clang-format -i $$(find csrc tests benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
+clean:
+	rm -rf build dist *.egg-info flash_attn_ext/*.so flash_attn_ext/_build_info.py
+
+# torch's own CUDA packages have no nvcc; tools/toolkit.py looks for one on the machine before one is installed here.
+.venv/ready: pyproject.toml Makefile
+	$(PYTHON3) -m venv .venv
+	.venv/bin/python -m pip install -q --upgrade pip
+	.venv/bin/python -m pip install -q 'torch==2.11.*' 'setuptools>=77' wheel ninja cmake numpy pytest hypothesis \
+	  rich matplotlib ruff==0.17.* clang-format==23.*
+	@cuda=$$(.venv/bin/python -c 'import torch; print(torch.version.cuda or "")'); \
+	if [ -n "$$cuda" ] && ! .venv/bin/python tools/toolkit.py >/dev/null 2>&1; then \
+	  echo "No CUDA toolkit $$cuda found: installing nvcc from PyPI"; \
+	  .venv/bin/python -m pip install -q "cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]==$$cuda.*"; \
+	fi
+	touch $@

@@ -1,0 +1,455 @@
+#!/usr/bin/env python3
+"""Speed of attention on one GPU beside its peers, on the grid of the FlashAttention papers.
+
+    python benchmarks/attention.py --dry-run                      the cells, without a GPU
+    python benchmarks/attention.py --name h200 --plots            the whole grid, every peer
+    python benchmarks/attention.py --peers ours fa3 --head-dims 128 --seqlens 16384
+    python benchmarks/attention.py --overhead --no-grid           CPU time of one call
+
+A GPU's clock moves with its temperature by up to 10 %, so a figure means little alone: in every cell the peers take
+turns, round after round, and each figure is the median of its rounds. docs/measuring.md has the whole method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tables import MASK_NAMES, PEER_NAMES, RESULTS, csrc_sha256, ratio, summary
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+try:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    terminal = sys.stdout.isatty()
+    console = Console(width=None if terminal else 120, highlight=False, markup=False)
+except ImportError:  # plain text then
+    console = None
+
+HIDDEN_SIZE, TOKENS = 2048, 16384  # heads = HIDDEN_SIZE / head_dim, batch = TOKENS / seqlen
+HEAD_DIMS = (64, 128, 256)
+SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
+MASKS = {"full": False, "causal": True}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+HEAT_SECONDS = 1.5  # of matrix products before the first cell, so that no cell has a cold chip to itself
+MEASURE_MS = 7.0  # GPU time of one measurement: long beside an event's resolution, short beside a change of clock
+MIN_ROUNDS = 3  # even where the time budget is used up
+# Two right kernels differ by their roundings, 1 % or less in the worst row; one wrong element of 128 makes 9 %.
+MAX_ROW_ERROR = 0.03
+
+Call = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid. The fields are the keys in the results file."""
+
+    head_dim: int
+    causal: bool
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    heads: int
+    kv_heads: int
+    dtype: str
+
+    @property
+    def flops(self) -> float:
+        """Two products of two operations per element; a causal mask leaves half of them, as the papers count."""
+        every = 4.0 * self.batch * self.heads * self.seqlen_q * self.seqlen_k * self.head_dim
+        return every / 2 if self.causal else every
+
+    def inputs(self) -> list[torch.Tensor]:
+        """q, k and v as (batch, seqlen, heads, head_dim). 192 MiB in all: the L2 cache never holds a whole call."""
+        shape_q = (self.batch, self.seqlen_q, self.heads, self.head_dim)
+        shape_kv = (self.batch, self.seqlen_k, self.kv_heads, self.head_dim)
+        return [torch.randn(s, device="cuda", dtype=DTYPES[self.dtype]) for s in (shape_q, shape_kv, shape_kv)]
+
+
+def grid(head_dims: Iterable[int], masks: Iterable[str], seqlens: Iterable[int], dtype: str) -> list[Cell]:
+    return [
+        Cell(head_dim, MASKS[mask], max(1, TOKENS // s), s, s, HIDDEN_SIZE // head_dim, HIDDEN_SIZE // head_dim, dtype)
+        for head_dim in head_dims
+        for mask in masks
+        for s in seqlens
+    ]
+
+
+# ---- the peers: a name -> a function that binds (q, k, v, causal) to a call without arguments ----
+
+
+def bind_ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Call:
+    from flash_attn_ext import flash_attn_func
+
+    return lambda: flash_attn_func(q, k, v, causal=causal)
+
+
+def bind_fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Call:
+    forward = torch.ops.flash_attn_3.fwd
+    return lambda: forward(q, k, v, is_causal=causal)[0]
+
+
+def sdpa_binder(backend: SDPBackend) -> Callable[..., Call]:
+    def bind(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Call:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # a view: SDPA's order is (batch, heads, seqlen, head_dim)
+
+        def call() -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+        return call
+
+    return bind
+
+
+BINDERS = {
+    "ours": bind_ours,
+    "fa3": bind_fa3,
+    "cudnn": sdpa_binder(SDPBackend.CUDNN_ATTENTION),
+    "fa2": sdpa_binder(SDPBackend.FLASH_ATTENTION),
+}
+assert list(BINDERS) == list(PEER_NAMES)
+
+
+def load_fa3(library: Path | None) -> None:
+    """Registers torch.ops.flash_attn_3, from a library file or else from the installed package."""
+    if library is None:
+        import flash_attn_interface  # noqa: F401
+
+        return
+    for runtime in library.resolve().parent.glob("libcudart.so.*"):  # one beside the library is the one it links
+        ctypes.CDLL(str(runtime))
+    torch.ops.load_library(str(library.resolve()))
+
+
+def usable_peers(names: list[str], library: Path | None) -> list[str]:
+    """The named peers that are installed; says why the others are not."""
+    usable = []
+    for name in names:
+        try:
+            if name == "ours":
+                from flash_attn_ext.limits import why_unavailable
+
+                if why := why_unavailable():
+                    raise RuntimeError(why)
+            elif name == "fa3":
+                load_fa3(library)
+            usable.append(name)
+        except Exception as error:  # whatever an import may raise: the other peers still run
+            say(f"{name} is left out: {reason(error)}")
+    return usable
+
+
+# ---- measuring ----
+
+
+def milliseconds(call: Callable[[], object], calls: int) -> float:
+    """GPU time of one call. One more goes ahead of the clock, so that the GPU is busy while the CPU queues the rest."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    call()
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / calls
+
+
+def calls_per_measurement(call: Callable[[], object]) -> int:
+    return max(1, round(MEASURE_MS / milliseconds(call, 1)))
+
+
+def worst_row_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest relative error of a row (one query of one head); NaN if there is one."""
+    distance = torch.linalg.vector_norm(out.float() - expected.float(), dim=-1)
+    return (distance / torch.linalg.vector_norm(expected.float(), dim=-1)).max().item()
+
+
+class Ceiling:
+    """cuBLAS on 8192^3, measured now and again through the run: what this chip gives at the run's temperature."""
+
+    SIZE = 8192
+
+    def __init__(self, dtype: str) -> None:
+        a, b = (torch.randn(self.SIZE, self.SIZE, device="cuda", dtype=DTYPES[dtype]) for _ in range(2))
+        out = torch.empty_like(a)
+        self.call = lambda: torch.mm(a, b, out=out)
+        self.times: list[float] = []
+        self.call()
+        self.calls = calls_per_measurement(self.call)
+
+    def heat(self, seconds: float) -> None:
+        stop = time.monotonic() + seconds
+        while time.monotonic() < stop:
+            milliseconds(self.call, self.calls)
+
+    def measure(self) -> None:
+        self.times.append(milliseconds(self.call, self.calls))
+
+    @property
+    def tflops(self) -> float:
+        return 2 * self.SIZE**3 / statistics.median(self.times) / 1e9
+
+
+def measure_cell(cell: Cell, peers: list[str], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """TFLOP/s of each peer, round by round. Says why a peer is missing: it raised, or its output is wrong."""
+    stop = time.monotonic() + seconds
+    q, k, v = cell.inputs()
+    # One judge for all: torch's FA2, the oldest of them. A fast wrong kernel must not be timed silently.
+    expected = BINDERS["fa2"](q, k, v, cell.causal)()
+    calls, counts = {}, {}
+    for peer in peers:
+        try:
+            call = BINDERS[peer](q, k, v, cell.causal)
+            error = worst_row_error(call(), expected)
+            if not error <= MAX_ROW_ERROR:  # NaN included
+                raise ArithmeticError(f"wrong output: relative error {error:.3g} in its worst row")
+            counts[peer] = calls_per_measurement(call)
+            calls[peer] = call
+        except Exception as failure:  # a peer that cannot run this cell is a missing figure, not the end of the run
+            say(f"{PEER_NAMES[peer]}, {label(cell)}: {reason(failure)}")
+    speeds: dict[str, list[float]] = {peer: [] for peer in calls}
+    for done in range(rounds):
+        if done >= MIN_ROUNDS and time.monotonic() > stop:
+            break
+        # There and back (A B C, C B A, ...), so that nobody always follows a peer that leaves the chip hot or cool.
+        for peer in list(calls)[:: -1 if done % 2 else 1]:
+            speeds[peer].append(cell.flops / milliseconds(calls[peer], counts[peer]) / 1e9)
+    return speeds
+
+
+def measure_overhead(peers: list[str], dtype: str, calls: int = 1000, turn: int = 50) -> dict[str, float]:
+    """CPU time of a call in microseconds: median of `calls` calls on an idle GPU, the peers taking turns."""
+    cell = Cell(128, False, 1, 128, 128, 8, 8, dtype)
+    q, k, v = cell.inputs()
+    qt, kt, vt = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    bound: dict[str, Callable[[], object]] = {"sdpa": lambda: F.scaled_dot_product_attention(qt, kt, vt)}
+    if "fa3" in peers:
+        bound["fa3"] = lambda forward=torch.ops.flash_attn_3.fwd: forward(q, k, v, is_causal=False)
+    if "ours" in peers:
+        from flash_attn_ext import _C, flash_attn_func
+
+        scale = cell.head_dim**-0.5
+        bound["ours"] = lambda: flash_attn_func(q, k, v)
+        bound["ours_raw"] = lambda: _C.forward(q, k, v, scale, False)
+    times: dict[str, list[int]] = {}
+    for name, call in bound.items():
+        try:
+            for _ in range(20):
+                call()
+            torch.cuda.synchronize()
+            times[name] = []
+        except Exception as failure:
+            say(f"{name}, CPU time of a call: {reason(failure)}")
+    gc.disable()
+    for _ in range(calls // turn):
+        for name, samples in times.items():
+            call = bound[name]
+            for _ in range(turn):
+                torch.cuda.synchronize()
+                begin = time.perf_counter_ns()
+                out = call()
+                samples.append(time.perf_counter_ns() - begin)
+                del out  # after the clock: freeing is not part of the call
+    gc.enable()
+    return {name: round(statistics.median(samples) / 1000, 2) for name, samples in times.items()}
+
+
+def environment() -> dict[str, str]:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    cudnn = torch.backends.cudnn.version() or 0
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "cudnn": f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+# ---- showing ----
+
+
+def say(text: str) -> None:
+    console.print(text, soft_wrap=True) if console else print(text, flush=True)
+
+
+def reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else '(no text)'}"
+
+
+def label(cell: Cell) -> str:
+    return f"head dim {cell.head_dim}, {MASK_NAMES[cell.causal]}, {cell.seqlen_q}"
+
+
+def with_progress(cells: list[Cell]) -> Iterator[Cell]:
+    """The cells, under a progress bar where there is a terminal to draw it on."""
+    if console is None or not console.is_terminal:
+        yield from cells
+        return
+    with Progress(console=console, auto_refresh=False) as bar:  # no thread that draws while launches are timed
+        task = bar.add_task("", total=len(cells))
+        for cell in cells:
+            bar.update(task, description=label(cell), refresh=True)
+            yield cell
+            bar.advance(task)
+
+
+def spread(speeds: list[float]) -> float:
+    """The middle half of the rounds, in per cent of their median."""
+    if len(speeds) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(speeds, n=4, method="inclusive")
+    return 100 * (high - low) / middle
+
+
+def show(header: list[str], rows: list[list[str]]) -> None:
+    if console is None:
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        for row in [header, *rows]:
+            print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
+        return
+    table = Table()
+    for name in header:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def show_speeds(cells: list[dict], spreads: list[dict[str, float]], peers: list[str]) -> None:
+    """TFLOP/s of every cell with the spread of its rounds, and our speed over FA3's."""
+    rows = []
+    for cell, of_peer in zip(cells, spreads, strict=True):
+        figures = [
+            f"{cell['tflops'][peer]:.0f} ({of_peer[peer]:.1f} %)" if cell["tflops"][peer] else "–" for peer in peers
+        ]
+        beside = f"{ratio(cell):.3f}" if ratio(cell) else "–"
+        rows.append([str(cell["head_dim"]), MASK_NAMES[cell["causal"]], str(cell["seqlen_q"]), *figures, beside])
+    show(["head dim", "mask", "seqlen", *(PEER_NAMES[peer] for peer in peers), "ours / FA3"], rows)
+    for peer in ("fa3", "cudnn", "fa2"):
+        for line in summary(cells, peer) if peer in peers else []:
+            say(line)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=120)
+    )
+    option = parser.add_argument
+    option("--pass", dest="passes", nargs="+", choices=["forward"], default=["forward"], help="what to time")
+    option("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS), metavar="D")
+    option("--seqlens", nargs="+", type=int, default=list(SEQLENS), metavar="S")
+    option("--masks", nargs="+", choices=list(MASKS), default=list(MASKS))
+    option("--peers", nargs="+", choices=list(BINDERS), default=list(BINDERS), help="default: all of them")
+    option("--dtype", choices=list(DTYPES), default="bf16")
+    option("--fa3-library", type=Path, metavar="PATH", help="FA3's operators; else the package flash_attn_interface")
+    option("--rounds", type=int, default=15, help=f"at most this many a cell, at least {MIN_ROUNDS} (default 15)")
+    option("--time-budget", type=float, default=120, metavar="SECONDS", help="fewer rounds when it runs short (120)")
+    option("--overhead", action="store_true", help="also the CPU time of one call")
+    option("--no-grid", action="store_true", help="only --overhead")
+    option("--name", default="gpu", help="of the machine, in the results file's name: NAME-GRID-DTYPE.json")
+    option("--output", type=Path, help="the results file, in place of benchmarks/results/NAME-GRID-DTYPE.json")
+    option("--plots", action="store_true", help="also PNG plots into docs/images/")
+    option("--dry-run", action="store_true", help="print the cells and stop; needs no GPU")
+    return parser.parse_args()
+
+
+def results_path(args: argparse.Namespace, cells: list[Cell]) -> Path:
+    """A part of the grid never overwrites the results of the whole."""
+    whole = set(cells) == set(grid(HEAD_DIMS, MASKS, SEQLENS, args.dtype)) and set(args.peers) == set(BINDERS)
+    return args.output or RESULTS / f"{args.name}-{'paper' if whole else 'part'}-{args.dtype}.json"
+
+
+def dry_run(cells: list[Cell], peers: list[str]) -> None:
+    rows = [
+        [str(x) for x in (c.head_dim, MASK_NAMES[c.causal], c.batch, c.seqlen_q, c.heads)] + [f"{c.flops / 1e12:.3f}"]
+        for c in cells
+    ]
+    show(["head dim", "mask", "batch", "seqlen", "heads", "TFLOP"], rows)
+    say(f"{len(cells)} cells, peers: {', '.join(peers)}")
+
+
+@torch.no_grad()
+def main() -> int:
+    args = parse_args()
+    cells = [] if args.no_grid else grid(args.head_dims, args.masks, args.seqlens, args.dtype)
+    if args.dry_run:
+        dry_run(cells, args.peers)
+        return 0
+    if not torch.cuda.is_available():
+        say("no CUDA device; --dry-run shows what would be measured")
+        return 1
+
+    begin = time.monotonic()
+    torch.manual_seed(0)
+    peers = usable_peers(args.peers, args.fa3_library)
+    results = {"environment": environment(), "csrc_sha256": csrc_sha256(), "ceiling_tflops": None, "cells": []}
+    path = results_path(args, cells)
+
+    def save() -> None:  # after every cell: a run that is cut short keeps what it has
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+    say(", ".join(f"{key} {value}" for key, value in results["environment"].items()))
+    if "ours" in peers:
+        say(f"ours is {sys.modules['flash_attn_ext'].__file__}")
+    if args.overhead:
+        results["overhead_us"] = measure_overhead(peers, args.dtype)
+        for name, microseconds in results["overhead_us"].items():
+            say(f"CPU time of a call, {name}: {microseconds:.1f} us")
+        if results["overhead_us"].get("ours") and results["overhead_us"].get("fa3"):
+            say(f"ours / FA3: {results['overhead_us']['ours'] / results['overhead_us']['fa3']:.2f}")
+    if not cells:
+        if args.output:
+            save()
+        return 0
+
+    ceiling = Ceiling(args.dtype)
+    ceiling.heat(HEAT_SECONDS)
+    spreads = []
+    for index, cell in enumerate(with_progress(cells)):
+        left = args.time_budget - (time.monotonic() - begin)
+        speeds = measure_cell(cell, peers, args.rounds, left / (len(cells) - index))
+        ceiling.measure()
+        tflops = {peer: round(statistics.median(speeds[peer]), 1) if peer in speeds else None for peer in args.peers}
+        results["cells"].append({"pass": "forward", **asdict(cell), "tflops": tflops})
+        results["ceiling_tflops"] = round(ceiling.tflops, 1)
+        spreads.append({peer: spread(rounds) for peer, rounds in speeds.items()})
+        save()
+        shown = ", ".join(f"{peer} {value or '–'}" for peer, value in tflops.items())
+        say(f"{label(cell)}: {shown}; {max(map(len, speeds.values()), default=0)} rounds")
+
+    show_speeds(results["cells"], spreads, args.peers)
+    say(f"cuBLAS 8192^3: {ceiling.tflops:.0f} TFLOP/s; {time.monotonic() - begin:.0f} s in all; wrote {path}")
+    if args.plots:
+        from plot import plot
+
+        for image in plot(path):
+            say(f"wrote {image}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+#!/usr/bin/env python3
+"""The tables of README.md and docs/: speed from the committed results, head dims from the compiled package.
+
+    python benchmarks/tables.py            rewrites the blocks between the markers
+    python benchmarks/tables.py --check    changes nothing; fails if a block is out of date
+
+A document holds `<!-- NAME:begin -->` and `<!-- NAME:end -->` on lines of their own; what stands between them is ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PUBLISHED = {dtype: RESULTS / f"h200-paper-{dtype}.json" for dtype in ("bf16", "fp16")}
+PEER_NAMES = {"ours": "flash_attn_ext", "fa3": "FA3", "cudnn": "cuDNN", "fa2": "FA2"}
+MASK_NAMES = {False: "full", True: "causal"}
+NOT_MEASURED = "No figures are published for this version yet."
+
+# The package of this checkout goes first if `make build` has built it in place, as csrc/ describes it then; else last.
+built_in_place = any((ROOT / "flash_attn_ext").glob("_C.*"))
+sys.path.insert(0 if built_in_place else len(sys.path), str(ROOT))
+
+
+def csrc_sha256(root: Path = ROOT) -> str:
+    """The kernels' sources as one hash: `find csrc -type f | LC_ALL=C sort | xargs cat | sha256sum`."""
+    files = [path for path in (root / "csrc").rglob("*") if path.is_file() and not path.is_symlink()]
+    digest = hashlib.sha256()
+    for path in sorted(files, key=lambda path: path.relative_to(root).as_posix().encode()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def ratio(cell: dict, peer: str = "fa3") -> float | None:
+    """Our speed over the peer's in one cell; None where either did not run."""
+    ours, theirs = cell["tflops"].get("ours"), cell["tflops"].get(peer)
+    return ours / theirs if ours and theirs else None
+
+
+def describe(cell: dict) -> str:
+    return f"head dim {cell['head_dim']} {MASK_NAMES[cell['causal']]} {cell['seqlen_q']}"
+
+
+def summary(cells: list[dict], peer: str = "fa3") -> list[str]:
+    """Sentences that sum up our speed beside one peer: over all cells, then per head dim."""
+    known = [cell for cell in cells if ratio(cell, peer)]
+    if not known:
+        return []
+
+    def of(some: list[dict]) -> str:
+        worst = min(some, key=lambda cell: ratio(cell, peer))
+        mean = geometric_mean([ratio(cell, peer) for cell in some])
+        return f"geometric mean {mean:.3f}, least {ratio(worst, peer):.3f} ({describe(worst)})"
+
+    lines = [f"{PEER_NAMES['ours']} / {PEER_NAMES[peer]}, {len(known)} cells: {of(known)}"]
+    for head_dim in sorted({cell["head_dim"] for cell in known}):
+        lines.append(f"head dim {head_dim}: {of([cell for cell in known if cell['head_dim'] == head_dim])}")
+    return lines
+
+
+def peers_of(cells: list[dict]) -> list[str]:
+    """The peers that ran at least once, ours first."""
+    return [peer for peer in PEER_NAMES if any(cell["tflops"].get(peer) for cell in cells)]
+
+
+def speed_grid(cells: list[dict], peers: list[str]) -> list[str]:
+    """Markdown: a row per head dim and mask, a column per sequence length, `a / b / ...` in TFLOP/s in each cell."""
+    seqlens = sorted({cell["seqlen_q"] for cell in cells})
+    by_place = {(cell["head_dim"], cell["causal"], cell["seqlen_q"]): cell for cell in cells}
+
+    def figures(cell: dict | None) -> str:
+        speeds = [cell["tflops"].get(peer) if cell else None for peer in peers]
+        return " / ".join(f"{speed:.0f}" if speed else "–" for speed in speeds)
+
+    lines = [
+        "| head dim | mask | " + " | ".join(map(str, seqlens)) + " |",
+        "|---|---|" + "---|" * len(seqlens),
+    ]
+    for head_dim, causal in sorted({place[:2] for place in by_place}):
+        row = [figures(by_place.get((head_dim, causal, seqlen))) for seqlen in seqlens]
+        lines.append(f"| {head_dim} | {MASK_NAMES[causal]} | " + " | ".join(row) + " |")
+    return lines
+
+
+def speed_tables(results: dict, wanted: list[str]) -> list[str]:
+    """The tables of every pass in one results file, restricted to the wanted peers."""
+    lines = []
+    for name in dict.fromkeys(cell["pass"] for cell in results["cells"]):
+        cells = [cell for cell in results["cells"] if cell["pass"] == name]
+        peers = [peer for peer in peers_of(cells) if peer in wanted]
+        named = " / ".join(PEER_NAMES[peer] for peer in peers)
+        lines += [f"{name.capitalize()}, {cells[0]['dtype']}, TFLOP/s: {named}", "", *speed_grid(cells, peers), ""]
+        lines += [f"- {line}" for line in summary(cells)] + [""]
+    return lines
+
+
+def environment_line(results: dict) -> str:
+    env = results["environment"]
+    return (
+        f"{env['gpu']}, driver {env['driver']}, CUDA {env['cuda']}, cuDNN {env['cudnn']}, torch {env['torch']}, "
+        f"Python {env['python']}. cuBLAS 8192³ in the same run: {results['ceiling_tflops']:.0f} TFLOP/s. "
+        f"Sources: csrc sha256 `{results['csrc_sha256'][:12]}`."
+    )
+
+
+def overhead_lines(results: dict) -> list[str]:
+    names = {
+        "ours": "`flash_attn_func`, no grad",
+        "ours_raw": "the bare binding under it",
+        "fa3": "FA3's bare operator",
+        "sdpa": "torch's SDPA",
+    }
+    times = results.get("overhead_us") or {}
+    rows = [f"| {label} | {times[peer]:.1f} |" for peer, label in names.items() if times.get(peer)]
+    return ["CPU time of one call, µs:", "", "| call | µs |", "|---|---|", *rows, ""] if rows else []
+
+
+def readme_block() -> str:
+    """The short form: bf16, ours beside FA3, with the plot."""
+    path = PUBLISHED["bf16"]
+    if not path.exists():
+        return NOT_MEASURED
+    results = json.loads(path.read_text())
+    lines = [*speed_tables(results, ["ours", "fa3"]), environment_line(results), ""]
+    for name in dict.fromkeys(cell["pass"] for cell in results["cells"]):
+        lines += [f"![{name} speed](docs/images/{path.stem}-{name}.png)", ""]
+    return "\n".join(lines).strip()
+
+
+def full_block() -> str:
+    """The long form: every published file, every peer, and the CPU time of a call."""
+    parts = []
+    for path in filter(Path.exists, PUBLISHED.values()):
+        results = json.loads(path.read_text())
+        parts += [*speed_tables(results, list(PEER_NAMES)), environment_line(results), "", *overhead_lines(results)]
+    return "\n".join(parts).strip() or NOT_MEASURED
+
+
+def support_block() -> str | None:
+    """Which head dims run and which train, from the compiled csrc/limits.h; None where the kernels are not built."""
+    from flash_attn_ext.limits import GPU_DTYPES, TABLE
+
+    if not TABLE:
+        return None
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in GPU_DTYPES)
+    lines = ["| head dim | forward | backward |", "|---|---|---|"]
+    for row in TABLE:
+        forward, backward = (dtypes if row[name] else "–" for name in ("forward", "backward"))
+        lines.append(f"| {row['head_dim']} | {forward} | {backward} |")
+    return "\n".join(lines)
+
+
+# document -> marker -> the function that writes what stands between the markers, or None where it cannot know
+BLOCKS = {
+    ROOT / "README.md": {"support-table": support_block, "speed-table": readme_block},
+    ROOT / "docs" / "head-dims.md": {"support-table": support_block},
+    ROOT / "docs" / "measuring.md": {"speed-table": full_block},
+}
+
+
+def with_block(text: str, marker: str, block: str) -> str:
+    """The text with the block between its markers replaced."""
+    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected one {begin} and, after it, one {end}")
+    return text[: text.index(begin) + len(begin)] + f"\n{block}\n" + text[text.index(end) :]
+
+
+def rewritten(document: Path) -> str:
+    text = document.read_text()
+    for marker, write in BLOCKS[document].items():
+        block = write()
+        if block is not None:
+            text = with_block(text, marker, block)
+    return text
+
+
+def check() -> list[str]:
+    """The documents, relative to the repository, whose tables are out of date; [] is good."""
+    return [str(path.relative_to(ROOT)) for path in BLOCKS if path.read_text() != rewritten(path)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="The tables of README.md and docs/.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a document is out of date")
+    args = parser.parse_args()
+
+    stale = check()
+    for path in PUBLISHED.values():
+        if path.exists() and json.loads(path.read_text())["csrc_sha256"] != csrc_sha256():
+            print(f"note: {path.relative_to(ROOT)} was measured on other sources than csrc/ holds now")
+    if args.check:
+        for name in stale:
+            print(f"the tables of {name} are out of date; run: python benchmarks/tables.py")
+        return 1 if stale else 0
+    for name in stale:
+        (ROOT / name).write_text(rewritten(ROOT / name))
+        print(f"rewrote {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""Exact attention for Hopper GPUs."""
+
+from ._version import __version__
+from .interface import flash_attn_func, forward
+from .limits import explain, is_available, supported
+from .reference import attention_reference
+
+__all__ = [
+    "__version__",
+    "attention_reference",
+    "explain",
+    "flash_attn_func",
+    "forward",
+    "is_available",
+    "supported",
+]

@@ -1,0 +1,73 @@
+"""The functions that users call."""
+
+import torch
+from torch.overrides import has_torch_function_variadic
+
+from . import limits, ops
+from ._binary import _C
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    *,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention, softmax(softmax_scale * q k^T) v, without the matrix of scores in memory.
+
+    On Hopper GPUs by the algorithm of FlashAttention-3 (Shah et al. 2024, sections 3.1 and 3.2; the tiled softmax is
+    from FlashAttention, Dao et al. 2022, section 3.1); on the CPU by `attention_reference`.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim). float16 or bfloat16 on CUDA; also float32 and float64 on the CPU. Under
+            autocast float32, float16 and bfloat16 inputs are cast to autocast's dtype.
+        k, v: (batch, seqlen_k, kv_heads, head_dim), dtype and device of q. heads is a multiple of kv_heads: each group
+            of heads // kv_heads neighbouring query heads shares a key and value head (GQA; MQA if kv_heads is 1).
+        softmax_scale: factor of the scores before the softmax, finite and > 0. Default: 1/sqrt(head_dim).
+        causal: query i sees key j iff j <= i + seqlen_k - seqlen_q: the mask is aligned to the bottom right, so that
+            the last query sees every key.
+        return_lse: also return lse.
+
+    Returns:
+        out: shape, dtype and strides of torch.empty_like(q). Rows that see no key are 0.
+        lse, if asked for: (batch, heads, seqlen_q), float32: natural logarithm of the sum of exp(score) of each row,
+            -inf for rows that see no key. Not differentiable.
+
+    On CUDA the inputs are read where they lie if their last stride is 1 and their address and other strides are
+    multiples of 16 bytes and not 0: (batch, heads, seqlen, head_dim) memory and slices of a packed qkv are. Other
+    layouts are copied first. Work goes to the current stream of q's device; the call does not wait for it.
+
+    Raises:
+        TypeError: an argument is not a tensor, a number or a bool where it must be.
+        ValueError: shapes, dtypes, devices or softmax_scale do not fit, the head_dim has no kernel, or an input
+            requires grad and the head_dim has no backward kernel. `explain` gives the text without making the call.
+        RuntimeError: CUDA tensors on a GPU that is not a Hopper, or in an installation without the GPU kernels.
+    """
+    out, lse = forward(q, k, v, softmax_scale, causal)
+    return (out, lse) if return_lse else out
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`flash_attn_func` with return_lse=True: returns (out, lse)."""
+    if torch.compiler.is_compiling() or has_torch_function_variadic(q, k, v):
+        return ops.forward(q, k, v, softmax_scale, causal)
+    return _forward(q, k, v, softmax_scale, causal)
+
+
+def forward_by_operator(q, k, v, softmax_scale, causal):
+    """`forward` without the shortcut of the compiled module."""
+    limits.check_arguments(q, k, v, softmax_scale, causal)
+    return ops.forward(q, k, v, softmax_scale, causal)
+
+
+# The compiled module calls its kernel at once where the dispatcher would do nothing else, and the operator elsewhere.
+_forward = _C.forward if _C else forward_by_operator
