@@ -1,12 +1,15 @@
 # make test                 everything on a fresh machine: virtual environment, torch, nvcc if there is none, build, tests
 # make test ENV=current     the same with the Python on PATH and what is installed there; downloads nothing
+# make demo                 watch a small GPT learn: on the kernels where there is a Hopper GPU, else in plain PyTorch
 # make build|wheel|lint|format|clean, with either ENV
 #
 # PYTEST="-m gpu -x"        arguments for pytest
+# DEMO="--attention sdpa"   arguments for examples/train_gpt.py
 
 ENV ?= venv
 PYTHON3 ?= python3
 PYTEST ?=
+DEMO ?=
 CTEST := build/cmake
 
 ifeq ($(ENV),venv)
@@ -20,11 +23,20 @@ else
 $(error ENV is '$(ENV)'; it must be venv or current)
 endif
 
-.PHONY: test build host-tests wheel lint format clean
+.PHONY: test demo build host-tests wheel lint format clean
 .NOTPARALLEL:
 
 test: build host-tests
 	$(PYTHON) -m pytest tests -q $(PYTEST)
+
+# Nothing is compiled where it could not run. Threads that wait for each other give the core away: where anything else
+# runs on a machine of few cores, the demo is several times faster so.
+demo: $(READY)
+	@capability=$$($(PYTHON) -c 'import torch as t; print(t.cuda.is_available() and t.cuda.get_device_capability())'); \
+	if [ "$$capability" = "(9, 0)" ]; then $(MAKE) --no-print-directory build; \
+	else echo "No Hopper GPU here: the kernels are not built."; fi
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" OMP_WAIT_POLICY=passive \
+	  $(PYTHON) examples/train_gpt.py $(DEMO)
 
 build: $(READY)
 	$(PYTHON) -W ignore setup.py -q build_ext --inplace

@@ -18,6 +18,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "tools"))  # build front ends do not put this directory on the path
+import limits_table  # noqa: E402
 
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 NVCC_FLAGS = [
@@ -94,5 +95,7 @@ def with_binary() -> dict:
     }
 
 
+limits_table.write()  # before setup() looks for modules; installations with and without kernels have it
 switched_off = os.environ.get("FLASH_ATTN_EXT_CUDA") == "0"
-setup(**(without_binary() if switched_off or torch.version.cuda is None else with_binary()))
+only_sources = "sdist" in sys.argv  # they are the same for every torch and toolkit, and so is their version
+setup(**(without_binary() if switched_off or only_sources or torch.version.cuda is None else with_binary()))

@@ -23,16 +23,22 @@ each_kernel = pytest.mark.parametrize(
 )
 
 
-def cuobjdump(*arguments):
-    """Its output for the compiled module; it comes with the toolkit, and with triton."""
-    from flash_attn_ext import _C
-
+def find_cuobjdump():
+    """It comes with the toolkit, and with triton."""
     places = [shutil.which("cuobjdump"), *sorted(Path("/usr/local").glob("cuda*/bin/cuobjdump"))]
     places += [Path(folder) / "triton/backends/nvidia/bin/cuobjdump" for folder in sys.path]
     tool = next((place for place in places if place and Path(place).exists()), None)
     if tool is None:
         pytest.skip("no cuobjdump: neither in the CUDA toolkit nor in triton")
-    return subprocess.run([tool, *arguments, _C.__file__], capture_output=True, text=True, check=True).stdout
+    return tool
+
+
+def cuobjdump(*arguments):
+    """Its output for the compiled module."""
+    from flash_attn_ext import _C
+
+    command = [find_cuobjdump(), *arguments, _C.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def by_kernel(output):

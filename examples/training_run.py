@@ -1,0 +1,248 @@
+"""What surrounds the training in train_gpt.py: its text, its folder on disk, its pictures and its progress display."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+BETWEEN_FILES = b"\0"  # a byte that no text contains
+
+
+def refuse(text: str) -> NoReturn:
+    """Ends the program; under torchrun one of the processes says why."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"train_gpt.py: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---- text ----
+
+
+def files_of(folder: Path, left_out: frozenset[str] = frozenset()) -> list[Path]:
+    """In an order that is the same on every machine, without what is hidden and without the folders of these names."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = (name for name in folders if not name.startswith(".") and name not in left_out)
+        found += (Path(place, name) for name in files if not name.startswith("."))
+    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+
+
+def standard_library() -> list[Path]:
+    """The source of Python's standard library, which is wherever Python is."""
+    # Tests are not installed everywhere, encodings/ is tables, and other people's packages may lie in the same folder.
+    left_out = frozenset(("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"))
+    return [file for file in files_of(Path(sysconfig.get_path("stdlib")), left_out) if file.suffix == ".py"]
+
+
+def load_text(path: Path | None) -> tuple[Tensor, Tensor]:
+    """The bytes to train on, and those to judge it by: every twentieth file, or the end of a single one."""
+    if path is not None and not path.exists():
+        refuse(f"--data {path}: there is no such file or folder.")
+    files = standard_library() if path is None else [path] if path.is_file() else files_of(path)
+    texts = [text for text in (file.read_bytes() for file in files) if text and BETWEEN_FILES not in text]
+    if not texts:
+        refuse(f"No text in {path or sysconfig.get_path('stdlib')}. --data takes a file, or a folder of text files.")
+    if len(texts) == 1:
+        cut = len(texts[0]) * 19 // 20
+        texts = [texts[0][:cut], texts[0][cut:]]
+    held_out = set(range(10, len(texts), 20)) or {len(texts) - 1}
+    train = [text for index, text in enumerate(texts) if index not in held_out]
+    return _join(train), _join([texts[index] for index in sorted(held_out)])
+
+
+def _join(texts: list[bytes]) -> Tensor:
+    return torch.frombuffer(bytearray(b"".join(BETWEEN_FILES + text for text in texts)), dtype=torch.uint8)
+
+
+# ---- the folder of a run ----
+
+
+class RunFolder:
+    """metrics.csv, loss.png and checkpoint.pt. Files are replaced whole, so that a kill never leaves half of one."""
+
+    FIELDS = (
+        "step tokens loss held_out_loss learning_rate tokens_per_second attention_share attention_tflops model_tflops "
+        "seconds"
+    ).split()
+
+    def __init__(self, path: Path, writes: bool) -> None:
+        self.path, self.writes = path, writes
+        self.metrics, self.checkpoint = path / "metrics.csv", path / "checkpoint.pt"
+        if writes:
+            path.mkdir(parents=True, exist_ok=True)
+
+    def add(self, row: dict) -> None:
+        if self.writes:
+            with self.metrics.open("a", newline="") as file:
+                csv.DictWriter(file, self.FIELDS).writerow(row)
+
+    def begin_after(self, step: int) -> None:
+        """Starts metrics.csv. Rows from after the checkpoint are dropped, they will come again."""
+        if not self.writes:
+            return
+        if step == 0:
+            self.checkpoint.unlink(missing_ok=True)
+        rows = read_metrics(self.metrics) if step and self.metrics.exists() else []
+        with _new(self.metrics).open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.FIELDS)
+            writer.writeheader()
+            writer.writerows(row for row in rows if int(row["step"]) <= step)
+        os.replace(_new(self.metrics), self.metrics)
+
+    def last_held_out_loss(self) -> float:
+        rows = read_metrics(self.metrics) if self.metrics.exists() else []
+        return next((float(row["held_out_loss"]) for row in reversed(rows) if row["held_out_loss"]), math.nan)
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict) -> None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+        # Whole tensors under plain names: the checkpoint of eight GPUs loads on one, and the other way round.
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, state = get_state_dict(model, optimizer, options=options)
+        if self.writes:
+            with _new(self.checkpoint).open("wb") as file:
+                torch.save({"model": weights, "optimizer": state, **facts}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(_new(self.checkpoint), self.checkpoint)
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict) -> tuple[int, float]:
+        """Fills model and optimizer. Returns the checkpoint's step and seconds; 0 and 0 where there is none."""
+        if not self.checkpoint.exists():
+            return 0, 0.0
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+        saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        other = saved["run"]
+        if differing := [f"{key} {other.get(key)}, not {run[key]}" for key in run if other.get(key) != run[key]]:
+            refuse(
+                f"{self.checkpoint} is of another run ({'; '.join(differing)}). "
+                "Give this one a folder of its own with --output, or begin anew with --restart."
+            )
+        options = StateDictOptions(full_state_dict=True)
+        weights, state = saved["model"], saved["optimizer"]
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
+        return saved["step"], saved["seconds"]
+
+
+def _new(path: Path) -> Path:
+    return path.with_name(path.name + ".new")
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- pictures ----
+
+
+def plot(runs: dict[str, Path], image: Path) -> bool:
+    """Loss over bytes read, from the metrics.csv of each named run. False where there is no matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    alone = len(runs) == 1
+    dashes = ["-", "--", ":", "-."]  # curves that agree lie on each other, and each should show
+    top = 0.0
+    for index, (name, path) in enumerate(runs.items()):
+        rows, colour = read_metrics(path), f"C{index}"
+        train = [(int(row["tokens"]) / 1e6, float(row["loss"])) for row in rows if row["loss"]]
+        held_out = [(int(row["tokens"]) / 1e6, float(row["held_out_loss"])) for row in rows if row["held_out_loss"]]
+        last = held_out[-1][1] if held_out else math.nan
+        label = f"held-out files, {last:.3f} at the end" if alone else f"{name}, {last:.3f} at the end"
+        if train:
+            axes.plot(*zip(*train, strict=True), color=colour, lw=1, alpha=0.4, label="training" if alone else None)
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), dashes[index % 4], color=colour, lw=2, label=label)
+            top = max(top, max(loss for _, loss in held_out))
+    axes.set(xlabel="million bytes read", ylabel="loss, nats per byte", ylim=(0, 1.05 * top or None))
+    axes.set_title(next(iter(runs)) if alone else "held-out loss (bold) and training loss", fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(_new(image), dpi=150, format="png")
+    os.replace(_new(image), image)
+    pyplot.close(figure)
+    return True
+
+
+def compare(paths: list[Path], image: Path) -> None:
+    """One picture of several runs, and how far apart their held-out losses are."""
+    runs = {}
+    for path in paths:
+        file = path / "metrics.csv" if path.is_dir() else path
+        if not file.is_file():
+            refuse(f"--plot-compare {path}: there is no {file}. Give the folders of runs, or their metrics.csv.")
+        runs[str(file.parent)] = file
+    losses = {
+        name: {int(row["step"]): float(row["held_out_loss"]) for row in read_metrics(file) if row["held_out_loss"]}
+        for name, file in runs.items()
+    }
+    first, *others = losses
+    for name in others:
+        shared = losses[first].keys() & losses[name].keys()
+        apart = max((abs(losses[first][step] - losses[name][step]) for step in shared), default=math.nan)
+        print(f"{first} and {name}: held-out losses at most {apart:.4f} nats apart, over {len(shared)} steps")
+    print(f"wrote {image}" if plot(runs, image) else "No picture: matplotlib is not installed.")
+
+
+# ---- progress ----
+
+
+class Display:
+    """A bar with a line under it where there are a terminal and rich, else lines of text."""
+
+    def __init__(self, steps: int, shown: bool) -> None:
+        self.steps, self.shown, self.live = steps, shown, None
+        self.terminal = sys.stdout.isatty()
+        if not (shown and self.terminal):
+            return
+        try:
+            from rich.live import Live
+            from rich.progress import BarColumn, Progress, TextColumn
+        except ImportError:
+            return
+        self.bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"), BarColumn(48), TextColumn("{task.fields[left]}")
+        )
+        self.task = self.bar.add_task("", total=steps, left="")
+        self.live = Live(self.bar, auto_refresh=False)  # no thread that draws while kernels are launched
+
+    def update(self, step: int, words: str, seconds_left: float, lasting: bool) -> None:
+        """A lasting line stays on the screen; a log, which is no terminal, gets no others."""
+        left = f"{seconds_left // 60:.0f}:{seconds_left % 60:02.0f} left"
+        if self.live:
+            from rich.console import Group
+            from rich.text import Text
+
+            self.live.start()
+            self.bar.update(self.task, completed=step, left=left)
+            self.live.update(Group(self.bar, Text(words)), refresh=True)
+        elif self.shown and (lasting or self.terminal):
+            line = f"step {step}/{self.steps}  {words}  {left}"
+            if self.terminal:
+                columns = shutil.get_terminal_size().columns - 1
+                line = "\r" + line[:columns].ljust(columns)
+            print(line, end="\n" if lasting else "", flush=True)
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.live:
+            self.live.stop()

@@ -1,0 +1,299 @@
+"""Whether a model's attention runs and trains on Hopper GPUs with the kernels built.
+
+Give a config.json as Hugging Face writes it (or its directory, or - for standard input), or the shapes:
+
+    python -m flash_attn_ext check path/to/config.json
+    python -m flash_attn_ext check --hidden-size 3072 --num-heads 32
+
+Exit code: 0 all of it runs and trains, 1 something does not, 2 the input cannot be read.
+The answer is about the kernels of this version, and needs no GPU. It knows the configuration only: padding masks,
+packed sequences and KV caches are the matter of the code that calls attention.
+"""
+
+import argparse
+import inspect
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from .. import flash_attn_func
+from .._version import __version__
+from . import show, table
+from .models import Attention, Need, Unreadable, read
+from .options import positive_int
+
+# What flash_attn_func can do is what it takes as arguments: a feature counts as built on the day that it has one.
+ARGUMENTS = inspect.signature(flash_attn_func).parameters
+
+
+@dataclass(frozen=True)
+class WayOut:
+    """A change with which an unsupported head dim runs."""
+
+    change: str
+    forward: bool
+    backward: bool
+    costs: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one attention can do. The lists name what stops a pass; an empty one means that it runs."""
+
+    attention: Attention
+    stops_forward: list[str]
+    stops_backward: list[str]
+    shape_problems: list[str]
+    needs: list[Need]  # those that are not built
+    ways_out: list[WayOut]
+
+    @property
+    def runs(self) -> bool:
+        return not self.stops_forward
+
+    @property
+    def trains(self) -> bool:
+        return not self.stops_backward
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", help="config.json, a directory that holds one, or - for standard input")
+    shapes = parser.add_argument_group("shapes, in place of a file")
+    shapes.add_argument("--hidden-size", type=positive_int, metavar="N", help="width of the model")
+    shapes.add_argument("--num-heads", type=positive_int, metavar="N", help="query heads")
+    shapes.add_argument("--num-kv-heads", type=positive_int, metavar="N", help="key and value heads (default: as many)")
+    shapes.add_argument("--head-dim", type=positive_int, metavar="N", help="default: hidden size / heads")
+    parser.add_argument(
+        "--seqlen",
+        type=positive_int,
+        metavar="N",
+        help="longest sequence that you will use: windows beyond it do not matter",
+    )
+    parser.add_argument("--json", action="store_true", help="the answer as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        title, attentions = attentions_of(options)
+        answers = [judge(attention) for attention in attentions]
+    except (Unreadable, table.NoTable) as error:
+        print(f"check: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(as_json(title, answers), indent=2))
+    else:
+        print_answers(title, answers)
+    return 0 if all(answer.trains for answer in answers) else 1
+
+
+# ---- input ----
+
+
+def attentions_of(options: argparse.Namespace) -> tuple[str, list[Attention]]:
+    """A title for the model, and its attentions."""
+    given = {
+        "hidden_size": options.hidden_size,
+        "num_attention_heads": options.num_heads,
+        "num_key_value_heads": options.num_kv_heads,
+        "head_dim": options.head_dim,
+    }
+    if options.config is None:
+        if not (options.head_dim or options.hidden_size and options.num_heads):
+            raise Unreadable("give a config.json, or --head-dim, or --hidden-size and --num-heads; --help says more")
+        words = ("hidden size", "heads", "KV heads", "head dim")
+        title = ", ".join(f"{word} {value}" for word, value in zip(words, given.values(), strict=True) if value)
+        if options.num_heads:
+            return title, read(given, options.seqlen)
+        # A head dim alone: the answer is the same for any number of heads.
+        (attention,) = read({**given, "num_attention_heads": options.num_kv_heads or 1}, options.seqlen)
+        return title, [replace(attention, heads=None, kv_heads=options.num_kv_heads)]
+    if any(given.values()):
+        raise Unreadable("give a config.json or shapes, not both")
+    name, config = load(options.config)
+    title = str(config.get("_name_or_path") or name) if isinstance(config, dict) else name
+    if isinstance(config, dict) and isinstance(config.get("model_type"), str):
+        title += f" ({config['model_type']})"
+    try:
+        return title, read(config, options.seqlen)
+    except Unreadable as error:
+        raise Unreadable(f"{name}: {error}") from None
+
+
+def load(where: str) -> tuple[str, object]:
+    """The file's name and its JSON."""
+    path = Path(where)
+    if where != "-" and path.is_dir():
+        path = path / "config.json"
+    name = "standard input" if where == "-" else str(path)
+    try:
+        text = sys.stdin.read() if where == "-" else path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise Unreadable(f"{name}: no such file") from None
+    except UnicodeDecodeError:
+        raise Unreadable(f"{name} is not text, and a config.json is") from None
+    except OSError as error:
+        raise Unreadable(f"{name} cannot be read: {error.strerror}") from None
+    try:
+        return name, json.loads(text)
+    except json.JSONDecodeError as error:
+        raise Unreadable(f"{name} is not JSON: {error}") from None
+    except RecursionError:
+        raise Unreadable(f"{name} is nested too deeply for a model's configuration") from None
+
+
+# ---- the answer ----
+
+
+def judge(attention: Attention) -> Answer:
+    dims = table.head_dims()
+    runs, trains = dims["forward"], dims["backward"]
+    d, dv = attention.head_dim, attention.head_dim_v
+    problems, forward, backward = [], [], []
+    if d is None:
+        problems.append(
+            f"hidden_size / heads = {attention.hidden_size} / {attention.heads} = "
+            f"{attention.hidden_size / attention.heads:.4g} is not whole, and there is no head_dim"
+        )
+        forward.append("head dim")
+    elif d != dv:
+        problems.append(f"q and k have head dim {d} and v has {dv}; the kernels want one for all three")
+        forward.append("head dims")
+    elif d not in runs:
+        problems.append(f"head dim {d} has no kernel; {listed(runs)} run and {listed(trains)} train")
+        forward.append("head dim")
+    elif d not in trains:
+        problems.append(f"head dim {d} runs, but has no backward kernel; {listed(trains)} train")
+        backward.append("head dim")
+    ways_out = ways_out_of(attention, runs, trains) if forward + backward else []
+    if attention.heads and attention.heads % attention.kv_heads != 0:
+        problems.append(f"{attention.heads} heads are no multiple of {attention.kv_heads} KV heads")
+        forward.append("KV heads")
+    needs = [need for need in attention.needs if need.argument not in ARGUMENTS]
+    forward += [need.name for need in needs if not need.only_training]
+    backward = forward + backward + [need.name for need in needs if need.only_training]
+    return Answer(attention, forward, backward, problems, needs, ways_out)
+
+
+def ways_out_of(attention: Attention, runs: list[int], trains: list[int]) -> list[WayOut]:
+    """Best first; a change that gains nothing is left out."""
+    d, dv = attention.head_dim, attention.head_dim_v
+    ways = []
+    if d is not None:
+        already_runs = d == dv and d in runs
+        targets = [min((t for t in dims if t >= max(d, dv)), default=None) for dims in (runs, trains)]
+        for target in dict.fromkeys(targets):
+            if target and not (already_runs and target not in trains):
+                ways.append(pad(attention, target, target in trains))
+    # The same width in heads of another size. MLA's projections are not split that way.
+    width = attention.heads * d if attention.heads and d else attention.hidden_size
+    if width and attention.heads and d == dv:
+        useful = trains or ([] if d in runs else runs)
+        for target in sorted(useful, key=lambda t: abs(t - (d or width / attention.heads))):
+            if width % target == 0 and target != d:
+                ways.append(split_differently(attention, width // target, target, target in trains))
+    sdpa = "torch's scaled_dot_product_attention"
+    return [*ways, WayOut(sdpa, True, True, "slower; is_causal is aligned to the top left")]
+
+
+def pad(attention: Attention, target: int, trains: bool) -> WayOut:
+    d, dv = attention.head_dim, attention.head_dim_v
+    more = 100 * (2 * target / (d + dv) - 1)
+    what = f"{d} to {target}" if d == dv else f"q, k from {d} and v from {dv} to {target}"
+    return WayOut(f"pad {what}", True, trains, f"{more:.0f} % more attention FLOPs, and memory for q, k, v, out")
+
+
+def split_differently(attention: Attention, heads: int, head_dim: int, trains: bool) -> WayOut:
+    group = attention.heads // attention.kv_heads if attention.heads % attention.kv_heads == 0 else 1
+    kv_heads = heads // group if heads % group == 0 else heads
+    of_kv = f" ({kv_heads} KV heads)" if kv_heads != heads else ""
+    same = heads // kv_heads == group
+    costs = "as many parameters and FLOPs" if same else "more KV heads: more parameters, a larger KV cache"
+    return WayOut(f"a new model: {heads} heads{of_kv} of {head_dim}", True, trains, costs)
+
+
+def listed(dims: list[int]) -> str:
+    return ", ".join(map(str, dims)) or "none"
+
+
+# ---- output ----
+
+
+def verdict(answers: list[Answer]) -> tuple[str, str]:
+    """A sentence and its style."""
+    if all(answer.trains for answer in answers):
+        return "It runs and trains.", "bold green"
+    if all(answer.runs for answer in answers):
+        return "It runs. It does not train as it is.", "bold yellow"
+    some = any(answer.runs for answer in answers)
+    return "Not all of it runs as it is." if some else "It does not run as it is.", "bold red"
+
+
+def print_answers(title: str, answers: list[Answer]) -> None:
+    show.say(f"{title}, on a Hopper GPU with flash_attn_ext {__version__}", "bold")
+    rows = []
+    for answer in answers:
+        a = answer.attention
+        head_dim = f"{a.head_dim}/{a.head_dim_v}" if a.head_dim != a.head_dim_v else str(a.head_dim or "–")
+        shapes = [str(a.heads or "–"), str(a.kv_heads or "–"), head_dim]
+        rows.append([a.part, *shapes, cell(answer.stops_forward), cell(answer.stops_backward)])
+    show.table(["part", ">heads", ">KV heads", ">head dim", "forward", "backward"], rows)
+    for answer in answers:
+        print_reasons(answer, f"{answer.attention.part}: " if len(answers) > 1 else "")
+    show.say(*verdict(answers))
+
+
+def print_reasons(answer: Answer, prefix: str) -> None:
+    a = answer.attention
+    for problem in answer.shape_problems:
+        show.say(f"{prefix}{problem}.", "red")
+    if answer.ways_out:
+        rows = [[way.change, cell([not way.forward]), cell([not way.backward]), way.costs] for way in answer.ways_out]
+        show.table(["way out", "forward", "backward", "costs"], rows)
+    changes = " ".join(way.change for way in answer.ways_out)
+    if "pad" in changes:
+        cut = f" and keep out's first {a.head_dim_v} columns"
+        show.say(f"  pad: with zeros; pass softmax_scale={a.softmax_scale}{cut} (docs/head-dims.md).")
+    if "new model" in changes:
+        show.say("  a new model: weights that are trained cannot be split into other heads.")
+    for need in answer.needs:
+        show.say(f"{prefix}not built: {need.name}. {need.because}.", "yellow")
+        if need.way_out:
+            show.say(f"  way out: {need.way_out}.")
+    for note in a.notes:
+        show.say(f"{prefix}{note}.", "cyan")
+    if answer.shape_problems or answer.needs or a.notes:
+        show.say()
+
+
+def cell(stops: list) -> str:
+    """What stops a pass, by name or just by True."""
+    names = [stop for stop in stops if isinstance(stop, str)]
+    return f"no: {', '.join(names)}" if names else "no" if any(stops) else "yes"
+
+
+def as_json(title: str, answers: list[Answer]) -> dict:
+    return {
+        "flash_attn_ext": __version__,
+        "model": title,
+        "runs": all(answer.runs for answer in answers),
+        "trains": all(answer.trains for answer in answers),
+        "parts": [
+            {
+                "part": a.part,
+                "heads": a.heads,
+                "kv_heads": a.kv_heads,
+                "head_dim": a.head_dim,
+                "head_dim_v": a.head_dim_v,
+                "softmax_scale": a.softmax_scale,
+                "stops_forward": answer.stops_forward,
+                "stops_backward": answer.stops_backward,
+                "problems": answer.shape_problems,
+                "ways_out": [asdict(way) for way in answer.ways_out],
+                "not_built": [{"name": n.name, "because": n.because, "way_out": n.way_out} for n in answer.needs],
+                "notes": list(a.notes),
+            }
+            for answer in answers
+            for a in [answer.attention]
+        ],
+    }

@@ -1,0 +1,26 @@
+"""The table of csrc/limits.h, wherever the package is installed."""
+
+from .. import limits
+
+
+class NoTable(Exception):
+    """This copy of the package was never installed or built."""
+
+
+def rows() -> list[dict]:
+    """What the compiled module says, or without one what setup.py read from the source that it would be built from."""
+    if limits.TABLE:
+        return limits.TABLE
+    try:
+        from .._limits_table import TABLE
+    except ModuleNotFoundError:
+        raise NoTable(
+            "this copy of flash_attn_ext has no table of head dims, because it was never installed: "
+            "pip install --no-build-isolation ., or make build in the checkout"
+        ) from None
+    return TABLE
+
+
+def head_dims() -> dict[str, list[int]]:
+    """Head dims that run ("forward") and that train ("backward") on a Hopper GPU with the kernels built."""
+    return {which: [row["head_dim"] for row in rows() if row[which]] for which in ("forward", "backward")}

@@ -1,0 +1,437 @@
+"""The command line: what `check` knows of models, and that every command says what it should, with its exit code.
+
+What runs and trains is taken from the table, so that these tests hold for every version of it.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gpu import on_hopper
+
+import flash_attn_ext
+from flash_attn_ext import limits
+from flash_attn_ext.cli import check, main, models, selftest, table
+
+CONFIGS = Path(__file__).parent / "configs"
+DIMS = table.head_dims()
+
+# Part, heads, KV heads, head dims of q and of v; and what the kernels of this version would have to learn.
+KNOWN = {
+    "llama-3-8b": ([("model", 32, 8, 128, 128)], set()),
+    "gemma-2-9b": ([("model", 16, 8, 256, 256)], {"softcap", "sliding window"}),
+    "phi-3-mini-4k": ([("model", 32, 32, 96, 96)], {"sliding window"}),
+    "gpt2": ([("model", 12, 12, 64, 64)], {"dropout"}),
+    "gpt-oss-20b": ([("model", 64, 8, 64, 64)], {"sliding window", "attention sinks"}),
+    "deepseek-v3": ([("model", 128, 128, 192, 128)], set()),
+    "qwen3-0.6b": ([("model", 16, 8, 128, 128)], set()),
+    "gemma-3-4b": ([("text_config", 8, 4, 256, 256), ("vision_config", 16, 16, 72, 72)], {"sliding window"}),
+}
+
+# The same for keys that the files above do not have.
+FAMILIES = {
+    "falcon 7b": ({"hidden_size": 4544, "n_head": 71, "multi_query": True, "alibi": False}, (71, 1, 64), set()),
+    "falcon 40b": (
+        {
+            "hidden_size": 8192,
+            "num_attention_heads": 128,
+            "num_kv_heads": 8,
+            "multi_query": True,
+            "new_decoder_architecture": True,
+        },
+        (128, 8, 64),
+        set(),
+    ),
+    "bloom": ({"model_type": "bloom", "n_embed": 4096, "n_head": 32}, (32, 32, 128), {"ALiBi"}),
+    "mpt": (
+        {"d_model": 4096, "n_heads": 32, "attn_config": {"alibi": True, "attn_pdrop": 0, "kv_n_heads": 4}},
+        (32, 4, 128),
+        {"ALiBi"},
+    ),
+    "t5": (
+        {
+            "model_type": "t5",
+            "d_model": 512,
+            "d_kv": 64,
+            "num_heads": 6,
+            "relative_attention_num_buckets": 32,
+            "dropout_rate": 0.1,
+        },
+        (6, 6, 64),
+        {"score bias", "dropout"},
+    ),
+    "bert": (
+        {"hidden_size": 768, "num_attention_heads": 12, "attention_probs_dropout_prob": 0.1},
+        (12, 12, 64),
+        {"dropout"},
+    ),
+    "chatglm": (
+        {
+            "hidden_size": 4096,
+            "num_attention_heads": 32,
+            "kv_channels": 128,
+            "multi_query_attention": True,
+            "multi_query_group_num": 2,
+        },
+        (32, 2, 128),
+        set(),
+    ),
+    "llama 4": (
+        {
+            "text_config": {
+                "hidden_size": 5120,
+                "num_attention_heads": 40,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "attention_chunk_size": 8192,
+                "max_position_embeddings": 10485760,
+            }
+        },
+        (40, 8, 128),
+        {"chunked attention"},
+    ),
+    "gpt-neo": (
+        {
+            "model_type": "gpt_neo",
+            "hidden_size": 2048,
+            "num_heads": 16,
+            "attention_types": [[["global", "local"], 12]],
+            "window_size": 256,
+        },
+        (16, 16, 128),
+        {"sliding window"},
+    ),
+    "null head dim": (
+        {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": None},
+        (32, 8, 128),
+        set(),
+    ),
+    "deepseek with a rotary head_dim": (
+        {
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "kv_lora_rank": 512,
+            "head_dim": 64,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+        },
+        (16, 16, 192),
+        set(),
+    ),
+}
+
+LLAMA = {"hidden_size": 4096, "num_attention_heads": 32, "max_position_embeddings": 8192}
+WINDOWS = {  # keys beside LLAMA's; whether they ask for a window
+    "none": ({}, False),
+    "null": ({"sliding_window": None}, False),
+    "switched off": ({"sliding_window": 4096, "use_sliding_window": False}, False),
+    "on": ({"sliding_window": 4096, "use_sliding_window": True}, True),
+    "from a layer on that there is not": (
+        {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 32, "num_hidden_layers": 32},
+        False,
+    ),
+    "no layer of that type": ({"sliding_window": 4096, "layer_types": ["full_attention"] * 4}, False),
+    "as long as the model": ({"sliding_window": 8192}, False),
+    "longer than the model": ({"sliding_window": 262144}, False),
+}
+
+
+def names(attention):
+    return {need.name for need in attention.needs}
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def json_of(capsys, *arguments):
+    code, stdout, _ = run(capsys, *arguments, "--json")
+    return code, json.loads(stdout)
+
+
+# ---- the table without the compiled module ----
+
+
+@pytest.mark.skipif(not limits.TABLE, reason="flash_attn_ext is installed without its GPU kernels")
+def test_the_written_table_is_the_compiled_one():
+    from flash_attn_ext._limits_table import TABLE
+
+    assert TABLE == limits.TABLE
+
+
+def test_check_knows_the_table_without_the_compiled_module(monkeypatch):
+    monkeypatch.setattr(limits, "TABLE", [])
+    assert table.head_dims() == DIMS and DIMS["forward"]
+
+
+def test_a_table_that_cannot_be_read_fails_the_build(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
+    import limits_table
+
+    source = limits_table.HEADER.read_text()
+    assert limits_table.parse(source) == table.rows()
+    for broken in (source.replace(".forward = {", ".forward = Tile{", 1), source.replace("kLimits[]", "kOther[]"), ""):
+        with pytest.raises(ValueError, match="csrc/limits.h"):
+            limits_table.parse(broken)
+
+
+# ---- check ----
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_models(name, capsys):
+    parts, features = KNOWN[name]
+    read = models.read(json.loads((CONFIGS / f"{name}.json").read_text()))
+    assert [(a.part, a.heads, a.kv_heads, a.head_dim, a.head_dim_v) for a in read] == parts
+    assert set().union(*map(names, read)) == features
+
+    code, answer = json_of(capsys, "check", CONFIGS / f"{name}.json")
+    not_built = {need["name"] for part in answer["parts"] for need in part["not_built"]}
+    assert not_built == {n.name for a in read for n in a.needs if n.argument not in check.ARGUMENTS}
+    runs, trains = (all(d == dv and d in DIMS[which] for *_, d, dv in parts) for which in ("forward", "backward"))
+    assert answer["runs"] == (runs and not_built <= {"dropout"})
+    assert answer["trains"] == (trains and not not_built)
+    assert code == (0 if answer["runs"] and answer["trains"] else 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_of_models(family):
+    config, shapes, features = FAMILIES[family]
+    attention = models.read(config)[0]
+    assert (attention.heads, attention.kv_heads, attention.head_dim) == shapes
+    assert names(attention) == features
+
+
+@pytest.mark.parametrize("keys", WINDOWS)
+def test_windows(keys):
+    config, wanted = WINDOWS[keys]
+    assert names(models.read(LLAMA | config)[0]) == ({"sliding window"} if wanted else set())
+
+
+def test_a_window_beyond_seqlen_does_not_matter():
+    config = LLAMA | {"sliding_window": 4096}
+    assert names(models.read(config, seqlen=4097)[0]) == {"sliding window"}
+    short = models.read(config, seqlen=4096)[0]
+    assert names(short) == set() and "never reach it" in " ".join(short.notes)
+
+
+def test_a_feature_counts_as_built_when_flash_attn_func_takes_it(monkeypatch):
+    attention = models.read(LLAMA | {"attn_logit_softcapping": 50.0})[0]
+    arguments = [name for name in check.ARGUMENTS if name != "softcap"]
+    monkeypatch.setattr(check, "ARGUMENTS", arguments)
+    assert "softcap" in check.judge(attention).stops_forward
+    monkeypatch.setattr(check, "ARGUMENTS", [*arguments, "softcap"])
+    assert not check.judge(attention).stops_forward
+
+
+def test_scales_that_are_not_the_default():
+    heads = {"num_attention_heads": 32, "head_dim": 128}
+    assert models.read(heads)[0].softmax_scale == "128**-0.5"
+    gemma_2_27b = models.read(heads | {"query_pre_attn_scalar": 144})[0]
+    assert gemma_2_27b.softmax_scale == "144**-0.5" and "softmax_scale=144**-0.5" in gemma_2_27b.notes[0]
+    deepseek = models.read(json.loads((CONFIGS / "deepseek-v3.json").read_text()))[0]
+    assert float(deepseek.softmax_scale) == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2, rel=1e-5)
+
+
+def test_padding_says_what_it_costs(capsys):
+    code, answer = json_of(capsys, "check", "--hidden-size", 3072, "--num-heads", 32)
+    assert code == (0 if 96 in DIMS["backward"] else 1)
+    if 96 not in DIMS["forward"] and 128 in DIMS["forward"]:
+        ways_out = {way["change"]: way for way in answer["parts"][0]["ways_out"]}
+        assert ways_out["pad 96 to 128"]["costs"].startswith("33 % more")
+        assert ways_out["pad 96 to 128"]["backward"] == (128 in DIMS["backward"])
+        assert "a new model: 24 heads of 128" in ways_out
+        assert "pad 96 to 128" in run(capsys, "check", "--head-dim", 96)[1]
+
+
+def rows_where(trains):
+    return [{"head_dim": d, "forward": {"block_q": 64}, "backward": d in trains or None} for d in (64, 128, 256)]
+
+
+@pytest.mark.parametrize(
+    "trains, head_dim, changes",
+    [
+        ((64, 128), 128, []),
+        ((64, 128), 96, ["pad 96 to 128"]),
+        ((64, 128), 256, []),  # nothing larger trains
+        ((64, 128), 160, ["pad 160 to 256"]),
+        ((64, 256), 96, ["pad 96 to 128", "pad 96 to 256"]),  # one to run, another to train
+        ((64, 256), 128, ["pad 128 to 256"]),
+        ((64, 256), 512, []),
+    ],
+)
+def test_what_to_pad_to(monkeypatch, trains, head_dim, changes):
+    monkeypatch.setattr(limits, "TABLE", rows_where(trains))
+    (attention,) = models.read({"num_attention_heads": 1, "head_dim": head_dim})
+    answer = check.judge(attention)
+    assert [way.change for way in answer.ways_out if way.change.startswith("pad")] == changes
+    assert answer.trains == (head_dim in trains) and answer.runs == (head_dim in (64, 128, 256))
+
+
+def test_exit_code_of_a_model_that_runs_and_trains(monkeypatch, capsys):
+    monkeypatch.setattr(limits, "TABLE", rows_where((64, 128)))
+    code, stdout, _ = run(capsys, "check", CONFIGS / "llama-3-8b.json")
+    assert code == 0 and "runs and trains" in stdout
+
+
+def test_kv_heads_that_do_not_divide(capsys):
+    code, stdout, _ = run(capsys, "check", "--hidden-size", 4096, "--num-heads", 32, "--num-kv-heads", 5)
+    assert code == 1 and "32 heads are no multiple of 5 KV heads" in stdout
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "not JSON"),
+        ("not json", "not JSON"),
+        (b"\xff\xfe\x00", "not text"),
+        ("[1, 2]", "list"),
+        ("{}", "empty"),
+        ('{"pets": "cat"}', "pets"),
+        ('{"hidden_size": 4096}', "no attention found"),
+        ('{"num_attention_heads": 32}', "to tell their size"),
+        ('{"hidden_size": 4096, "num_attention_heads": "many"}', "num_attention_heads is 'many'"),
+        ('{"hidden_size": 4096, "num_attention_heads": 0}', "at least 1"),
+        ('{"hidden_size": 4096, "num_attention_heads": true}', "num_attention_heads is True"),
+        ('{"hidden_size": 4096, "num_attention_heads": [8, 16]}', "num_attention_heads is [8, 16]"),
+        ('{"hidden_size": 4096, "num_attention_heads": 32, "attention_dropout": NaN}', "attention_dropout is nan"),
+        ('{"text_config": {"hidden_size": 64}, "vision_config": {"hidden_size": 64, "num_heads": 1}}', "text_config"),
+        ("[" * 100_000, "JSON|deeply"),
+    ],
+)
+def test_nonsense_is_told(tmp_path, capsys, text, says):
+    path = tmp_path / "config.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    for argument in (path, tmp_path):
+        code, stdout, stderr = run(capsys, "check", argument)
+        assert code == 2 and stdout == "" and any(word in stderr for word in says.split("|")), stderr
+        assert str(path) in stderr
+
+
+def test_input_that_is_not_there(capsys):
+    assert run(capsys, "check", "nowhere.json")[::2] == (2, "check: nowhere.json: no such file\n")
+    assert run(capsys, "check")[0] == 2
+    assert run(capsys, "check", CONFIGS / "gpt2.json", "--head-dim", 64)[0] == 2
+    with pytest.raises(SystemExit) as error:
+        main(["check", "--head-dim", "-1"])
+    assert error.value.code == 2
+
+
+# ---- the commands as processes ----
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_check_reads_standard_input():
+    command = [sys.executable, "-m", "flash_attn_ext", "check", "-"]
+    environment = os.environ | {"PYTHONPATH": str(Path(flash_attn_ext.__file__).parents[1])}
+    process = subprocess.run(command, input='{"model_type": "gpt2"}', env=environment, capture_output=True, text=True)
+    assert process.returncode == 1 and "standard input (gpt2)" in process.stdout and "dropout" in process.stdout
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["check", str(CONFIGS / "phi-3-mini-4k.json")]])
+def test_plain_text_without_rich(arguments):
+    start = f"import sys; sys.modules['rich'] = None; from flash_attn_ext.cli import main; sys.exit(main({arguments}))"
+    process = python(start)
+    assert process.stderr == "" and process.returncode == (arguments[0] == "check")
+    assert all(len(line) <= 120 for line in process.stdout.splitlines()), process.stdout
+    assert "─" not in process.stdout and "head dim" in process.stdout
+
+
+@pytest.mark.parametrize("command", ["info", "check", "selftest", "bench"])
+def test_every_command_has_help(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and "Exit code: " in capsys.readouterr().out
+
+
+def test_info_has_everything_a_bug_report_needs(capsys):
+    code, facts = json_of(capsys, "info")
+    assert code == 0 and facts["flash_attn_ext"] == flash_attn_ext.__version__ and facts["torch"] == torch.__version__
+    assert facts["head_dims_on_hopper"] == DIMS
+    words = run(capsys, "info")[1]
+    assert all(f"{name}  " in words for name in ("torch", "driver", "GPU kernels", "CUDA tensors"))
+
+
+def test_selftest_of_the_cpu_path():
+    process = python("import sys; from flash_attn_ext.cli import main; sys.exit(main(['selftest', '--device', 'cpu']))")
+    assert process.returncode == 0 and "All " in process.stdout, process.stdout + process.stderr
+
+
+@pytest.mark.skipif(limits.is_available(), reason="the kernels run here")
+def test_without_a_gpu_the_commands_say_so(capsys):
+    code, stdout, _ = run(capsys, "selftest", "--device", "cuda")
+    assert code == 1 and limits.why_unavailable()[:40] in stdout
+    if not torch.cuda.is_available():
+        code, stdout, _ = run(capsys, "bench")
+        assert code == 1 and "no CUDA device" in stdout
+
+
+def test_selftest_finds_wrong_results(monkeypatch, capsys):
+    """A wrong element of out, an lse that is off, and a NaN."""
+    row = {"head_dim": 64, "forward": {"block_q": 64, "block_kv": 64}, "backward": True}
+    true = flash_attn_ext.flash_attn_func
+
+    def wrong(break_it):
+        def attention(*args, **kwargs):
+            out, lse = true(*args, **kwargs)
+            return break_it(out.clone(), lse.clone())
+
+        monkeypatch.setattr(selftest, "flash_attn_func", attention)
+        results = selftest.test_row(row, torch.bfloat16, torch.device("cpu"), seed=0)
+        return {name for name, errors in results.items() if not errors.right}
+
+    def one_element(out, lse):
+        return out.index_put(tuple(torch.tensor([i]) for i in (0, 1, 1, 5)), torch.tensor([9.0], dtype=out.dtype)), lse
+
+    assert wrong(lambda out, lse: (out, lse)) == set()
+    assert wrong(one_element) >= {"out"}
+    assert wrong(lambda out, lse: (out, lse + 1e-3)) == {"lse"}
+    assert wrong(lambda out, lse: (out * 1.1, lse)) >= {"out", "dq", "dk", "dv"}
+    assert wrong(lambda out, lse: (out * torch.nan, lse)) >= {"out", "dq", "dk", "dv"}
+
+
+@on_hopper
+def test_selftest_and_bench_on_the_gpu(capsys):
+    code, stdout, _ = run(capsys, "selftest")
+    assert code == 0 and "The GPU kernels on" in stdout
+    assert all(("dq" in stdout) or not row["backward"] for row in limits.TABLE)
+    code, figures = json_of(capsys, "bench", "--head-dim", DIMS["forward"][0], "--seqlen", 1024, "--rounds", 2)
+    assert code == 0 and {"flash_attn_ext"} <= {figure["implementation"] for figure in figures["figures"]}
+
+
+# ---- importing ----
+
+
+def test_importing_is_quick():
+    """Under 50 ms beyond torch's own import, by the best of several, as other programs may run beside."""
+    code = """
+import time, torch
+begin = time.perf_counter()
+import flash_attn_ext
+print(time.perf_counter() - begin)
+assert not [name for name in __import__("sys").modules if name.startswith("flash_attn_ext.cli")]
+"""
+    seconds = []
+    for _ in range(5):
+        process = python(code)
+        assert process.returncode == 0, process.stderr
+        seconds.append(float(process.stdout))
+        if seconds[-1] < 0.05:
+            break
+    assert min(seconds) < 0.05, seconds

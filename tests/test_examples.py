@@ -1,0 +1,160 @@
+"""examples/train_gpt.py on the CPU: it learns, goes on after a stop as if nothing had been, refuses in clear words."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "train_gpt.py"
+TINY = (
+    f"--device cpu --data {ROOT / 'tests'} --width 64 --layers 2 --seqlen 64 --batch 4 --steps 20 --lr 0.01 "
+    "--report-every 2 --judge-every 10 --held-out 4 --sample 20"
+).split()
+# One thread: tiny products gain nothing from more, and on a busy machine threads wait for each other.
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Calls the script's main() in this process, where torch is already imported."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(SCRIPT.parent))
+    import train_gpt
+
+    def run(folder, *arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(SCRIPT), *TINY, "--output", str(folder), *map(str, arguments)])
+            train_gpt.main()
+
+    yield run
+    sys.path.remove(str(SCRIPT.parent))
+    torch.set_num_threads(threads)
+
+
+def metrics(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def curve(folder):
+    """What does not depend on the clock."""
+    return [(row["step"], row["loss"], row["held_out_loss"], row["learning_rate"]) for row in metrics(folder)]
+
+
+def assert_same_losses(folder, other):
+    for ours, theirs in zip(metrics(folder), metrics(other), strict=True):
+        for field in ("loss", "held_out_loss"):
+            assert float(ours[field] or 0) == pytest.approx(float(theirs[field] or 0), abs=2e-3)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("examples") / "uninterrupted"
+    run(folder)
+    return folder
+
+
+def test_it_learns(uninterrupted):
+    rows = metrics(uninterrupted)
+    held_out = [float(row["held_out_loss"]) for row in rows if row["held_out_loss"]]
+    assert [int(row["step"]) for row in rows] == list(range(0, 21, 2))
+    assert held_out[0] > 5.3, "an untrained model knows nothing: ln 256 is 5.55"
+    assert held_out[-1] < 4
+    assert all(float(row["attention_share"]) > 0 for row in rows[5:])
+    assert not list(uninterrupted.glob("*.new")), "a file was not put in place"
+
+
+def test_resuming_is_as_if_never_stopped(run, uninterrupted, tmp_path, capsys):
+    folder = tmp_path / "stopped"
+    run(folder, "--stop-at", 7)
+    assert "stopped after step 8 of 20" in capsys.readouterr().out
+    # Rows from after the checkpoint, as a kill leaves them, and a half-written checkpoint beside the whole one.
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("10,2560,9.9,9.9,0,0,0,0,0,0\n")
+    (folder / "checkpoint.pt.new").write_bytes(b"half")
+    run(folder, "--prompt", "def ")
+    stdout = capsys.readouterr().out
+    assert "goes on after step 8" in stdout
+    assert "---- what it writes after 'def ' ----\ndef " in stdout and "held-out loss" in stdout
+    assert curve(folder) == curve(uninterrupted)
+    ours, theirs = (torch.load(path / "checkpoint.pt")["model"] for path in (folder, uninterrupted))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    run(folder)
+    assert "complete already" in capsys.readouterr().out
+
+
+def test_every_attention_sees_the_same(run, uninterrupted, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path / "sdpa", "--attention", "sdpa", "--accumulate", 2)
+    assert_same_losses(uninterrupted, tmp_path / "sdpa")
+    run("-", "--plot-compare", uninterrupted, tmp_path / "sdpa" / "metrics.csv")
+    assert "nats apart, over 3 steps" in capsys.readouterr().out
+
+
+def test_two_processes_compute_what_one_does(uninterrupted, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    done = subprocess.run(
+        [*torchrun, *TINY, "--parallel", "ddp", "--output", str(tmp_path / "two")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_losses(uninterrupted, tmp_path / "two")
+
+
+def test_interrupt_leaves_a_checkpoint(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *TINY, "--steps", "100000", "--output", str(tmp_path)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0 and "stopped after step" in stdout, stderr
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] >= 10
+
+
+def test_texts(run, tmp_path):
+    from training_run import load_text
+
+    train, held_out = load_text(None)
+    assert len(train) > 2e6 and 0.01 < len(held_out) / len(train) < 0.2, "the standard library is everywhere"
+    (tmp_path / "one.txt").write_text("abc" * 100)
+    train, held_out = load_text(tmp_path / "one.txt")
+    assert bytes(train.tolist())[1:] + bytes(held_out.tolist())[1:] == b"abc" * 100
+    (tmp_path / "two.txt").write_text("xyz" * 100)
+    train, held_out = load_text(tmp_path)
+    assert bytes(train.tolist()) == b"\0" + b"abc" * 100 and bytes(held_out.tolist()) == b"\0" + b"xyz" * 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--head-dim", "96"], "invalid choice: 96"),
+        (["--data", "nowhere"], "--data nowhere: there is no such file or folder"),
+        (["--batch", "4", "--accumulate", "3"], "must be a multiple of 3"),
+        (["--parallel", "ddp"], "torchrun --nproc-per-node"),
+        (["--seqlen", "1000000"], "The text is too short"),
+        (["--lr", "0"], "--lr is 0.0; it must be greater than 0"),
+        (["--attention", "sdpa"], "is of another run (attention flash_attn_ext, not sdpa)"),
+        (["--plot-compare", "nowhere"], "Give the folders of runs"),
+    ],
+    ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
+)
+def test_wrong_options(run, uninterrupted, capsys, arguments, words):
+    with pytest.raises(SystemExit) as exit:
+        run(uninterrupted, *arguments)
+    assert exit.value.code == 2 and words in capsys.readouterr().err

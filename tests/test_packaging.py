@@ -1,0 +1,82 @@
+"""The source distribution: it holds what a build needs, and a wheel built from it has the command line's table."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import flash_attn_ext
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, cwd, **environment):
+    process = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """An unpacked source distribution."""
+    folder = tmp_path_factory.mktemp("sdist")
+    run("setup.py", "-q", "egg_info", "--egg-base", str(folder), "sdist", "-d", str(folder), cwd=ROOT)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder)
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def test_sources_are_complete(sdist):
+    """And of one version, whatever torch and toolkit they were packed with."""
+    assert sdist.name == f"flash_attn_ext-{flash_attn_ext.__version__}"
+
+    def files(root, folder, *suffixes):
+        return {
+            str(path.relative_to(root))
+            for path in (root / folder).rglob("*")
+            if path.is_file() and path.suffix in suffixes
+        }
+
+    for folder in ("csrc", "tests", "tools", "benchmarks", "docs"):
+        suffixes = (".h", ".cuh", ".cu", ".cpp", ".py", ".txt", ".md", ".json")
+        assert files(sdist, folder, *suffixes) == files(ROOT, folder, *suffixes)
+    assert not list(sdist.rglob("*.so")) and not list(sdist.rglob("_build_info.py"))
+
+
+def test_a_wheel_without_kernels_from_the_sources(sdist, tmp_path):
+    run("setup.py", "-q", "bdist_wheel", "-d", str(tmp_path), cwd=sdist, FLASH_ATTN_EXT_CUDA="0")
+    (wheel,) = tmp_path.glob("*-none-any.whl")
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(tmp_path)
+    assert not list(tmp_path.rglob("_build_info.py"))
+    stdout = run(
+        *("-c", "from flash_attn_ext.cli import table; print(table.head_dims())"),
+        cwd=tmp_path,
+        PYTHONPATH=str(tmp_path),
+    )
+    from flash_attn_ext.cli import table
+
+    assert stdout.strip() == str(table.head_dims())
+
+
+def test_the_version_stands_in_one_place():
+    version = re.escape(flash_attn_ext.__version__)
+    sources = [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("*.toml"),
+        *ROOT.glob("*.txt"),
+        *ROOT.glob("*.cfg"),
+        *ROOT.glob("Makefile"),
+    ]
+    sources += (ROOT / "flash_attn_ext").rglob("*.py")
+    found = [path.name for path in sources if re.search(rf"(?<![\d.]){version}(?![\d.])", path.read_text())]
+    assert found == ["_version.py"]
+    assert re.search(rf"^## {version}$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
