@@ -70,7 +70,7 @@ format: $(READY)
 	clang-format -i $$(find csrc tests benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 clean:
-	rm -rf build dist *.egg-info flash_attn_ext/*.so flash_attn_ext/_build_info.py
+	rm -rf build dist *.egg-info flash_attn_ext/*.so flash_attn_ext/_build_info.py flash_attn_ext/_limits_table.py
 
 # torch's own CUDA packages have no nvcc; tools/toolkit.py looks for one on the machine before one is installed here.
 .venv/ready: pyproject.toml Makefile

@@ -2,8 +2,8 @@
 """Speed of attention on one GPU beside its peers, on the grid of the FlashAttention papers.
 
     python benchmarks/attention.py --dry-run                      the cells, without a GPU
-    python benchmarks/attention.py --name h200 --plots            the whole grid, every peer
-    python benchmarks/attention.py --peers ours fa3 --head-dims 128 --seqlens 16384
+    python benchmarks/attention.py --name h200 --plots            the whole grid, both passes, every peer
+    python benchmarks/attention.py --pass backward --peers ours fa3 --head-dims 128 --seqlens 16384
     python benchmarks/attention.py --overhead --no-grid           CPU time of one call
 
 A GPU's clock moves with its temperature by up to 10 %, so a figure means little alone: in every cell the peers take
@@ -23,11 +23,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tables import MASK_NAMES, PEER_NAMES, RESULTS, csrc_sha256, ratio, summary
+from tables import MASK_NAMES, PEER_NAMES, RESULTS, by_pass, csrc_sha256, ratio, summary
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:
@@ -41,7 +42,7 @@ except ImportError:  # plain text then
     console = None
 
 HIDDEN_SIZE, TOKENS = 2048, 16384  # heads = HIDDEN_SIZE / head_dim, batch = TOKENS / seqlen
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = {"forward": (64, 128, 256), "backward": (64, 128)}  # of each pass: those that ours has
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 MASKS = {"full": False, "causal": True}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,16 +50,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 HEAT_SECONDS = 1.5  # of matrix products before the first cell, so that no cell has a cold chip to itself
 MEASURE_MS = 7.0  # GPU time of one measurement: long beside an event's resolution, short beside a change of clock
 MIN_ROUNDS = 3  # even where the time budget is used up
-# Two right kernels differ by their roundings, 1 % or less in the worst row; one wrong element of 128 makes 9 %.
-MAX_ROW_ERROR = 0.03
+# Two right kernels differ by their roundings, 1 % or less in the worst of the parts that are compared: a row of out, or
+# 64 rows of a gradient, since a single row of dq or dk can be all cancellation, and so all rounding.
+MAX_ERROR = 0.03
+COMPARED_ROWS = {"forward": 1, "backward": 64}
 
-Call = Callable[[], torch.Tensor]
+Call = Callable[[], tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the grid. The fields are the keys in the results file."""
+    """One point of the grid. The fields are the keys in the results file, with `pass` for pass_name."""
 
+    pass_name: str
     head_dim: int
     causal: bool
     batch: int
@@ -70,58 +74,97 @@ class Cell:
 
     @property
     def flops(self) -> float:
-        """Two products of two operations per element; a causal mask leaves half of them, as the papers count."""
-        every = 4.0 * self.batch * self.heads * self.seqlen_q * self.seqlen_k * self.head_dim
+        """Two products of two operations per element, five in the backward; a causal mask leaves half of them.
+
+        That is how the papers count.
+        """
+        forward = 4.0 * self.batch * self.heads * self.seqlen_q * self.seqlen_k * self.head_dim
+        every = forward * {"forward": 1, "backward": 2.5}[self.pass_name]
         return every / 2 if self.causal else every
 
     def inputs(self) -> list[torch.Tensor]:
-        """q, k and v as (batch, seqlen, heads, head_dim). 192 MiB in all: the L2 cache never holds a whole call."""
+        """q, k, v and dout as (batch, seqlen, heads, head_dim). 64 MiB each: L2 never holds those of a whole call."""
         shape_q = (self.batch, self.seqlen_q, self.heads, self.head_dim)
         shape_kv = (self.batch, self.seqlen_k, self.kv_heads, self.head_dim)
-        return [torch.randn(s, device="cuda", dtype=DTYPES[self.dtype]) for s in (shape_q, shape_kv, shape_kv)]
+        shapes = (shape_q, shape_kv, shape_kv, shape_q)
+        return [torch.randn(shape, device="cuda", dtype=DTYPES[self.dtype]) for shape in shapes]
+
+    def record(self) -> dict:
+        fields = asdict(self)
+        return {"pass": fields.pop("pass_name"), **fields}
 
 
-def grid(head_dims: Iterable[int], masks: Iterable[str], seqlens: Iterable[int], dtype: str) -> list[Cell]:
+def grid(name: str, head_dims: Iterable[int], masks: Iterable[str], seqlens: Iterable[int], dtype: str) -> list[Cell]:
+    """The cells of one pass."""
     return [
-        Cell(head_dim, MASKS[mask], max(1, TOKENS // s), s, s, HIDDEN_SIZE // head_dim, HIDDEN_SIZE // head_dim, dtype)
-        for head_dim in head_dims
+        Cell(name, dim, MASKS[mask], max(1, TOKENS // s), s, s, HIDDEN_SIZE // dim, HIDDEN_SIZE // dim, dtype)
+        for dim in head_dims
         for mask in masks
         for s in seqlens
     ]
 
 
-# ---- the peers: a name -> a function that binds (q, k, v, causal) to a call without arguments ----
+# ---- the peers: a name -> a function that binds (q, k, v, dout, causal) to a call without arguments, for each pass.
+# A call returns out, or dq, dk and dv. The forward that a backward needs is done while binding.
 
 
-def bind_ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Call:
+def bind_ours(q, k, v, dout, causal: bool) -> Call:
     from flash_attn_ext import flash_attn_func
 
-    return lambda: flash_attn_func(q, k, v, causal=causal)
+    return lambda: (flash_attn_func(q, k, v, causal=causal),)
 
 
-def bind_fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Call:
+def bind_ours_backward(q, k, v, dout, causal: bool) -> Call:
+    from flash_attn_ext import backward, forward
+
+    out, lse = forward(q, k, v, causal=causal)
+    return lambda: backward(dout, q, k, v, out, lse, causal=causal)
+
+
+def bind_fa3(q, k, v, dout, causal: bool) -> Call:
     forward = torch.ops.flash_attn_3.fwd
-    return lambda: forward(q, k, v, is_causal=causal)[0]
+    return lambda: (forward(q, k, v, is_causal=causal)[0],)
 
 
-def sdpa_binder(backend: SDPBackend) -> Callable[..., Call]:
-    def bind(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Call:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # a view: SDPA's order is (batch, heads, seqlen, head_dim)
+def bind_fa3_backward(q, k, v, dout, causal: bool) -> Call:
+    out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, is_causal=causal)
+    gradients = tuple(torch.empty_like(x) for x in (q, k, v))
+    backward = torch.ops.flash_attn_3.bwd
 
-        def call() -> torch.Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+    def call():
+        backward(dout, q, k, v, out, lse, *gradients, is_causal=causal)
+        return gradients
 
-        return call
+    return call
 
-    return bind
+
+def sdpa_binders(backend: SDPBackend) -> dict[str, Callable[..., Call]]:
+    """torch's attention, whose order is (batch, heads, seqlen, head_dim): it gets transposed views."""
+
+    def attend(q, k, v, causal: bool) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    def bind(q, k, v, dout, causal: bool) -> Call:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return lambda: (attend(q, k, v, causal).transpose(1, 2),)
+
+    def bind_backward(q, k, v, dout, causal: bool) -> Call:
+        inputs = [x.transpose(1, 2).requires_grad_() for x in (q, k, v)]
+        dout = dout.transpose(1, 2)
+        with torch.enable_grad():
+            out = attend(*inputs, causal)
+        gradients = partial(torch.autograd.grad, out, inputs, dout, retain_graph=True)
+        return lambda: tuple(x.transpose(1, 2) for x in gradients())
+
+    return {"forward": bind, "backward": bind_backward}
 
 
 BINDERS = {
-    "ours": bind_ours,
-    "fa3": bind_fa3,
-    "cudnn": sdpa_binder(SDPBackend.CUDNN_ATTENTION),
-    "fa2": sdpa_binder(SDPBackend.FLASH_ATTENTION),
+    "ours": {"forward": bind_ours, "backward": bind_ours_backward},
+    "fa3": {"forward": bind_fa3, "backward": bind_fa3_backward},
+    "cudnn": sdpa_binders(SDPBackend.CUDNN_ATTENTION),
+    "fa2": sdpa_binders(SDPBackend.FLASH_ATTENTION),
 }
 assert list(BINDERS) == list(PEER_NAMES)
 
@@ -174,10 +217,16 @@ def calls_per_measurement(call: Callable[[], object]) -> int:
     return max(1, round(MEASURE_MS / milliseconds(call, 1)))
 
 
-def worst_row_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest relative error of a row (one query of one head); NaN if there is one."""
-    distance = torch.linalg.vector_norm(out.float() - expected.float(), dim=-1)
-    return (distance / torch.linalg.vector_norm(expected.float(), dim=-1)).max().item()
+def worst_error(result: torch.Tensor, expected: torch.Tensor, rows: int) -> float:
+    """The largest relative error of so many neighbouring rows of one head; NaN if there is one."""
+
+    def norms(x: torch.Tensor) -> torch.Tensor:
+        squares = x.square().sum(-1)  # (batch, seqlen, heads)
+        squares = F.pad(squares, (0, 0, 0, -squares.shape[1] % rows))
+        return squares.unflatten(1, (-1, rows)).sum(2).sqrt()
+
+    expected = expected.float()
+    return (norms(result.float() - expected) / norms(expected)).max().item()
 
 
 class Ceiling:
@@ -207,18 +256,23 @@ class Ceiling:
 
 
 def measure_cell(cell: Cell, peers: list[str], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """TFLOP/s of each peer, round by round. Says why a peer is missing: it raised, or its output is wrong."""
+    """TFLOP/s of each peer, round by round. Says why a peer is missing: it raised, or its results are wrong."""
     stop = time.monotonic() + seconds
-    q, k, v = cell.inputs()
+    inputs = cell.inputs()
+
+    def bind(peer: str) -> Call:
+        return BINDERS[peer][cell.pass_name](*(x.detach() for x in inputs), cell.causal)
+
     # One judge for all: torch's FA2, the oldest of them. A fast wrong kernel must not be timed silently.
-    expected = BINDERS["fa2"](q, k, v, cell.causal)()
+    expected = bind("fa2")()
+    rows = COMPARED_ROWS[cell.pass_name]
     calls, counts = {}, {}
     for peer in peers:
         try:
-            call = BINDERS[peer](q, k, v, cell.causal)
-            error = worst_row_error(call(), expected)
-            if not error <= MAX_ROW_ERROR:  # NaN included
-                raise ArithmeticError(f"wrong output: relative error {error:.3g} in its worst row")
+            call = bind(peer)
+            errors = [worst_error(a, b, rows) for a, b in zip(call(), expected, strict=True)]
+            if not all(error <= MAX_ERROR for error in errors):  # NaN included
+                raise ArithmeticError(f"wrong results: relative errors {', '.join(f'{x:.3g}' for x in errors)}")
             counts[peer] = calls_per_measurement(call)
             calls[peer] = call
         except Exception as failure:  # a peer that cannot run this cell is a missing figure, not the end of the run
@@ -235,10 +289,14 @@ def measure_cell(cell: Cell, peers: list[str], rounds: int, seconds: float) -> d
 
 def measure_overhead(peers: list[str], dtype: str, calls: int = 1000, turn: int = 50) -> dict[str, float]:
     """CPU time of a call in microseconds: median of `calls` calls on an idle GPU, the peers taking turns."""
-    cell = Cell(128, False, 1, 128, 128, 8, 8, dtype)
-    q, k, v = cell.inputs()
+    cell = Cell("forward", 128, False, 1, 128, 128, 8, 8, dtype)
+    q, k, v, _ = cell.inputs()
     qt, kt, vt = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    bound: dict[str, Callable[[], object]] = {"sdpa": lambda: F.scaled_dot_product_attention(qt, kt, vt)}
+    (qg, kg, vg), (qtg, ktg, vtg) = ([x.clone().requires_grad_() for x in xs] for xs in ((q, k, v), (qt, kt, vt)))
+    bound: dict[str, Callable[[], object]] = {
+        "sdpa": lambda: F.scaled_dot_product_attention(qt, kt, vt),
+        "sdpa_grad": lambda: F.scaled_dot_product_attention(qtg, ktg, vtg),
+    }
     if "fa3" in peers:
         bound["fa3"] = lambda forward=torch.ops.flash_attn_3.fwd: forward(q, k, v, is_causal=False)
     if "ours" in peers:
@@ -246,9 +304,11 @@ def measure_overhead(peers: list[str], dtype: str, calls: int = 1000, turn: int 
 
         scale = cell.head_dim**-0.5
         bound["ours"] = lambda: flash_attn_func(q, k, v)
+        bound["ours_grad"] = lambda: flash_attn_func(qg, kg, vg)
         bound["ours_raw"] = lambda: _C.forward(q, k, v, scale, False)
     times: dict[str, list[int]] = {}
     for name, call in bound.items():
+        torch.set_grad_enabled(name.endswith("_grad"))
         try:
             for _ in range(20):
                 call()
@@ -260,6 +320,7 @@ def measure_overhead(peers: list[str], dtype: str, calls: int = 1000, turn: int 
     for _ in range(calls // turn):
         for name, samples in times.items():
             call = bound[name]
+            torch.set_grad_enabled(name.endswith("_grad"))
             for _ in range(turn):
                 torch.cuda.synchronize()
                 begin = time.perf_counter_ns()
@@ -267,6 +328,7 @@ def measure_overhead(peers: list[str], dtype: str, calls: int = 1000, turn: int 
                 samples.append(time.perf_counter_ns() - begin)
                 del out  # after the clock: freeing is not part of the call
     gc.enable()
+    torch.set_grad_enabled(False)
     return {name: round(statistics.median(samples) / 1000, 2) for name, samples in times.items()}
 
 
@@ -300,7 +362,7 @@ def reason(error: Exception) -> str:
 
 
 def label(cell: Cell) -> str:
-    return f"head dim {cell.head_dim}, {MASK_NAMES[cell.causal]}, {cell.seqlen_q}"
+    return f"{cell.pass_name}, head dim {cell.head_dim}, {MASK_NAMES[cell.causal]}, {cell.seqlen_q}"
 
 
 def with_progress(cells: list[Cell]) -> Iterator[Cell]:
@@ -346,11 +408,13 @@ def show_speeds(cells: list[dict], spreads: list[dict[str, float]], peers: list[
             f"{cell['tflops'][peer]:.0f} ({of_peer[peer]:.1f} %)" if cell["tflops"][peer] else "–" for peer in peers
         ]
         beside = f"{ratio(cell):.3f}" if ratio(cell) else "–"
-        rows.append([str(cell["head_dim"]), MASK_NAMES[cell["causal"]], str(cell["seqlen_q"]), *figures, beside])
-    show(["head dim", "mask", "seqlen", *(PEER_NAMES[peer] for peer in peers), "ours / FA3"], rows)
-    for peer in ("fa3", "cudnn", "fa2"):
-        for line in summary(cells, peer) if peer in peers else []:
-            say(line)
+        place = [cell["pass"], str(cell["head_dim"]), MASK_NAMES[cell["causal"]], str(cell["seqlen_q"])]
+        rows.append([*place, *figures, beside])
+    show(["pass", "head dim", "mask", "seqlen", *(PEER_NAMES[peer] for peer in peers), "ours / FA3"], rows)
+    for name, of_pass in by_pass(cells).items():
+        for peer in ("fa3", "cudnn", "fa2"):
+            for line in summary(of_pass, peer) if peer in peers else []:
+                say(f"{name}, {line}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -358,8 +422,9 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=120)
     )
     option = parser.add_argument
-    option("--pass", dest="passes", nargs="+", choices=["forward"], default=["forward"], help="what to time")
-    option("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS), metavar="D")
+    passes = list(HEAD_DIMS)
+    option("--pass", dest="passes", nargs="+", choices=passes, default=passes, help="what to time (default: both)")
+    option("--head-dims", nargs="+", type=int, metavar="D", help="default: those that ours has in the pass")
     option("--seqlens", nargs="+", type=int, default=list(SEQLENS), metavar="S")
     option("--masks", nargs="+", choices=list(MASKS), default=list(MASKS))
     option("--peers", nargs="+", choices=list(BINDERS), default=list(BINDERS), help="default: all of them")
@@ -378,23 +443,31 @@ def parse_args() -> argparse.Namespace:
 
 def results_path(args: argparse.Namespace, cells: list[Cell]) -> Path:
     """A part of the grid never overwrites the results of the whole."""
-    whole = set(cells) == set(grid(HEAD_DIMS, MASKS, SEQLENS, args.dtype)) and set(args.peers) == set(BINDERS)
+    every = {cell for name, dims in HEAD_DIMS.items() for cell in grid(name, dims, MASKS, SEQLENS, args.dtype)}
+    whole = set(cells) == every and set(args.peers) == set(BINDERS)
     return args.output or RESULTS / f"{args.name}-{'paper' if whole else 'part'}-{args.dtype}.json"
 
 
 def dry_run(cells: list[Cell], peers: list[str]) -> None:
     rows = [
-        [str(x) for x in (c.head_dim, MASK_NAMES[c.causal], c.batch, c.seqlen_q, c.heads)] + [f"{c.flops / 1e12:.3f}"]
+        [
+            *map(str, (c.pass_name, c.head_dim, MASK_NAMES[c.causal], c.batch, c.seqlen_q, c.heads)),
+            f"{c.flops / 1e12:.3f}",
+        ]
         for c in cells
     ]
-    show(["head dim", "mask", "batch", "seqlen", "heads", "TFLOP"], rows)
+    show(["pass", "head dim", "mask", "batch", "seqlen", "heads", "TFLOP"], rows)
     say(f"{len(cells)} cells, peers: {', '.join(peers)}")
 
 
 @torch.no_grad()
 def main() -> int:
     args = parse_args()
-    cells = [] if args.no_grid else grid(args.head_dims, args.masks, args.seqlens, args.dtype)
+    cells = [
+        cell
+        for name in ([] if args.no_grid else dict.fromkeys(args.passes))
+        for cell in grid(name, args.head_dims or HEAD_DIMS[name], args.masks, args.seqlens, args.dtype)
+    ]
     if args.dry_run:
         dry_run(cells, args.peers)
         return 0
@@ -419,8 +492,9 @@ def main() -> int:
         results["overhead_us"] = measure_overhead(peers, args.dtype)
         for name, microseconds in results["overhead_us"].items():
             say(f"CPU time of a call, {name}: {microseconds:.1f} us")
-        if results["overhead_us"].get("ours") and results["overhead_us"].get("fa3"):
-            say(f"ours / FA3: {results['overhead_us']['ours'] / results['overhead_us']['fa3']:.2f}")
+        for ours, theirs in (("ours", "fa3"), ("ours_grad", "sdpa_grad")):
+            if results["overhead_us"].get(ours) and results["overhead_us"].get(theirs):
+                say(f"{ours} / {theirs}: {results['overhead_us'][ours] / results['overhead_us'][theirs]:.2f}")
     if not cells:
         if args.output:
             save()
@@ -434,7 +508,7 @@ def main() -> int:
         speeds = measure_cell(cell, peers, args.rounds, left / (len(cells) - index))
         ceiling.measure()
         tflops = {peer: round(statistics.median(speeds[peer]), 1) if peer in speeds else None for peer in args.peers}
-        results["cells"].append({"pass": "forward", **asdict(cell), "tflops": tflops})
+        results["cells"].append({**cell.record(), "tflops": tflops})
         results["ceiling_tflops"] = round(ceiling.tflops, 1)
         spreads.append({peer: spread(rounds) for peer, rounds in speeds.items()})
         save()

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import matplotlib
-from tables import MASK_NAMES, PEER_NAMES, ROOT, peers_of
+from tables import MASK_NAMES, PEER_NAMES, ROOT, by_pass, peers_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -45,7 +45,7 @@ def draw_panel(axis, cells: list[dict], peers: list[str], ceiling: float | None)
 
 def draw(results: dict, name: str) -> plt.Figure:
     """The figure of one pass."""
-    cells = [cell for cell in results["cells"] if cell["pass"] == name]
+    cells = by_pass(results["cells"])[name]
     peers, ceiling = peers_of(cells), results["ceiling_tflops"]
     rows = sorted({cell["causal"] for cell in cells})
     columns = sorted({cell["head_dim"] for cell in cells})
@@ -74,7 +74,7 @@ def plot(path: Path, folder: Path = ROOT / "docs" / "images") -> list[Path]:
     results = json.loads(Path(path).read_text())
     folder.mkdir(parents=True, exist_ok=True)
     images = []
-    for name in dict.fromkeys(cell["pass"] for cell in results["cells"]):
+    for name in by_pass(results["cells"]):
         image = folder / f"{Path(path).stem}-{name}.png"
         figure = draw(results, name)
         # Without the metadata, equal results give equal files whatever matplotlib drew them.

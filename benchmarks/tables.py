@@ -51,6 +51,13 @@ def describe(cell: dict) -> str:
     return f"head dim {cell['head_dim']} {MASK_NAMES[cell['causal']]} {cell['seqlen_q']}"
 
 
+def by_pass(cells: list[dict]) -> dict[str, list[dict]]:
+    """The cells of each pass, in the order of the file."""
+    return {
+        name: [cell for cell in cells if cell["pass"] == name] for name in dict.fromkeys(cell["pass"] for cell in cells)
+    }
+
+
 def summary(cells: list[dict], peer: str = "fa3") -> list[str]:
     """Sentences that sum up our speed beside one peer: over all cells, then per head dim."""
     known = [cell for cell in cells if ratio(cell, peer)]
@@ -92,15 +99,14 @@ def speed_grid(cells: list[dict], peers: list[str]) -> list[str]:
     return lines
 
 
-def speed_tables(results: dict, wanted: list[str]) -> list[str]:
-    """The tables of every pass in one results file, restricted to the wanted peers."""
+def speed_tables(results: dict, wanted: list[str], sentences: int | None = None) -> list[str]:
+    """The tables of every pass in one results file, restricted to the wanted peers, with so many sentences below."""
     lines = []
-    for name in dict.fromkeys(cell["pass"] for cell in results["cells"]):
-        cells = [cell for cell in results["cells"] if cell["pass"] == name]
+    for name, cells in by_pass(results["cells"]).items():
         peers = [peer for peer in peers_of(cells) if peer in wanted]
         named = " / ".join(PEER_NAMES[peer] for peer in peers)
         lines += [f"{name.capitalize()}, {cells[0]['dtype']}, TFLOP/s: {named}", "", *speed_grid(cells, peers), ""]
-        lines += [f"- {line}" for line in summary(cells)] + [""]
+        lines += [f"- {line}" for line in summary(cells)[:sentences]] + [""]
     return lines
 
 
@@ -118,7 +124,9 @@ def overhead_lines(results: dict) -> list[str]:
         "ours": "`flash_attn_func`, no grad",
         "ours_raw": "the bare binding under it",
         "fa3": "FA3's bare operator",
-        "sdpa": "torch's SDPA",
+        "sdpa": "torch's SDPA, no grad",
+        "ours_grad": "`flash_attn_func`, with grad",
+        "sdpa_grad": "torch's SDPA, with grad",
     }
     times = results.get("overhead_us") or {}
     rows = [f"| {label} | {times[peer]:.1f} |" for peer, label in names.items() if times.get(peer)]
@@ -131,8 +139,8 @@ def readme_block() -> str:
     if not path.exists():
         return NOT_MEASURED
     results = json.loads(path.read_text())
-    lines = [*speed_tables(results, ["ours", "fa3"]), environment_line(results), ""]
-    for name in dict.fromkeys(cell["pass"] for cell in results["cells"]):
+    lines = [*speed_tables(results, ["ours", "fa3"], sentences=1), environment_line(results), ""]
+    for name in by_pass(results["cells"]):
         lines += [f"![{name} speed](docs/images/{path.stem}-{name}.png)", ""]
     return "\n".join(lines).strip()
 

@@ -7,13 +7,14 @@
 // producer is already at the next tile while the consumers finish this one. docs/forward.md has the barriers, the
 // shared-memory plan and the cycle budget.
 
-#include <array>
-#include <atomic>
-#include <climits>
+#include <algorithm>
 #include <cuda/ptx>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "launch.h"
+#include "launch_utils.h"
 #include "limits.h"
 #include "params.h"
 #include "ptx/tma.cuh"
@@ -21,6 +22,7 @@
 #include "ptx/wgmma.cuh"
 #include "tensor_map.h"
 #include "tile/block_range.h"
+#include "tile/copy.cuh"
 #include "tile/fragment.cuh"
 #include "tile/mask.cuh"
 #include "tile/ring.cuh"
@@ -134,16 +136,6 @@ __device__ __forceinline__ int claim_tile(const ForwardArguments& args) {
 
 // --------------------------------------------------------------------------------------------------------- producer
 
-template <class SmemTileType>
-__device__ __forceinline__ void copy_tile(SmemTileType& to, const CUtensorMap& from, int row, int head, int batch,
-                                          uint64_t* full) {
-#pragma unroll
-  for (int slab = 0; slab < SmemTileType::kSlabs; ++slab) {
-    const int32_t at[4] = {slab * kSlabColumns, row, head, batch};
-    cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, to.slab(slab), &from, at, full);
-  }
-}
-
 // K runs one block ahead of V, because the consumers multiply Q K^T of a block before P V of the block before it.
 template <class Config>
 __device__ __forceinline__ void load_kv(const ForwardArguments& args, ForwardSmem<Config>& smem) {
@@ -161,7 +153,7 @@ __device__ __forceinline__ void load_kv(const ForwardArguments& args, ForwardSme
     for (int block = tile.blocks - 1; block >= -1; --block) {
       if (block >= 0) {
         uint64_t* full = smem.k_ring.begin_fill(k_at, Smem::KvTile::kBytes);
-        copy_tile(smem.k[k_at.stage], args.k, block * Config::kBlockKv, kv_head, tile.batch, full);
+        load_tile(smem.k[k_at.stage], args.k, block * Config::kBlockKv, kv_head, tile.batch, full);
         k_at.next();
       } else {
         index = claim_tile(args);  // as late as its latency stays hidden behind the wait for the last V
@@ -171,7 +163,7 @@ __device__ __forceinline__ void load_kv(const ForwardArguments& args, ForwardSme
       }
       if (block + 1 < tile.blocks) {
         uint64_t* full = smem.v_ring.begin_fill(v_at, Smem::KvTile::kBytes);
-        copy_tile(smem.v[v_at.stage], args.v, (block + 1) * Config::kBlockKv, kv_head, tile.batch, full);
+        load_tile(smem.v[v_at.stage], args.v, (block + 1) * Config::kBlockKv, kv_head, tile.batch, full);
         v_at.next();
       }
     }
@@ -192,7 +184,7 @@ __device__ __forceinline__ void load_q(const ForwardArguments& args, ForwardSmem
       wait_phase(&smem.q_empty[consumer], tile_at.phase ^ 1);
       cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared,
                                            &smem.q_full[consumer], Smem::QTile::kBytes);
-      copy_tile(smem.q[consumer], args.q, tile.first_row + 64 * consumer, tile.head, tile.batch,
+      load_tile(smem.q[consumer], args.q, tile.first_row + 64 * consumer, tile.head, tile.batch,
                 &smem.q_full[consumer]);
     }
   }
@@ -228,8 +220,9 @@ struct Consumer {
 
   // The first kColumns columns of the scores.
   template <int kColumns>
-  __device__ __forceinline__ float (&first_scores())
-      [kColumns / 2] { return reinterpret_cast<float (&)[kColumns / 2]>(scores); }
+  __device__ __forceinline__ auto& first_scores() {
+    return reinterpret_cast<float (&)[kColumns / 2]>(scores);
+  }
 
   // Issues S = Q K^T of the K block at hand, of its first kColumns keys.
   template <int kColumns>
@@ -363,12 +356,7 @@ struct Consumer {
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     ptx::bar_sync(kOutBarrier + index, 128);
     if (leader) {
-#pragma unroll
-      for (int slab = 0; slab < Smem::QTile::kSlabs; ++slab) {
-        const int32_t at[4] = {slab * kSlabColumns, first_row, tile.head, tile.batch};
-        cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_global, cuda::ptx::space_shared, &args.out, at,
-                                        smem.out(index).slab(slab));
-      }
+      store_tile(args.out, smem.out(index), first_row, tile.head, tile.batch);
       cuda::ptx::cp_async_bulk_commit_group();
       if constexpr (!Config::kOwnOutBuffer) {
         cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
@@ -463,35 +451,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
 
 // ----------------------------------------------------------------------------------------------------------- launch
 
-int multiprocessors(int device) {
-  int count = 0;
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "counting multiprocessors");
-  return count;
-}
-
-// Allows a kernel its shared memory, once for each device: it is a property of the device's copy of the kernel.
-template <class Config>
-void allow_shared_memory(int device) {
-  constexpr int kBytes = sizeof(ForwardSmem<Config>);
-  static_assert(kBytes <= 227 * 1024, "the tile needs more shared memory than a Hopper thread block can have");
-  static std::array<std::atomic<bool>, 64> allowed{};
-  if (device < 64 && allowed[device].load(std::memory_order_acquire)) return;
-  check_cuda(cudaFuncSetAttribute(forward_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-             "asking for shared memory");
-  if (device < 64) allowed[device].store(true, std::memory_order_release);
-}
-
 template <class Config>
 void launch(const ForwardParams& p, cudaStream_t stream) {
-  // What a persistent grid wants to find in L2: half of the 50 MB or 60 MB that Hoppers have.
-  constexpr int64_t kL2Bytes = int64_t{32} << 20;
-  constexpr int64_t kElementBytes = 2;
-
   const int64_t row_blocks = (p.seqlen_q + Config::kBlockQ - 1) / Config::kBlockQ;
-  // Tile and row counts are int in the kernel (offsets are not); room for one more round past the last tile.
-  if (p.seqlen_q > INT_MAX / 2 || p.seqlen_k > INT_MAX / 2 || row_blocks * p.batch * p.heads > INT_MAX / 2) {
-    throw std::runtime_error("more rows or tiles than 2^30 in one call: split the batch or the heads over several");
-  }
+  check_counts({p.seqlen_q, p.seqlen_k, row_blocks * p.batch * p.heads});
   ForwardArguments args;
   args.q = make_tensor_map("q", p.q, p.dtype, p.batch, p.seqlen_q, p.heads, p.head_dim, p.q_strides, 64);
   args.k =
@@ -503,16 +466,17 @@ void launch(const ForwardParams& p, cudaStream_t stream) {
   args.tile_counter = p.tile_counter;
   args.heads = static_cast<int>(p.heads);
   args.heads_per_kv_head = static_cast<int>(p.heads / p.kv_heads);
-  args.schedule = TileSchedule::make(static_cast<int>(row_blocks), args.heads, static_cast<int>(p.batch), p.causal,
-                                     2 * p.seqlen_k * p.head_dim * kElementBytes, args.heads_per_kv_head, kL2Bytes);
+  args.schedule =
+      TileSchedule::make(static_cast<int>(row_blocks), args.heads, static_cast<int>(p.batch), p.causal,
+                         2 * p.seqlen_k * p.head_dim * sizeof(typename Config::T), args.heads_per_kv_head, kL2Bytes);
   args.sequence = {static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k), p.causal};
-  args.scale_log2 = p.softmax_scale * 1.4426950408889634f;  // log2(e)
+  args.scale_log2 = p.softmax_scale * kLog2E;
 
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "asking for the current device");
-  allow_shared_memory<Config>(device);
+  constexpr int kBytes = sizeof(ForwardSmem<Config>);
+  const int device = current_device();
+  allow_shared_memory<forward_kernel<Config>, kBytes>(device);
   const int blocks = std::min(multiprocessors(device), args.schedule.tiles());
-  forward_kernel<Config><<<blocks, Config::kThreads, sizeof(ForwardSmem<Config>), stream>>>(args);
+  forward_kernel<Config><<<blocks, Config::kThreads, kBytes, stream>>>(args);
   check_cuda(cudaGetLastError(), "launching the forward kernel");
 }
 

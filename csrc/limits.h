@@ -23,9 +23,9 @@ struct ForwardTile {
 };
 
 struct BackwardTile {
-  int block_q = 0;
-  int block_kv = 0;
-  int stages = 0;
+  int block_q = 0;   // query rows of one step of the main loop
+  int block_kv = 0;  // keys of one thread block: 64 per consumer warpgroup
+  int stages = 0;    // Q tiles, and as many dO tiles, in flight
   constexpr bool built() const { return block_q > 0; }
 };
 
@@ -38,9 +38,14 @@ struct HeadDimLimits {
 inline constexpr HeadDimLimits kLimits[] = {
     // Bound by exp2 as much as by the products: three warpgroups share the units best, and without turns they fall into
     // step and use one unit at a time.
-    {.head_dim = 64, .forward = {.block_q = 192, .block_kv = 128, .stages = 2, .turns = true}, .backward = {}},
+    {.head_dim = 64,
+     .forward = {.block_q = 192, .block_kv = 128, .stages = 2, .turns = true},
+     .backward = {.block_q = 128, .block_kv = 128, .stages = 2}},
     // Without turns: here two warpgroups keep out of step by themselves (docs/tuning.md).
-    {.head_dim = 128, .forward = {.block_q = 128, .block_kv = 128, .stages = 2}, .backward = {}},
+    // Backward: dK and dV take 128 registers a thread, which leaves room for 64 rows of S and dP.
+    {.head_dim = 128,
+     .forward = {.block_q = 128, .block_kv = 128, .stages = 2},
+     .backward = {.block_q = 64, .block_kv = 128, .stages = 2}},
     // O takes 128 registers a thread and Q 64 KB: two warpgroups, and 80 keys are what shared memory holds twice.
     {.head_dim = 256, .forward = {.block_q = 128, .block_kv = 80, .stages = 2, .turns = true}, .backward = {}},
 };

@@ -8,16 +8,10 @@
 #include <string>
 
 #include "launch.h"
+#include "launch_utils.h"
 #include "params.h"
 
 namespace flash_attn_ext {
-
-inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // an error of this call must not be reported by somebody's next one
-    throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
-  }
-}
 
 // The driver's entry point, without linking to libcuda.
 inline auto tensor_map_encoder() {

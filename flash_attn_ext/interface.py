@@ -16,10 +16,11 @@ def flash_attn_func(
     *,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Exact attention, softmax(softmax_scale * q k^T) v, without the matrix of scores in memory.
+    """Exact attention, softmax(softmax_scale * q k^T) v, without the matrix of scores in memory. Differentiable, once.
 
     On Hopper GPUs by the algorithm of FlashAttention-3 (Shah et al. 2024, sections 3.1 and 3.2; the tiled softmax is
-    from FlashAttention, Dao et al. 2022, section 3.1); on the CPU by `attention_reference`.
+    from FlashAttention, Dao et al. 2022, section 3.1; the gradients: see `backward`); on the CPU by
+    `attention_reference`.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim). float16 or bfloat16 on CUDA; also float32 and float64 on the CPU. Under
@@ -39,6 +40,10 @@ def flash_attn_func(
     On CUDA the inputs are read where they lie if their last stride is 1 and their address and other strides are
     multiples of 16 bytes and not 0: (batch, heads, seqlen, head_dim) memory and slices of a packed qkv are. Other
     layouts are copied first. Work goes to the current stream of q's device; the call does not wait for it.
+
+    Gradients have the strides of torch.empty_like(input), and only those that autograd asks for are computed. q, k, v,
+    out and lse are kept for them. An input that requires grad needs a head_dim that trains (`supported`), or grad mode
+    off: that is refused here, and not later. Gradients cannot be differentiated again.
 
     Raises:
         TypeError: an argument is not a tensor, a number or a bool where it must be.
@@ -63,9 +68,45 @@ def forward(
     return _forward(q, k, v, softmax_scale, causal)
 
 
+def backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of `forward`'s out, for code that calls the kernels by itself; autograd calls the same kernel.
+
+    After FlashAttention-2 (Dao 2023, section 3.1.2; on Hopper FlashAttention-3, Shah et al. 2024, appendix B): the
+    probabilities are computed again from q, k and lse. On the CPU by `attention_reference_backward`.
+
+    out and lse are used as they are given. Where k and v are one part of the keys (ring attention), pass the out and
+    lse that were merged over all parts: dk and dv are then this part's, and the sum of every part's dq is q's gradient.
+
+    Args:
+        dout: gradient of the loss with respect to out; shape, dtype and device of q. Any strides.
+        q, k, v, softmax_scale, causal: as in `forward`. Autocast casts nothing here.
+        out: shape, dtype and device of q.
+        lse: (batch, heads, seqlen_q), float32, on q's device; natural logarithm, -inf for rows that see no key.
+
+    Returns:
+        dq, dk, dv: shapes, dtypes and strides of torch.empty_like(q), (k) and (v). Rows that see no key contribute 0.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `flash_attn_func`, and ValueError if dout, out or lse do not fit q or
+        the head_dim has no backward kernel.
+    """
+    if not torch.compiler.is_compiling():
+        limits.check_arguments(softmax_scale, causal, dout=dout, q=q, k=k, v=v, out=out, lse=lse)
+    return ops.backward(dout, q, k, v, out, lse, softmax_scale, causal)
+
+
 def forward_by_operator(q, k, v, softmax_scale, causal):
     """`forward` without the shortcut of the compiled module."""
-    limits.check_arguments(q, k, v, softmax_scale, causal)
+    limits.check_arguments(softmax_scale, causal, q=q, k=k, v=v)
     return ops.forward(q, k, v, softmax_scale, causal)
 
 

@@ -14,6 +14,11 @@ AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what autocas
 FLOAT32 = torch.finfo(torch.float32)
 CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+NO_SECOND_DERIVATIVE = (
+    "attention is once_differentiable: the gradients of flash_attn_func cannot be differentiated again. Ways out: do "
+    "without create_graph=True, detach these gradients, or use attention_reference, which has every derivative."
+)
+
 
 def supported() -> dict[str, tuple[int, ...]]:
     """Head dimensions that run on the GPU ("forward") and that train there ("backward").
@@ -72,29 +77,53 @@ def check(q, k, v, softmax_scale=None, causal=False, *, on_device: bool = True) 
         raise refusal
 
 
-def check_arguments(q, k, v, softmax_scale=None, causal=False) -> None:
+def check_arguments(softmax_scale=None, causal=False, **tensors) -> None:
     """The part of `check` that needs no tensor's properties: the arguments' Python types, and softmax_scale."""
-    if refusal := _type_refusal(q, k, v, softmax_scale, causal) or _scale_refusal(softmax_scale):
+    if refusal := _type_refusal(tensors, softmax_scale, causal) or _scale_refusal(softmax_scale):
         raise refusal
 
 
-def check_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raises ValueError if an input requires grad and no kernel computes its gradient."""
-    if refusal := _gradient_refusal(q, k, v):
+def check_gradient(q, k, v, softmax_scale=None, causal=False) -> None:
+    """Raises ValueError if an input requires grad and no kernel computes its gradient.
+
+    Says nothing of calls that `check` refuses: their turn comes when they run.
+    """
+    on_device = not torch._C._dispatch_keys(q).has(torch._C.DispatchKey.Python)  # not a fake tensor
+    if _refusal(q, k, v, softmax_scale, causal, on_device) is None and (refusal := _gradient_refusal(q, k, v)):
         raise refusal
 
 
-def _refusal(q, k, v, softmax_scale, causal, on_device=True) -> Exception | None:
+def check_forward_mode(q, k, v) -> None:
+    """Raises NotImplementedError if an input is a dual tensor: its tangent would vanish silently."""
+    if any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in (q, k, v)):
+        raise NotImplementedError(
+            "flash_attn_func has no forward-mode derivative (jvp). Use attention_reference, which has one, or reverse "
+            "mode: torch.autograd.grad."
+        )
+
+
+def check_backward(dout, q, k, v, out, lse, softmax_scale=None, causal=False, *, on_device: bool = True) -> None:
+    """`check` for a call of `backward`."""
+    refusal = (
+        _refusal(q, k, v, softmax_scale, causal, on_device, autocast=False)
+        or (q.device.type == "cuda" and _no_backward_refusal(q.shape[3], "Ways out: "))
+        or _results_refusal(dout, q, out, lse)
+    )
+    if refusal:
+        raise refusal
+
+
+def _refusal(q, k, v, softmax_scale, causal, on_device=True, autocast=True) -> Exception | None:
     return (
-        _type_refusal(q, k, v, softmax_scale, causal)
+        _type_refusal({"q": q, "k": k, "v": v}, softmax_scale, causal)
         or _scale_refusal(softmax_scale)
         or _shape_refusal(q, k, v)
-        or _device_refusal(q, k, v, on_device)
+        or _device_refusal(q, k, v, on_device, autocast)
     )
 
 
-def _type_refusal(q, k, v, softmax_scale, causal) -> TypeError | None:
-    for name, value in (("q", q), ("k", k), ("v", v)):
+def _type_refusal(tensors, softmax_scale, causal) -> TypeError | None:
+    for name, value in tensors.items():
         if not isinstance(value, torch.Tensor):
             return TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__} ({value!r:.60}).")
     if softmax_scale is not None and (
@@ -150,10 +179,10 @@ def _scale_refusal(softmax_scale) -> ValueError | None:
     return None
 
 
-def _device_refusal(q, k, v, on_device: bool) -> Exception | None:
+def _device_refusal(q, k, v, on_device: bool, autocast: bool) -> Exception | None:
     if not q.device == k.device == v.device:
         return ValueError(f"q, k and v are on {q.device}, {k.device} and {v.device}; they must be on one device.")
-    dtypes = [_dtype_after_autocast(tensor) for tensor in (q, k, v)]
+    dtypes = [_dtype_after_autocast(tensor) if autocast else tensor.dtype for tensor in (q, k, v)]
     if not dtypes[0] == dtypes[1] == dtypes[2]:
         return ValueError(
             "q, k and v have dtypes {}, {} and {}; they must be equal. Cast them, or call under torch.autocast.".format(
@@ -188,17 +217,60 @@ def _head_dim_refusal(head_dim: int) -> ValueError | None:
 
 def _gradient_refusal(q, k, v) -> ValueError | None:
     wanted = [name for name, tensor in (("q", q), ("k", k), ("v", v)) if tensor.requires_grad]
-    trains = supported()["backward"]
-    head_dim = q.shape[3]
-    if not wanted or q.device.type != "cuda" or head_dim in trains:
+    if not wanted or q.device.type != "cuda":
         return None
     require = "requires" if len(wanted) == 1 else "require"
-    padding = ", pad the head_dim with zeros to one that trains, change the model's number of heads" if trains else ""
-    return ValueError(
-        f"{_list(wanted, 'and')} {require} grad, and head_dim {head_dim} has no backward kernel; head dimensions that "
-        f"train: {_list(trains) if trains else 'none in this version'}. Ways out: call under torch.no_grad() or detach "
-        f"the inputs{padding}, or train with torch.nn.functional.scaled_dot_product_attention."
+    return _no_backward_refusal(
+        q.shape[3],
+        "Ways out: call under torch.no_grad() or detach the inputs, ",
+        f"{_list(wanted, 'and')} {require} grad, and ",
     )
+
+
+def _no_backward_refusal(head_dim: int, ways_out: str, why: str = "") -> ValueError | None:
+    trains = supported()["backward"]
+    if not TABLE or head_dim in trains:
+        return None
+    if any(dim > head_dim for dim in trains):
+        ways_out += "pad the head_dim with zeros to one that trains, "
+    if trains:
+        ways_out += "change the model's number of heads, "
+    return ValueError(
+        f"{why}head_dim {head_dim} has no backward kernel; head dimensions that train: "
+        f"{_list(trains) if trains else 'none in this version'}. {ways_out}"
+        "or train with torch.nn.functional.scaled_dot_product_attention."
+    )
+
+
+def _results_refusal(dout, q, out, lse) -> ValueError | None:
+    """What the backward is given besides the inputs of the forward."""
+    batch, seqlen_q, heads, _ = q.shape
+    for name, tensor in (("dout", dout), ("out", out)):
+        if tensor.shape != q.shape:
+            return ValueError(
+                f"{name} has shape {_shape(tensor)} and q {_shape(q)}; they must be equal: "
+                "(batch, seqlen_q, heads, head_dim)."
+            )
+        if tensor.dtype != q.dtype:
+            return ValueError(
+                f"{name} is {_name(tensor.dtype)} and q {_name(q.dtype)}; they must be equal. "
+                f"Cast it: {name}.to(q.dtype)."
+            )
+    if tuple(lse.shape) != (batch, heads, seqlen_q):
+        return ValueError(
+            f"lse has shape {_shape(lse)}; it must be (batch, heads, seqlen_q), here {(batch, heads, seqlen_q)}, as "
+            "forward returns it."
+        )
+    if lse.dtype != torch.float32:
+        return ValueError(
+            f"lse is {_name(lse.dtype)}; it must be float32, as forward returns it. Cast it: lse.float()."
+        )
+    if not dout.device == out.device == lse.device == q.device:
+        return ValueError(
+            f"dout, out and lse are on {dout.device}, {out.device} and {lse.device}, and q is on {q.device}; they must "
+            "be on one device."
+        )
+    return None
 
 
 def _dtype_after_autocast(tensor: torch.Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The case table: every shape the forward tests run, derived from the compiled table of limits.
+"""The case tables: every shape the tests of both passes run, derived from the compiled table of limits.
 
 A row of limits gives its tile; lengths are chosen around the tile's edges, so a new head dimension or a new tile size
 brings its own cases with it.
@@ -16,6 +16,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 ROWS = [row for row in TABLE if row["forward"]]
 HEAD_DIMS = [row["head_dim"] for row in ROWS]
+TRAINING_ROWS = [row for row in TABLE if row["backward"]]
+TRAINING_HEAD_DIMS = [row["head_dim"] for row in TRAINING_ROWS]
 
 MHA, GQA, MQA = (3, 3), (6, 2), (5, 1)  # heads, kv_heads
 
@@ -91,12 +93,28 @@ def edge_lengths(block):
 
 def forward_cases(row):
     """All cases of one row of limits."""
-    block_q, block_kv = row["forward"]["block_q"], row["forward"]["block_kv"]
-    shapes = []  # dicts without head_dim, dtype, causal
+    tile = row["forward"]
+    return _cases(row, tile, edge_lengths(tile["block_q"]), edge_lengths(tile["block_kv"]))
+
+
+def backward_cases(row):
+    """The same around the tile of the backward pass, at the edges of both passes' tiles."""
+    tiles = row["backward"], row["forward"]
+    lengths_q, lengths_k = (
+        sorted({length for tile in tiles for length in edge_lengths(tile[block])}) for block in ("block_q", "block_kv")
+    )
+    yield from _cases(row, tiles[0], lengths_q, lengths_k)
+    for dtype in DTYPES:  # more than 65535 queries
+        yield Case(row["head_dim"], dtype, 70001, tiles[0]["block_kv"] + 1, False, 1, 1, 1)
+
+
+def _cases(row, tile, lengths_q, lengths_k):
+    block_q, block_kv = tile["block_q"], tile["block_kv"]
+    shapes = []  # seqlen_q, seqlen_k, batch, heads, kv_heads, layout
 
     # Tile edges of queries against tile edges of keys, with the head layouts taking turns.
     heads = itertools.cycle((MHA, GQA, MQA))
-    for seqlen_q, seqlen_k in itertools.product(edge_lengths(block_q), edge_lengths(block_kv)):
+    for seqlen_q, seqlen_k in itertools.product(lengths_q, lengths_k):
         shapes.append((seqlen_q, seqlen_k, 2, *next(heads), "bshd"))
 
     # Primes, q longer and shorter than k, the edges of a warpgroup's 64 rows, and enough keys to lap the pipeline.
@@ -129,13 +147,49 @@ def forward_cases(row):
             yield Case(row["head_dim"], dtype, seqlen_q, seqlen_k, causal, batch, heads, kv_heads, layout)
 
 
-def smoke_cases(row):
+def smoke_cases(row, which="forward"):
     """A handful per row: each dtype, causal or not, whole tiles and ragged ones, q longer and shorter than k."""
-    block_q, block_kv = row["forward"]["block_q"], row["forward"]["block_kv"]
+    block_q, block_kv = row[which]["block_q"], row[which]["block_kv"]
     lengths = [(block_q, block_kv), (2 * block_q + 3, 2 * block_kv + 3), (block_q + 1, 5 * block_kv + 1)]
     for (seqlen_q, seqlen_k), causal, dtype in itertools.product(lengths, (False, True), DTYPES):
         yield Case(row["head_dim"], dtype, seqlen_q, seqlen_k, causal, 2, *GQA)
 
 
+def extreme_logits(kind, row, dtype):
+    """q, k, v on the GPU whose scores are hard for an online softmax."""
+    head_dim = row["head_dim"]
+    seqlen_q, seqlen_k = row["forward"]["block_q"] + 33, 4 * row["forward"]["block_kv"] + 7
+    q, k, v = (
+        torch.randn((1, seqlen, 2, head_dim), device="cuda", dtype=torch.float32).to(dtype)
+        for seqlen in (seqlen_q, seqlen_k, seqlen_k)
+    )
+    ramp = torch.linspace(0, 1, seqlen_k, device="cuda").view(1, -1, 1, 1)
+    direction = torch.ones(head_dim, device="cuda")
+    if kind in ("growing", "falling"):  # every block raises the maximum; only the first one does
+        q = (0.1 * q + direction).to(dtype)
+        k = (0.1 * k + 6 * direction * (ramp if kind == "growing" else 1 - ramp)).to(dtype)
+    elif kind == "all equal":
+        k = k[:, :1].expand_as(k).contiguous()
+    elif kind == "all zero":
+        q = torch.zeros_like(q)
+    elif kind == "all very negative":
+        q, k = (0.1 * q + 8).to(dtype), (0.1 * k - 8).to(dtype)
+    elif kind == "all very positive":
+        q, k = (0.1 * q + 8).to(dtype), (0.1 * k + 8).to(dtype)
+    elif kind == "huge first key":
+        k[:, 0] *= 100
+    elif kind == "huge last key":
+        k[:, -1] *= 100
+    elif kind == "huge v":  # sums of seqlen_k such values still fit the accumulator
+        v = (v.sign() * (torch.finfo(torch.float16).max * 0.9 if dtype == torch.float16 else 2.0**116)).to(dtype)
+    elif kind == "tiny v":
+        v = v * 2.0**-14
+    else:
+        raise ValueError(kind)
+    return q, k, v
+
+
 FORWARD = list(dict.fromkeys(case for row in ROWS for case in forward_cases(row)))
 SMOKE = [case for row in ROWS for case in smoke_cases(row)]
+BACKWARD = list(dict.fromkeys(case for row in TRAINING_ROWS for case in backward_cases(row)))
+BACKWARD_SMOKE = [case for row in TRAINING_ROWS for case in smoke_cases(row, "backward")]

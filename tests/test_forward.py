@@ -7,11 +7,12 @@ import threading
 import gpu
 import pytest
 import torch
-from cases import DTYPES, FORWARD, HEAD_DIMS, LAYOUTS, ROWS, SMOKE, Case
+from cases import DTYPES, FORWARD, HEAD_DIMS, LAYOUTS, ROWS, SMOKE, Case, extreme_logits
 from conftest import SEED
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from oracle import check, same_bits
+from views import VIEWS, embed, misaligned_pointer, odd_strides_where_size_is_one
 
 import flash_attn_ext
 from flash_attn_ext import flash_attn_func
@@ -148,16 +149,6 @@ def test_surroundings_change_nothing(row, causal):
             assert_same(attend(*embedded, causal=causal), expected, f"with {fill} around q, k and v")
 
 
-def embed(x, fill, margin):
-    """x as the middle of a larger buffer; head_dim's margin keeps 16-byte alignment."""
-    margins = (1, margin, 1, 8)
-    buffer = x.new_full([size + 2 * m for size, m in zip(x.shape, margins, strict=True)], fill)
-    middle = buffer[tuple(slice(m, m + size) for size, m in zip(x.shape, margins, strict=True))]
-    middle.copy_(x)
-    assert not middle.is_contiguous()
-    return middle
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_out_has_the_strides_of_empty_like(layout):
     q, k, v = Case(128, "bf16", 200, 200, heads=6, kv_heads=2, layout=layout).inputs("cuda")
@@ -166,57 +157,7 @@ def test_out_has_the_strides_of_empty_like(layout):
     assert lse.is_contiguous()
 
 
-def last_dim_strided(x):
-    return x.repeat_interleave(2, dim=-1)[..., ::2]
-
-
-def misaligned_pointer(x):
-    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-
-
-def misaligned_strides(x):
-    return torch.nn.functional.pad(x, (0, 1))[..., :-1]
-
-
-def dims_reversed(x):
-    return x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
-
-
-def odd_strides_where_size_is_one(x):
-    return x.as_strided(x.shape, (7, x.shape[3], 0, 1))
-
-
-def expanded_batch(x):
-    return x[:1].expand_as(x)
-
-
-def expanded_heads(x):
-    return x[:, :, :1].expand_as(x)
-
-
-def expanded_seqlen(x):
-    return x[:, :1].expand_as(x)
-
-
-def overlapping_rows(x):
-    return x.flatten().as_strided(x.shape, (16 * x.shape[1], 16, 8, 1))
-
-
-@pytest.mark.parametrize(
-    "view",
-    [
-        last_dim_strided,
-        misaligned_pointer,
-        misaligned_strides,
-        dims_reversed,
-        odd_strides_where_size_is_one,
-        expanded_batch,
-        expanded_heads,
-        expanded_seqlen,
-        overlapping_rows,
-    ],
-    ids=lambda view: view.__name__,
-)
+@pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)
 @pytest.mark.parametrize("which", ["q", "k", "v", "qkv"])
 def test_any_strides(view, which):
     """Whatever the strides: the result of the same values in fresh memory, bit for bit."""
@@ -235,35 +176,6 @@ def test_any_strides(view, which):
 # Extreme logits ------------------------------------------------------------------------------------------------------
 
 
-def logits(kind, row, dtype):
-    """q, k, v whose scores are hard for an online softmax."""
-    head_dim = row["head_dim"]
-    seqlen_q, seqlen_k = row["forward"]["block_q"] + 33, 4 * row["forward"]["block_kv"] + 7
-    q, k, v = (normal(1, s, 2, head_dim, dtype=dtype) for s in (seqlen_q, seqlen_k, seqlen_k))
-    ramp = torch.linspace(0, 1, seqlen_k, device="cuda").view(1, -1, 1, 1)
-    direction = torch.ones(head_dim, device="cuda")
-    if kind in ("growing", "falling"):  # every block raises the maximum; only the first one does
-        q = (0.1 * q + direction).to(dtype)
-        k = (0.1 * k + 6 * direction * (ramp if kind == "growing" else 1 - ramp)).to(dtype)
-    elif kind == "all equal":
-        k = k[:, :1].expand_as(k).contiguous()
-    elif kind == "all zero":
-        q = torch.zeros_like(q)
-    elif kind == "all very negative":
-        q, k = (0.1 * q + 8).to(dtype), (0.1 * k - 8).to(dtype)
-    elif kind == "all very positive":
-        q, k = (0.1 * q + 8).to(dtype), (0.1 * k + 8).to(dtype)
-    elif kind == "huge first key":
-        k[:, 0] *= 100
-    elif kind == "huge last key":
-        k[:, -1] *= 100
-    elif kind == "huge v":  # sums of seqlen_k such values still fit the accumulator
-        v = (v.sign() * (torch.finfo(torch.float16).max * 0.9 if dtype == torch.float16 else 2.0**116)).to(dtype)
-    elif kind == "tiny v":
-        v = v * 2.0**-14
-    return q, k, v
-
-
 @each_row
 @both_dtypes
 @both_masks
@@ -277,7 +189,7 @@ def test_extreme_logits(kind, row, dtype, causal):
     # full precision, the truncations add up to 1.2 times lse's bound (docs/forward.md), and no schedule changes that.
     one_sign = kind in ("growing", "falling", "all very negative", "all very positive")
     lse_slack = max(1, row["head_dim"] / 128) if one_sign and dtype == torch.float16 else 1
-    attend_and_check(*logits(kind, row, dtype), causal=causal, lse_slack=lse_slack)
+    attend_and_check(*extreme_logits(kind, row, dtype), causal=causal, lse_slack=lse_slack)
 
 
 # Rows that see nothing, NaN and Inf ----------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ MAY_INCLUDE = {
     "bindings.cpp": INTERFACE,
     "ptx": set(),
     "tile": {"ptx"},
-    "tensor_map.h": INTERFACE,
-    "forward": INTERFACE | {"tensor_map.h", "ptx", "tile"},
-    "backward": INTERFACE | {"tensor_map.h", "ptx", "tile"},
+    "launch_utils.h": set(),
+    "tensor_map.h": INTERFACE | {"launch_utils.h"},
+    "forward": INTERFACE | {"launch_utils.h", "tensor_map.h", "ptx", "tile"},
+    "backward": INTERFACE | {"launch_utils.h", "tensor_map.h", "ptx", "tile"},
 }
 STANDARD_LIBRARY_ONLY = ["limits.h", "params.h"]
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CSRC)))

@@ -1,4 +1,4 @@
-"""A smoke subset of the forward cases under compute-sanitizer: no access out of bounds, no barrier misused.
+"""A smoke subset of both passes under compute-sanitizer: no access out of bounds, no barrier misused.
 
 Run as a script, this file is the program that the sanitizer watches.
 """
@@ -22,20 +22,28 @@ def sanitizer():
 
 
 def watched():
-    """Per row, full and causal: one ragged call with GQA, and where causal, rows that see nothing.
+    """Per row, full and causal: one ragged call with GQA, and where causal, rows that see nothing; forth and back.
 
     Inputs come from the CPU, so that no kernel but ours runs and costs the sanitizer time.
     """
+    import torch
     from cases import ROWS, Case
 
     import flash_attn_ext
 
     for row in ROWS:
-        block_q, block_kv = row["forward"]["block_q"], row["forward"]["block_kv"]
+        tile = row["backward"] or row["forward"]
         for causal, dtype in ((False, "fp16"), (True, "bf16")):
-            case = Case(row["head_dim"], dtype, 2 * block_q + 3, block_kv + 5, causal, 1, 4, 2)
-            out, lse = flash_attn_ext.forward(*(x.cuda() for x in case.inputs("cpu")), None, causal)
-            assert out.cpu().isfinite().all() and not lse.cpu().isnan().any()
+            seqlen_q, seqlen_k = 2 * row["forward"]["block_q"] + 3, tile["block_kv"] + 5
+            inputs = Case(row["head_dim"], dtype, seqlen_q, seqlen_k, causal, 1, 4, 2).inputs("cpu")
+            q, k, v, dout = (x.cuda() for x in (*inputs, torch.ones_like(inputs[0])))
+            out, lse = flash_attn_ext.forward(q, k, v, causal=causal)
+            results = [out]
+            if row["backward"]:
+                results += flash_attn_ext.backward(dout, q, k, v, out, lse, causal=causal)
+                for needs in ([True, False, False], [False, True, True]):
+                    torch.ops.flash_attn_ext.backward(dout, q, k, v, out, lse, None, causal, needs)
+            assert all(x.cpu().isfinite().all() for x in results) and not lse.cpu().isnan().any()
     print("all calls made")
 
 

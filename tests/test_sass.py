@@ -16,11 +16,28 @@ sys.path.insert(0, str(ROOT / "tools"))
 import nvcc  # noqa: E402 (the build's own reader of ptxas output)
 
 needs_binary = pytest.mark.skipif(not TABLE, reason="flash_attn_ext is installed without its GPU kernels")
-KERNEL = re.compile(r"forward_kernel.*?ForwardConfigILi(\d+)E(?:13__nv_(?P<bf16>bfloat16)|6__half)E")
-KERNELS = [(index, dtype) for index, row in enumerate(TABLE) if row["forward"] for dtype in ("fp16", "bf16")]
-each_kernel = pytest.mark.parametrize(
-    "kernel", KERNELS, ids=lambda kernel: f"d{TABLE[kernel[0]]['head_dim']}-{kernel[1]}"
+KERNEL = re.compile(
+    r"(?P<direction>forward|backward)_kernel.*?(?:Forward|Backward)ConfigILi(?P<row>\d+)E"
+    r"(?:13__nv_(?P<bf16>bfloat16)|6__half)E(?:EL\w*?9GradientsE(?P<gradients>\d))?"
 )
+GRADIENTS = ("all", "dq", "dkv")  # csrc/backward.cu's enum class Gradients
+DTYPES = ("fp16", "bf16")
+KERNELS = [("forward", index, dtype, "") for index, row in enumerate(TABLE) if row["forward"] for dtype in DTYPES]
+KERNELS += [
+    ("backward", index, dtype, gradients)
+    for index, row in enumerate(TABLE)
+    if row["backward"]
+    for dtype in DTYPES
+    for gradients in GRADIENTS
+]
+
+
+def kernel_id(kernel):
+    direction, row, dtype, gradients = kernel
+    return "-".join(filter(None, (direction, f"d{TABLE[row]['head_dim']}", dtype, gradients)))
+
+
+each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=kernel_id)
 
 
 def find_cuobjdump():
@@ -42,12 +59,13 @@ def cuobjdump(*arguments):
 
 
 def by_kernel(output):
-    """Splits what follows each function's name; keys are (row of the table, dtype)."""
+    """Splits what follows each function's name; keys are (direction, row of the table, dtype, gradients)."""
     parts = re.split(r"^\s*Function\s*:?\s*(\S+?):?$", output, flags=re.MULTILINE)
     found = {}
     for name, text in zip(parts[1::2], parts[2::2], strict=True):
         if match := KERNEL.search(name):
-            found[int(match[1]), "bf16" if match["bf16"] else "fp16"] = text
+            gradients = GRADIENTS[int(match["gradients"])] if match["gradients"] else ""
+            found[match["direction"], int(match["row"]), "bf16" if match["bf16"] else "fp16", gradients] = text
     return found
 
 
@@ -66,25 +84,50 @@ def test_every_kernel_of_the_table_is_there_and_no_other(sass, usage):
     assert sorted(sass) == sorted(usage) == sorted(KERNELS)
 
 
+def products(kernel):
+    """wgmma instructions of one step of the main loop, by their N: M is 64, K 16."""
+    direction, index, _, gradients = kernel
+    row = TABLE[index]
+    head_dim, tile = row["head_dim"], row[direction]
+    count = defaultdict(int)
+    if direction == "forward":
+        count[tile["block_kv"]] += head_dim // 16  # S = Q K^T
+        count[head_dim] += tile["block_kv"] // 16  # O += P V
+        return count
+    count[tile["block_q"]] += 2 * head_dim // 16  # S^T = K Q^T and dP^T = V dO^T
+    if gradients != "dq":
+        count[head_dim] += 2 * tile["block_q"] // 16  # dV += P^T dO and dK += dS^T Q
+    if gradients != "dkv":
+        parts = tile["block_q"] // 64 * head_dim // 64  # of 64 x 64, shared out between the consumers
+        count[64] += parts // (tile["block_kv"] // 64) * tile["block_kv"] // 16  # dQ = dS K
+    return count
+
+
 @needs_binary
 @each_kernel
 def test_products_are_wgmma(sass, kernel):
-    """At least the instructions of one S = Q K^T and one O += P V, in this dtype; no product the old way."""
-    row, dtype = TABLE[kernel[0]], kernel[1]
+    """At least the instructions of one step's products, in this dtype; no product the old way."""
     issued = re.findall(r"\bHGMMA\.64x(\d+)x16\.F32(\.BF16)?", sass[kernel])
-    assert {suffix for _, suffix in issued} == {".BF16" if dtype == "bf16" else ""}
-    needed = defaultdict(int)
-    needed[row["forward"]["block_kv"]] += row["head_dim"] // 16
-    needed[row["head_dim"]] += row["forward"]["block_kv"] // 16
-    for columns, count in needed.items():
+    assert {suffix for _, suffix in issued} == {".BF16" if kernel[2] == "bf16" else ""}
+    for columns, count in products(kernel).items():
         assert sum(int(n) == columns for n, _ in issued) >= count
     assert not re.search(r"\bHMMA\b", sass[kernel])
 
 
 @needs_binary
 @each_kernel
+def test_the_backward_multiplies_no_more_than_it_needs(sass, kernel):
+    """Two loops, masked and unmasked, each with its step's products: ptxas dropped none and duplicated none."""
+    if kernel[0] == "backward":
+        assert len(re.findall(r"\bHGMMA\b", sass[kernel])) == 2 * sum(products(kernel).values())
+
+
+@needs_binary
+@each_kernel
 def test_tiles_move_by_tma(sass, kernel):
-    assert re.search(r"\bUTMALDG\b", sass[kernel]) and re.search(r"\bUTMASTG\b", sass[kernel])
+    assert re.search(r"\bUTMALDG\b", sass[kernel])
+    assert bool(re.search(r"\bUTMASTG\b", sass[kernel])) == (kernel[3] != "dq")  # dQ is added from registers
+    assert bool(re.search(r"\bREDG\..*F32x4\b", sass[kernel])) == (kernel[3] in ("all", "dq"))
 
 
 @needs_binary

@@ -36,6 +36,20 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
   return bits;
 }
 
+// The floats again.
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t bits);
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t bits) {
+  __half2 pair;
+  memcpy(&pair, &bits, sizeof bits);
+  return __half22float2(pair);
+}
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t bits) {
+  return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+}
+
 // An accumulator of 16 * kSteps columns as the A operands of kSteps products: for 16-bit types both layouts agree, so
 // that registers pair up in order and nothing is exchanged between threads.
 template <class T, int kSteps>

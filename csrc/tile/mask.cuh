@@ -19,4 +19,16 @@ __device__ __forceinline__ void mask_scores(float (&scores)[kRegisters], const i
   }
 }
 
+// The same for transposed scores: rows are keys, columns are queries. first_seeing[r] is the first query, counted from
+// the block's first, that sees the thread's key r (may be negative or beyond the block).
+template <int kRegisters>
+__device__ __forceinline__ void mask_transposed_scores(float (&scores)[kRegisters], const int (&first_seeing)[2]) {
+  int own_column = threadIdx.x % 4 * 2;
+  int limit[2] = {first_seeing[0] - own_column, first_seeing[1] - own_column};
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) {
+    if (fragment_column(i) < limit[fragment_row(i)]) scores[i] = -INFINITY;
+  }
+}
+
 }  // namespace flash_attn_ext

@@ -2,6 +2,7 @@
 #include <cuda/ptx>
 
 #include "../../csrc/tensor_map.h"
+#include "../../csrc/tile/copy.cuh"
 #include "../../csrc/tile/fragment.cuh"
 #include "../../csrc/tile/ring.cuh"
 #include "../../csrc/tile/smem.cuh"
@@ -35,11 +36,7 @@ __global__ void round_trip(const __grid_constant__ CUtensorMap from, const __gri
   if (threadIdx.x == 0) {
     for (int tile = 0; tile < tiles; ++tile, at.next()) {
       uint64_t* full = smem.ring.begin_fill(at, sizeof smem.in[0]);
-      for (int slab = 0; slab < kColumns / kSlabColumns; ++slab) {
-        const int32_t coordinates[4] = {slab * kSlabColumns, tile * kTileRows, head, batch};
-        cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, smem.in[at.stage].slab(slab),
-                                        &from, coordinates, full);
-      }
+      load_tile(smem.in[at.stage], from, tile * kTileRows, head, batch, full);
     }
   } else if (threadIdx.x >= 128) {
     const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
@@ -60,11 +57,7 @@ __global__ void round_trip(const __grid_constant__ CUtensorMap from, const __gri
       cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
       ptx::bar_sync(1, 128);
       if (threadIdx.x == 128) {
-        for (int slab = 0; slab < kColumns / kSlabColumns; ++slab) {
-          const int32_t coordinates[4] = {slab * kSlabColumns, tile * kTileRows, head, batch};
-          cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_global, cuda::ptx::space_shared, &to, coordinates,
-                                          smem.out.slab(slab));
-        }
+        store_tile(to, smem.out, tile * kTileRows, head, batch);
         cuda::ptx::cp_async_bulk_commit_group();
         cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
       }

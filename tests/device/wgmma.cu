@@ -78,6 +78,36 @@ __global__ void product_rs(const T* a, const T* b, float* d) {
   for (int i = 0; i < N / 2; ++i) d[(row + 8 * fragment_row(i)) * N + column + fragment_column(i)] = acc[i];
 }
 
+// d = a^T b, a and b (128 x 64) both MN-major in shared memory: each the second slab of a tile of two.
+template <class T>
+__global__ void product_ss_mn(const T* a, const T* b, float* d) {
+  constexpr int N = 64;
+  using Tile = SmemTile<T, kDepth, 2 * kSlabColumns>;
+  extern __shared__ __align__(1024) unsigned char raw[];
+  auto& a_tile = *reinterpret_cast<Tile*>(raw);
+  auto& b_tile = *reinterpret_cast<Tile*>(raw + sizeof a_tile);
+  fill(a_tile, a, kDepth, 2 * kSlabColumns);
+  fill(b_tile, b, kDepth, 2 * kSlabColumns);
+  cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+  __syncthreads();
+  float acc[N / 2];
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) acc[i] = 1000.f;  // the first step must ignore it
+  const uint64_t a_descriptor = mn_major_descriptor(a_tile) + (Tile::kSlabBytes >> 4);
+  const uint64_t b_descriptor = mn_major_descriptor(b_tile) + (Tile::kSlabBytes >> 4);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; ++k) {
+    ptx::Wgmma<N>::template ss_mn<T>(acc, a_descriptor + mn_major_step<Tile>(k), b_descriptor + mn_major_step<Tile>(k),
+                                     k > 0);
+  }
+  ptx::wgmma_commit_group();
+  ptx::wgmma_wait_group<0>(acc);
+  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) d[(row + 8 * fragment_row(i)) * N + column + fragment_column(i)] = acc[i];
+}
+
 template <class T>
 std::vector<T> small_integers(int count, int seed) {
   std::mt19937 generator(seed);
@@ -111,10 +141,32 @@ void check_product(const char* name) {
 }
 
 template <class T>
+void check_transposed_product(const char* name) {
+  constexpr int kColumns = 2 * kSlabColumns, N = 64;
+  const auto a = small_integers<T>(kDepth * kColumns, 1), b = small_integers<T>(kDepth * kColumns, 2);
+  DeviceArray<T> a_device(a), b_device(b);
+  DeviceArray<float> d_device(kRows * N);
+  launch(product_ss_mn<T>, 1, 128, 2 * kDepth * kColumns * 2, (const T*)a_device.data, (const T*)b_device.data,
+         d_device.data);
+  const std::vector<float> d = d_device.host();
+  for (int row = 0; row < kRows; ++row) {
+    for (int column = 0; column < N; ++column) {
+      float expected = 0.f;
+      for (int k = 0; k < kDepth; ++k) {
+        expected += float(a[k * kColumns + kSlabColumns + row]) * float(b[k * kColumns + kSlabColumns + column]);
+      }
+      test::check(d[row * N + column] == expected,
+                  std::string(name) + " row " + std::to_string(row) + " column " + std::to_string(column));
+    }
+  }
+}
+
+template <class T>
 void check_type(const std::string& type) {
   check_product<T, 64, false>((type + " ss").c_str());
   check_product<T, 80, false>((type + " ss").c_str());
   check_product<T, 128, false>((type + " ss").c_str());
+  check_transposed_product<T>((type + " ss_mn").c_str());
   check_product<T, 64, true>((type + " rs").c_str());
   check_product<T, 128, true>((type + " rs").c_str());
   check_product<T, 256, true>((type + " rs").c_str());

@@ -1,0 +1,34 @@
+// Tiles between global and shared memory, by TMA. `row` is the tile's first, `head` and `batch` say where.
+#pragma once
+
+#include <cuda.h>
+
+#include <cuda/ptx>
+
+#include "smem.cuh"
+
+namespace flash_attn_ext {
+
+// Starts the copy of a tile; its bytes count down on the mbarrier `full`. Rows past the end arrive as zeros.
+template <class Tile>
+__device__ __forceinline__ void load_tile(Tile& to, const CUtensorMap& from, int row, int head, int batch,
+                                          uint64_t* full) {
+#pragma unroll
+  for (int slab = 0; slab < Tile::kSlabs; ++slab) {
+    const int32_t at[4] = {slab * kSlabColumns, row, head, batch};
+    cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, to.slab(slab), &from, at, full);
+  }
+}
+
+// Starts the copy of a tile out of shared memory, in the thread's current bulk group. Rows past the end are not
+// written.
+template <class Tile>
+__device__ __forceinline__ void store_tile(const CUtensorMap& to, Tile& from, int row, int head, int batch) {
+#pragma unroll
+  for (int slab = 0; slab < Tile::kSlabs; ++slab) {
+    const int32_t at[4] = {slab * kSlabColumns, row, head, batch};
+    cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_global, cuda::ptx::space_shared, &to, at, from.slab(slab));
+  }
+}
+
+}  // namespace flash_attn_ext

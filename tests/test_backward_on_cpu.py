@@ -1,0 +1,154 @@
+"""The backward pass on CPU tensors, and the rule that gradients are held to."""
+
+import inspect
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, Case
+from oracle import check_gradients, same_bits
+
+import flash_attn_ext
+from flash_attn_ext import attention_reference, flash_attn_func
+
+backward_operator = torch.ops.flash_attn_ext.backward.default
+both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+
+CASES = [
+    Case(head_dim, dtype, seqlen_q, seqlen_k, causal, 2, heads, kv_heads)
+    for head_dim, dtype in ((64, "bf16"), (80, "fp16"))
+    for causal in (False, True)
+    for seqlen_q, seqlen_k, heads, kv_heads in (
+        *((1, 1, 3, 3), (1, 67, 4, 4), (67, 1, 6, 2), (5, 2, 3, 3)),
+        *((65, 65, 5, 1), (33, 67, 6, 3), (67, 33, 4, 2)),
+    )
+]
+CASES += [Case(16, "bf16", 33, 33, True, 2, 6, 2, layout) for layout in LAYOUTS]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def arguments_of(case, dtype=None):
+    """(dout, q, k, v, out, lse)."""
+    q, k, v = (x if dtype is None else x.to(dtype) for x in case.inputs("cpu"))
+    return torch.randn_like(q), q, k, v, *flash_attn_ext.forward(q, k, v, case.softmax_scale, case.causal)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cpu_tensors_meet_the_rule_of_the_gpu(case):
+    arguments = arguments_of(case)
+    gradients = flash_attn_ext.backward(*arguments, case.softmax_scale, case.causal)
+    check_gradients(gradients, *arguments, case.softmax_scale, case.causal)
+    assert [x.stride() for x in gradients] == [torch.empty_like(x).stride() for x in arguments[1:4]]
+
+    leaves = [x.detach().requires_grad_() for x in arguments[1:4]]
+    out = flash_attn_func(*leaves, case.softmax_scale, case.causal)
+    by_autograd = torch.autograd.grad(out, leaves, arguments[0])
+    assert all(same_bits(a, b) for a, b in zip(by_autograd, gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda dq, dk, dv: (dq * 1.02, dk, dv),
+        lambda dq, dk, dv: (dq, dk * 1.02, dv),
+        lambda dq, dk, dv: (dq, dk, dv * 1.02),
+        lambda dq, dk, dv: (dq, dk, dv.roll(1, 1)),
+        lambda dq, dk, dv: (dq, dk.index_fill(1, torch.tensor([1]), 0), dv),
+        lambda dq, dk, dv: (torch.where(torch.arange(16) == 3, torch.nan, dq), dk, dv),
+    ],
+    ids=["2 % of dq", "2 % of dk", "2 % of dv", "keys displaced", "a key left out", "NaN"],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_rule_notices(spoil, dtype):
+    """The test of the test."""
+    arguments = arguments_of(Case(16, dtype, 33, 33, True))
+    gradients = flash_attn_ext.backward(*arguments, causal=True)
+    check_gradients(gradients, *arguments, causal=True)
+    with pytest.raises(AssertionError, match=r"d[qkv]: max error"):
+        check_gradients(spoil(*gradients), *arguments, causal=True)
+
+
+@both_masks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_low_level_backward_is_autograd_of_the_reference(dtype, causal):
+    for seqlen_q, seqlen_k in ((17, 17), (9, 30), (30, 9), (1, 1)):
+        case = Case(24, "bf16", seqlen_q, seqlen_k, causal, 2, 6, 2, softmax_scale=0.3)
+        dout, q, k, v, _, _ = arguments_of(case, dtype)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, lse = attention_reference(*leaves, 0.3, causal)
+        expected = torch.autograd.grad(out, leaves, dout)
+        results = flash_attn_ext.backward(dout, q, k, v, out.detach(), lse.detach().float(), 0.3, causal)
+        torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-5)  # lse is float32
+
+
+@pytest.mark.parametrize("wanted", ["".join(x) for n in range(1, 4) for x in itertools.combinations("qkv", n)])
+def test_only_the_gradients_asked_for(wanted):
+    arguments = arguments_of(Case(16, "bf16", 9, 13, True, heads=4, kv_heads=2))
+    every = flash_attn_ext.backward(*arguments, causal=True)
+    needs = [name in wanted for name in "qkv"]
+    for x, expected, need in zip(backward_operator(*arguments, None, True, needs), every, needs, strict=True):
+        assert same_bits(x, expected) if need else x.numel() == 0
+
+
+def test_given_out_and_lse_are_used():
+    """Two halves of the keys, each with the merged out and lse, make the gradients of the whole."""
+    q, k, v, dout = (torch.randn(2, s, 4, 16, dtype=torch.float64) for s in (9, 20, 20, 9))
+    parts = [(k[:, :11], v[:, :11], False), (k[:, 11:], v[:, 11:], True)]  # the mask is on the later keys
+    out, lse = attention_reference(q, k, v, causal=True)
+    backward = partial(flash_attn_ext.backward, dout, q)
+    (dq_a, *first), (dq_b, *last) = (backward(*keys, out, lse.float(), causal=causal) for *keys, causal in parts)
+    whole = backward(k, v, out, lse.float(), causal=True)
+    torch.testing.assert_close((dq_a + dq_b, *(torch.cat(x, 1) for x in zip(first, last, strict=True))), whole)
+
+
+def test_changes_in_place_are_noticed():
+    for which in ("q", "out"):
+        leaves = [torch.randn(1, 5, 2, 8).requires_grad_() for _ in range(3)]
+        q = leaves[0] * 1
+        out = flash_attn_func(q, *leaves[1:])
+        loss = out.sum()
+        with torch.no_grad():
+            {"q": q, "out": out}[which].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@both_masks
+def test_opcheck(causal):
+    arguments = arguments_of(Case(16, "bf16", 9, 13, causal, heads=4, kv_heads=2), torch.float32)
+    torch.library.opcheck(backward_operator, (*arguments, 0.3, causal, [True] * 3))
+
+
+def test_signature():
+    """The forward's arguments after dout, then its results, then its options."""
+    parameters = inspect.signature(flash_attn_ext.backward).parameters
+    assert list(parameters) == ["dout", "q", "k", "v", "out", "lse", "softmax_scale", "causal"]
+    assert (parameters["softmax_scale"].default, parameters["causal"].default) == (None, False)
+
+
+WRONG = {
+    "dout of another shape": (lambda a: {"dout": a["dout"][:, :4]}, ["dout has shape (2, 4, 4, 16)", "(2, 9, 4, 16)"]),
+    "out of another shape": (lambda a: {"out": a["out"][:1]}, ["out has shape (1, 9, 4, 16)", "must be equal"]),
+    "dout of another dtype": (lambda a: {"dout": a["dout"].float()}, ["dout is float32", "q bfloat16", "dout.to("]),
+    "lse transposed": (lambda a: {"lse": a["lse"].mT}, ["lse has shape (2, 9, 4)", "(2, 4, 9)", "forward returns"]),
+    "lse of another dtype": (lambda a: {"lse": a["lse"].double()}, ["lse is float64", "float32", "lse.float()"]),
+    "k and v differ": (lambda a: {"v": a["v"][:, 1:]}, ["k has seqlen 13 but v has 12"]),
+    "softmax_scale 0": (lambda a: {"softmax_scale": 0.0}, ["softmax_scale is 0.0", "greater than 0"]),
+}
+
+
+@pytest.mark.parametrize("change, words", WRONG.values(), ids=WRONG.keys())
+def test_wrong_arguments(change, words):
+    names = ("dout", "q", "k", "v", "out", "lse")
+    arguments = dict(zip(names, arguments_of(Case(16, "bf16", 9, 13, heads=4, kv_heads=2)), strict=True))
+    for call in (flash_attn_ext.backward, backward_operator):
+        with pytest.raises(ValueError) as caught:
+            call(**(arguments | change(arguments)))
+        assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+    with pytest.raises(TypeError, match="lse must be a torch.Tensor, not NoneType"):
+        flash_attn_ext.backward(**(arguments | {"lse": None}))
