@@ -604,12 +604,14 @@ void launch(const BackwardParams& p, cudaStream_t stream) {
   const Workspace<Config> workspace(p);
   const int64_t kv_blocks = (p.seqlen_k + Config::kBlockKv - 1) / Config::kBlockKv;
   check_counts({p.seqlen_q, p.seqlen_k, workspace.all_blocks, kv_blocks * p.batch * p.kv_heads});
-  const BackwardArguments args = backward_arguments<Config>(p, workspace, kv_blocks);
   const RowArguments row_args = row_arguments<Config>(p, workspace);
   const int q_grid = static_cast<int>(workspace.all_blocks);
 
+  // Before the tensor maps are encoded: the driver asks for a current context there, and a thread whose first call to
+  // CUDA this is, such as autograd's, has one only after a call of the runtime.
   prepare_kernel<Config><<<q_grid, kRowThreads, 0, stream>>>(row_args);
   check_cuda(cudaGetLastError(), "launching the kernel before the backward's");
+  const BackwardArguments args = backward_arguments<Config>(p, workspace, kv_blocks);
   if (want_dq && want_dkv) {
     launch_products<Config, Gradients::kAll>(args, stream);
   } else if (want_dq) {

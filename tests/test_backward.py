@@ -645,6 +645,26 @@ def test_threads():
     assert not failures, failures[0]
 
 
+def test_first_call_of_a_thread():
+    """Autograd's thread may not have called CUDA before, and memory that torch has at hand takes no call either."""
+    arguments, expected = both_passes(*Case(64, "bf16", 65, 65, True).inputs(), causal=True)
+    flash_attn_ext.backward(*arguments, causal=True)  # its memory is at hand now
+    torch.cuda.synchronize()
+    results, failures = [], []
+
+    def work():
+        try:
+            results.extend(flash_attn_ext.backward(*arguments, causal=True))
+        except RuntimeError as failure:
+            failures.append(failure)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failures, failures[0]
+    assert_same(results, expected, keys=65)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_device_of_the_tensors_not_the_current_one():
     arguments, expected = both_passes(*Case(128, "bf16", 200, 300, True).inputs("cuda:0"), causal=True)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import DTYPES, FORWARD, ROWS, SMOKE, forward_cases
+from cases import BACKWARD, BACKWARD_SMOKE, DTYPES, FORWARD, ROWS, SMOKE, TRAINING_ROWS, backward_cases, forward_cases
 
 import flash_attn_ext
 from flash_attn_ext import limits
@@ -43,19 +43,31 @@ def test_supported_is_the_table():
         assert flash_attn_ext.supported()[which] == tuple(row["head_dim"] for row in limits.TABLE if row[which])
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"d{row['head_dim']}")
-def test_every_row_is_tested_at_the_edges_of_its_tile(row):
-    cases = list(forward_cases(row))
-    assert set(cases) <= set(FORWARD) and any(case.head_dim == row["head_dim"] for case in SMOKE)
+def assert_edges_are_tested(cases, tile):
     for block, lengths in (
-        (row["forward"]["block_q"], {case.seqlen_q for case in cases}),
-        (row["forward"]["block_kv"], {case.seqlen_k for case in cases}),
+        (tile["block_q"], {case.seqlen_q for case in cases}),
+        (tile["block_kv"], {case.seqlen_k for case in cases}),
     ):
         assert {1, block - 1, block, block + 1, 2 * block + 3} <= lengths
     seen = {(case.dtype, case.causal, case.seqlen_q > case.seqlen_k, case.seqlen_q < case.seqlen_k) for case in cases}
     for dtype in DTYPES:
         for causal in (False, True):
             assert {(dtype, causal, True, False), (dtype, causal, False, True), (dtype, causal, False, False)} <= seen
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"d{row['head_dim']}")
+def test_every_row_is_tested_at_the_edges_of_its_tile(row):
+    cases = list(forward_cases(row))
+    assert set(cases) <= set(FORWARD) and any(case.head_dim == row["head_dim"] for case in SMOKE)
+    assert_edges_are_tested(cases, row["forward"])
+
+
+@pytest.mark.parametrize("row", TRAINING_ROWS, ids=lambda row: f"d{row['head_dim']}")
+def test_every_row_that_trains_is_tested_at_the_edges_of_both_tiles(row):
+    cases = list(backward_cases(row))
+    assert set(cases) <= set(BACKWARD) and any(case.head_dim == row["head_dim"] for case in BACKWARD_SMOKE)
+    assert_edges_are_tested(cases, row["forward"])
+    assert_edges_are_tested(cases, row["backward"])
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/head-dims.md"])
