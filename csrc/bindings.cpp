@@ -23,10 +23,11 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <tuple>
-#include <unordered_map>
+#include <utility>
 
 #include "launch.h"
 #include "limits.h"
@@ -153,10 +154,11 @@ Tensor tile_counter(c10::cuda::CUDAStream stream, const Tensor& like) {
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return new_counter();
   unsigned long long id;  // not the handle, which may come back after the stream is gone
   C10_CUDA_CHECK(cudaStreamGetId(stream.stream(), &id));
+  using Key = std::pair<c10::DeviceIndex, unsigned long long>;
   static std::mutex mutex;
-  static auto& counters = *new std::unordered_map<unsigned long long, Tensor>;  // never freed: the driver may go first
+  static auto& counters = *new std::map<Key, Tensor>;  // never freed: the driver may go first
   const std::lock_guard lock(mutex);
-  auto [entry, is_new] = counters.try_emplace(id);
+  auto [entry, is_new] = counters.try_emplace({stream.device_index(), id});
   if (is_new) entry->second = new_counter();
   return entry->second;
 }
