@@ -9,6 +9,7 @@ import zlib
 from dataclasses import dataclass
 
 import torch
+from hypothesis import strategies as st
 
 from flash_attn_ext.limits import TABLE
 
@@ -193,3 +194,22 @@ FORWARD = list(dict.fromkeys(case for row in ROWS for case in forward_cases(row)
 SMOKE = [case for row in ROWS for case in smoke_cases(row)]
 BACKWARD = list(dict.fromkeys(case for row in TRAINING_ROWS for case in backward_cases(row)))
 BACKWARD_SMOKE = [case for row in TRAINING_ROWS for case in smoke_cases(row, "backward")]
+
+
+@st.composite
+def random_cases(draw, head_dims):
+    """Cases of any lengths, heads and layout, for hypothesis."""
+    layout = draw(st.sampled_from(list(LAYOUTS)))
+    kv_heads, seqlen_q = draw(st.integers(1, 4)), draw(st.integers(1, 700))
+    return Case(
+        head_dim=draw(st.sampled_from(head_dims or [0])),
+        dtype=draw(st.sampled_from(list(DTYPES))),
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_q if layout == "qkvpacked" else draw(st.integers(1, 900)),
+        causal=draw(st.booleans()),
+        batch=draw(st.integers(1, 4)),
+        heads=kv_heads * draw(st.integers(1, 6)),
+        kv_heads=kv_heads,
+        layout=layout,
+        softmax_scale=draw(st.none() | st.floats(1e-3, 4.0)),
+    )

@@ -24,6 +24,7 @@ from cases import (
     TRAINING_ROWS,
     Case,
     extreme_logits,
+    random_cases,
 )
 from conftest import SEED
 from hypothesis import HealthCheck, given, seed, settings
@@ -121,27 +122,10 @@ def test_table(case):
 
 @seed(SEED)
 @settings(max_examples=100, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck))
-@given(
-    head_dim=st.sampled_from(TRAINING_HEAD_DIMS or [0]),
-    dtype=st.sampled_from(list(DTYPES)),
-    causal=st.booleans(),
-    batch=st.integers(1, 4),
-    kv_heads=st.integers(1, 4),
-    group=st.integers(1, 6),
-    seqlen_q=st.integers(1, 700),
-    seqlen_k=st.integers(1, 900),
-    layout=st.sampled_from(list(LAYOUTS)),
-    softmax_scale=st.none() | st.floats(1e-3, 4.0),
-    values=st.integers(0, 2**32 - 1),
-)
-def test_random_shapes(
-    head_dim, dtype, causal, batch, kv_heads, group, seqlen_q, seqlen_k, layout, softmax_scale, values
-):
-    if layout == "qkvpacked":
-        seqlen_k = seqlen_q
-    case = Case(head_dim, dtype, seqlen_q, seqlen_k, causal, batch, kv_heads * group, kv_heads, layout, softmax_scale)
+@given(case=random_cases(TRAINING_HEAD_DIMS), values=st.integers(0, 2**32 - 1))
+def test_random_shapes(case, values):
     torch.manual_seed(values)
-    both_passes_and_check(*case.inputs("cuda", seed=values), softmax_scale, causal)
+    both_passes_and_check(*case.inputs("cuda", seed=values), case.softmax_scale, case.causal)
 
 
 @each_head_dim

@@ -7,7 +7,7 @@ import threading
 import gpu
 import pytest
 import torch
-from cases import DTYPES, FORWARD, HEAD_DIMS, LAYOUTS, ROWS, SMOKE, Case, extreme_logits
+from cases import DTYPES, FORWARD, HEAD_DIMS, LAYOUTS, ROWS, SMOKE, Case, extreme_logits, random_cases
 from conftest import SEED
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -67,26 +67,9 @@ def test_table(case):
 
 @seed(SEED)
 @settings(max_examples=60, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck))
-@given(
-    head_dim=st.sampled_from(HEAD_DIMS or [0]),
-    dtype=st.sampled_from(list(DTYPES)),
-    causal=st.booleans(),
-    batch=st.integers(1, 4),
-    kv_heads=st.integers(1, 4),
-    group=st.integers(1, 6),
-    seqlen_q=st.integers(1, 700),
-    seqlen_k=st.integers(1, 900),
-    layout=st.sampled_from(list(LAYOUTS)),
-    softmax_scale=st.none() | st.floats(1e-3, 4.0),
-    values=st.integers(0, 2**32 - 1),
-)
-def test_random_shapes(
-    head_dim, dtype, causal, batch, kv_heads, group, seqlen_q, seqlen_k, layout, softmax_scale, values
-):
-    if layout == "qkvpacked":
-        seqlen_k = seqlen_q
-    case = Case(head_dim, dtype, seqlen_q, seqlen_k, causal, batch, kv_heads * group, kv_heads, layout, softmax_scale)
-    attend_and_check(*case.inputs("cuda", seed=values), softmax_scale, causal)
+@given(case=random_cases(HEAD_DIMS), values=st.integers(0, 2**32 - 1))
+def test_random_shapes(case, values):
+    attend_and_check(*case.inputs("cuda", seed=values), case.softmax_scale, case.causal)
 
 
 # The public function -------------------------------------------------------------------------------------------------
