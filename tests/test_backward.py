@@ -631,7 +631,7 @@ def test_threads():
 
 def test_first_call_of_a_thread():
     """Autograd's thread may not have called CUDA before, and memory that torch has at hand takes no call either."""
-    arguments, expected = both_passes(*Case(64, "bf16", 65, 65, True).inputs(), causal=True)
+    arguments, expected = both_passes(*Case(64, "bf16", 65, 65, True).inputs("cuda"), causal=True)
     flash_attn_ext.backward(*arguments, causal=True)  # its memory is at hand now
     torch.cuda.synchronize()
     results, failures = [], []

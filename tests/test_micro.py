@@ -20,6 +20,7 @@ INSTRUCTIONS = {
     "load": ["UTMALDG.4D"],
     "reduce": ["UBLKRED.G.S.ADD.F32.RN", "UBLKCP.G.S", "REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU"],
     "forward": ["HGMMA.64x80x16.F32.BF16"],
+    "backward": ["HGMMA.64x128x16.F32.BF16", "REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU"],
 }
 
 pytestmark = pytest.mark.skipif(BUILD is None, reason="the microbenchmarks are not built: make host-tests")

@@ -62,8 +62,8 @@ struct DeviceArray {
   ~DeviceArray() { cudaFree(data); }
 
   // NaN in every floating-point type, so that what nobody writes shows.
-  void poison() { check(cudaMemset(data, 0xff, size * sizeof(T)), "cudaMemset"); }
-  void zero() { check(cudaMemset(data, 0, size * sizeof(T)), "cudaMemset"); }
+  void poison() const { check(cudaMemset(data, 0xff, size * sizeof(T)), "cudaMemset"); }
+  void zero() const { check(cudaMemset(data, 0, size * sizeof(T)), "cudaMemset"); }
 
   std::vector<T> host() const {
     std::vector<T> copy(size);
