@@ -7,7 +7,7 @@
     python benchmarks/attention.py --overhead --no-grid           CPU time of one call
 
 A GPU's clock moves with its temperature by up to 10 %, so a figure means little alone: in every cell the peers take
-turns, round after round, and each figure is the median of its rounds. docs/measuring.md has the whole method.
+turns, round after round, and each figure is the median of its rounds. docs/performance.md has the whole method.
 """
 
 from __future__ import annotations

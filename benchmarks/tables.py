@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The tables of README.md and docs/: speed from the committed results, head dims from the compiled package.
+"""What README.md and docs/ have from elsewhere: speed from the committed results, head dims from the compiled package,
+the reference of functions from their docstrings.
 
     python benchmarks/tables.py            rewrites the blocks between the markers
     python benchmarks/tables.py --check    changes nothing; fails if a block is out of date
@@ -26,6 +27,7 @@ NOT_MEASURED = "No figures are published for this version yet."
 # The package of this checkout goes first if `make build` has built it in place, as csrc/ describes it then; else last.
 built_in_place = any((ROOT / "flash_attn_ext").glob("_C.*"))
 sys.path.insert(0 if built_in_place else len(sys.path), str(ROOT))
+sys.path.append(str(ROOT / "tools"))
 
 
 def csrc_sha256(root: Path = ROOT) -> str:
@@ -146,11 +148,13 @@ def readme_block() -> str:
 
 
 def full_block() -> str:
-    """The long form: every published file, every peer, and the CPU time of a call."""
+    """The long form: every published file, every peer, the CPU time of a call, and the plots."""
     parts = []
     for path in filter(Path.exists, PUBLISHED.values()):
         results = json.loads(path.read_text())
         parts += [*speed_tables(results, list(PEER_NAMES)), environment_line(results), "", *overhead_lines(results)]
+        for name in by_pass(results["cells"]):
+            parts += [f"![{name} speed](images/{path.stem}-{name}.png)", ""]
     return "\n".join(parts).strip() or NOT_MEASURED
 
 
@@ -168,11 +172,25 @@ def support_block() -> str | None:
     return "\n".join(lines)
 
 
+def reference_block() -> str:
+    """The public functions, those that most need first."""
+    import api_reference
+
+    import flash_attn_ext
+
+    first = ["flash_attn_func", "forward", "backward", "supported", "is_available", "explain"]
+    names = [name for name in flash_attn_ext.__all__ if callable(getattr(flash_attn_ext, name))]
+    return api_reference.reference(
+        [getattr(flash_attn_ext, name) for name in [*first, *(name for name in names if name not in first)]]
+    )
+
+
 # document -> marker -> the function that writes what stands between the markers, or None where it cannot know
 BLOCKS = {
     ROOT / "README.md": {"support-table": support_block, "speed-table": readme_block},
+    ROOT / "docs" / "api.md": {"reference": reference_block},
     ROOT / "docs" / "head-dims.md": {"support-table": support_block},
-    ROOT / "docs" / "measuring.md": {"speed-table": full_block},
+    ROOT / "docs" / "performance.md": {"speed-table": full_block},
 }
 
 

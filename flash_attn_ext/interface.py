@@ -97,7 +97,7 @@ def backward(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `flash_attn_func`, and ValueError if dout, out or lse do not fit q or
-        the head_dim has no backward kernel.
+            the head_dim has no backward kernel.
     """
     if not torch.compiler.is_compiling():
         limits.check_arguments(softmax_scale, causal, dout=dout, q=q, k=k, v=v, out=out, lse=lse)

@@ -59,7 +59,8 @@ def why_unavailable(device: torch.device | str | int | None = None) -> str | Non
 def explain(q, k, v, softmax_scale=None, causal=False) -> str | None:
     """Why `flash_attn_func` would refuse this call, or None if it would run. Makes no call.
 
-    The text names the argument, its value, what is accepted, and the way out.
+    The text names the argument, its value, what is accepted, and the way out. Where grad mode is on, gradients that the
+    inputs require count too.
     """
     refusal = _refusal(q, k, v, softmax_scale, causal)
     if refusal is None and torch.is_grad_enabled():
