@@ -107,6 +107,7 @@ def backward(
 def forward_by_operator(q, k, v, softmax_scale, causal):
     """`forward` without the shortcut of the compiled module."""
     limits.check_arguments(softmax_scale, causal, q=q, k=k, v=v)
+    limits.check_forward_mode(q, k, v)  # here too: the operator's own kernel no longer sees a tangent of torch.func.jvp
     return ops.forward(q, k, v, softmax_scale, causal)
 
 

@@ -1,5 +1,7 @@
 """The registered operator: what torch.compile, FakeTensor, autocast, checkpointing and dispatch modes see."""
 
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -216,6 +218,37 @@ def test_second_derivatives_are_refused_not_forgotten(loss):
     (gradient,) = torch.autograd.grad(loss(flash_attn_func(q, k, v)), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+FORWARD_MODE = """
+import sys
+import torch
+from torch.autograd import forward_ad
+if not {binary}:
+    sys.modules["flash_attn_ext._C"] = None  # importing it fails, as where it was not built
+from flash_attn_ext import flash_attn_func
+q, k, v, tangent = (torch.randn(1, 4, 2, 8) for _ in range(4))
+def by_transform():
+    torch.func.jvp(lambda q: flash_attn_func(q, k, v), (q,), (tangent,))
+def by_dual_tensor():
+    with forward_ad.dual_level():
+        flash_attn_func(forward_ad.make_dual(q, tangent), k, v)
+for differentiate in (by_transform, by_dual_tensor):
+    try:
+        differentiate()
+    except NotImplementedError as refusal:
+        print(refusal)
+"""
+
+
+@pytest.mark.parametrize("binary", [True, False], ids=["compiled", "python"])
+def test_forward_mode_is_refused(binary):
+    """A tangent must not vanish silently. In processes of their own: a module is loaded once."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORWARD_MODE.format(binary=binary)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("no forward-mode derivative (jvp). Use attention_reference") == 2
 
 
 @pytest.mark.parametrize("given", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
