@@ -16,7 +16,7 @@ from gpu import on_hopper
 
 import flash_attn_ext
 from flash_attn_ext import limits
-from flash_attn_ext.cli import check, main, models, selftest, table
+from flash_attn_ext.cli import check, main, models, selftest, show, table
 
 CONFIGS = Path(__file__).parent / "configs"
 DIMS = table.head_dims()
@@ -323,6 +323,46 @@ def test_input_that_is_not_there(capsys):
     with pytest.raises(SystemExit) as error:
         main(["check", "--head-dim", "-1"])
     assert error.value.code == 2
+
+
+# ---- what is shown ----
+
+
+TABLE_OF_TEXT = (
+    ["part", ">KV heads", "backward", "what it costs"],
+    [["vision_config", "16", "no: head dim, sliding window", "33 % more work, and memory for q, k, v, out"]] * 2,
+)
+
+
+@pytest.mark.parametrize("with_rich", [True, False])
+@pytest.mark.parametrize(
+    "width, is_table", [(120, True), (80, True), (59, True), (58, False), (40, False), (20, False)]
+)
+def test_a_narrow_terminal_cuts_nothing_off(monkeypatch, capsys, width, is_table, with_rich):
+    monkeypatch.setattr(show, "_width", lambda: width)
+    if not with_rich:
+        monkeypatch.setattr(show, "Console", None)
+    show.table(*TABLE_OF_TEXT)
+    stdout = capsys.readouterr().out
+    assert all(len(line) <= width for line in stdout.splitlines()), stdout
+    header, rows = TABLE_OF_TEXT
+    wanted = [word for cell in [*header, *rows[0], *rows[1]] for word in cell.removeprefix(">").split()]
+    if not is_table:
+        wanted += [word for name in header for word in name.removeprefix(">").split()]  # beside each row's cells
+    assert sorted(stdout.replace(";", "").split()) == sorted(wanted)
+    assert ("; KV heads 16;" not in " ".join(stdout.split())) == is_table
+
+
+@pytest.mark.parametrize("with_rich", ["", "sys.modules['rich'] = None; "])
+@pytest.mark.parametrize("encoding, accent", [("ascii", "\\xe8"), ("utf-8", "è")])
+def test_names_that_no_terminal_should_get(tmp_path, with_rich, encoding, accent):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"_name_or_path": "\x1b[31mred\ud800\nmodèle", "num_heads": 1, "head_dim": 100}))
+    arguments = ["check", str(path)]
+    start = f"import sys; {with_rich}from flash_attn_ext.cli import main; sys.exit(main({arguments}))"
+    process = python(start, PYTHONIOENCODING=encoding, PYTHONUTF8="1")
+    assert process.returncode == 1 and process.stderr == ""
+    assert process.stdout.startswith(f"\\x1b[31mred\\ud800 mod{accent}le, on a Hopper GPU")
 
 
 # ---- the commands as processes ----
