@@ -16,7 +16,7 @@ from gpu import on_hopper
 
 import flash_attn_ext
 from flash_attn_ext import limits
-from flash_attn_ext.cli import check, main, models, selftest, show, table
+from flash_attn_ext.cli import check, info, main, models, selftest, show, table
 
 CONFIGS = Path(__file__).parent / "configs"
 DIMS = table.head_dims()
@@ -415,11 +415,54 @@ def test_selftest_of_the_cpu_path():
 
 @pytest.mark.skipif(limits.is_available(), reason="the kernels run here")
 def test_without_a_gpu_the_commands_say_so(capsys):
-    code, stdout, _ = run(capsys, "selftest", "--device", "cuda")
-    assert code == 1 and limits.why_unavailable()[:40] in stdout
+    code, stdout, stderr = run(capsys, "selftest", "--device", "cuda")
+    assert code == 1 and stdout == "" and limits.why_unavailable()[:40] in stderr
     if not torch.cuda.is_available():
-        code, stdout, _ = run(capsys, "bench")
-        assert code == 1 and "no CUDA device" in stdout
+        code, stdout, stderr = run(capsys, "bench", "--json")
+        assert code == 1 and stdout == "" and "no CUDA device" in stderr
+
+
+def test_bench_looks_at_its_options_first(capsys):
+    code, stdout, stderr = run(capsys, "bench", "--heads", 3, "--kv-heads", 2)
+    assert code == 2 and stdout == "" and "--heads 3 is no multiple of --kv-heads 2" in stderr
+
+
+def test_bench_of_a_shape_that_does_not_fit(monkeypatch, capsys):
+    def randn(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "randn", randn)
+    code, stdout, stderr = run(capsys, "bench", "--batch", 512, "--seqlen", 65536, "--heads", 8, "--kv-heads", 2)
+    assert code == 1 and stdout == ""
+    assert "batch 512, 65536 tokens, 8 heads (2 KV heads) of 128" in stderr and "--batch" in stderr
+
+
+@pytest.mark.parametrize("device", ["foo", "mps", "cuda:", "cuda:-1", "cuda:999", "cuda:x", ""])
+def test_devices_that_selftest_does_not_know(capsys, device):
+    with pytest.raises(SystemExit) as stop:
+        main(["selftest", "--device", device])
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and repr(device) in message and "cpu, cuda" in message and len(message) < 160
+
+
+def test_selftest_goes_on_after_an_exception(monkeypatch, capsys):
+    def broken(row, dtype, device, seed):
+        raise RuntimeError(f"broken for {row['head_dim']}\nand more")
+
+    monkeypatch.setattr(selftest, "test_row", broken)
+    code, stdout, _ = run(capsys, "selftest", "--device", "cpu")
+    assert code == 1 and stdout.count("WRONG") == 2 * len(DIMS["forward"])
+    for head_dim in DIMS["forward"]:
+        assert f"head dim {head_dim}, bfloat16: RuntimeError: broken for {head_dim}\n" in stdout
+
+
+def test_info_says_once_that_there_are_no_kernels():
+    device = {"name": "GPU", "compute_capability": "9.0", "memory_gib": 80, "multiprocessors": 132}
+    facts = info.collect() | {"kernels_missing": "not built.", "unavailable": "cannot run: not built."}
+    lines = info.in_words(facts | {"devices": [device | {"device": "cuda:0", "unavailable": "cannot run: not built."}]})
+    assert [name for name, text in lines.items() if "not built." in text] == ["GPU kernels"]
+    assert lines["CUDA tensors"] == "refused: no GPU kernels" and lines["cuda:0"].endswith(": refused: no GPU kernels")
 
 
 def test_selftest_finds_wrong_results(monkeypatch, capsys):
