@@ -13,7 +13,10 @@ except ImportError:
     BUILD = None
 
 NOT_BUILT = "it was installed without its GPU kernels (torch had no CUDA then, or FLASH_ATTN_EXT_CUDA was 0)."
-REBUILD = "Install it again under this torch, from its sources: pip install --no-build-isolation --force-reinstall ."
+REBUILD = (
+    "Install it again under this torch, from its sources: "
+    "pip install --no-build-isolation --no-deps --force-reinstall ."  # with dependencies it would replace torch too
+)
 
 
 def _load() -> tuple[ModuleType | None, str | None]:

@@ -16,7 +16,7 @@ from gpu import on_hopper
 
 import flash_attn_ext
 from flash_attn_ext import limits
-from flash_attn_ext.cli import check, main, models, selftest, table
+from flash_attn_ext.cli import check, info, main, models, selftest, show, table
 
 CONFIGS = Path(__file__).parent / "configs"
 DIMS = table.head_dims()
@@ -106,6 +106,59 @@ FAMILIES = {
         (16, 16, 128),
         {"sliding window"},
     ),
+    "phi-3-small": (
+        {
+            "model_type": "phi3small",
+            "hidden_size": 4096,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "blocksparse_block_size": 64,
+            "dense_attention_every_n_layers": 2,
+        },
+        (32, 8, 128),
+        {"sparse attention"},
+    ),
+    "phi-3-small, all of its layers dense": (
+        {"head_dim": 128, "num_heads": 32, "blocksparse_block_size": 64, "dense_attention_every_n_layers": 1},
+        (32, 32, 128),
+        set(),
+    ),
+    "modernbert": (
+        {"hidden_size": 768, "num_attention_heads": 12, "local_attention": 128, "max_position_embeddings": 8192},
+        (12, 12, 64),
+        {"sliding window"},
+    ),
+    "big bird": (
+        {"model_type": "big_bird", "hidden_size": 768, "num_attention_heads": 12},
+        (12, 12, 64),
+        {"sparse attention"},
+    ),
+    "big bird with full attention": (
+        {"model_type": "big_bird", "hidden_size": 768, "num_attention_heads": 12, "attention_type": "original_full"},
+        (12, 12, 64),
+        set(),
+    ),
+    "longformer": (
+        {"hidden_size": 768, "num_attention_heads": 12, "attention_window": [512] * 12},
+        (12, 12, 64),
+        {"sparse attention"},
+    ),
+    "xlnet": (
+        {"model_type": "xlnet", "d_model": 1024, "n_head": 16, "dropout": 0.1},
+        (16, 16, 64),
+        {"score bias", "dropout"},
+    ),
+    "bert with relative keys": (
+        {"hidden_size": 768, "num_attention_heads": 12, "position_embedding_type": "relative_key"},
+        (12, 12, 64),
+        {"score bias"},
+    ),
+    "grok-1": (
+        {"hidden_size": 6144, "num_attention_heads": 48, "num_key_value_heads": 8, "max_attn_value": 30.0},
+        (48, 8, 128),
+        {"softcap"},
+    ),
+    "llama 3.2's vision": ({"hidden_size": 1280, "attention_heads": 16}, (16, 16, 80), set()),
     "null head dim": (
         {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": None},
         (32, 8, 128),
@@ -123,6 +176,48 @@ FAMILIES = {
         },
         (16, 16, 192),
         set(),
+    ),
+}
+
+# What is said of each part of a model, and what of it cannot be looked at.
+TWELVE_HEADS = {"hidden_size": 768, "num_attention_heads": 12}
+PARTS = {
+    "whisper": (
+        {"d_model": 384, "encoder_attention_heads": 6, "decoder_attention_heads": 6},
+        ["encoder, decoder"],
+        [],
+    ),
+    "bart with heads of two sizes": (
+        {"d_model": 384, "encoder_attention_heads": 6, "decoder_attention_heads": 3},
+        ["encoder", "decoder"],
+        [],
+    ),
+    "siglip": (
+        {"text_config": {"model_type": "siglip_text_model"}, "vision_config": {"model_type": "siglip_vision_model"}},
+        ["text_config, vision_config"],
+        [],
+    ),
+    "said twice": (TWELVE_HEADS | {"text_config": TWELVE_HEADS}, ["model"], []),
+    "another scale": (
+        {"text_config": TWELVE_HEADS | {"attention_multiplier": 0.5}, "vision_config": TWELVE_HEADS},
+        ["text_config", "vision_config"],
+        [],
+    ),
+    "a part without heads": (
+        {"text_config": TWELVE_HEADS, "vision_config": {"hidden_size": 2048}},
+        ["text_config"],
+        ["vision_config, which does not give its number of heads"],
+    ),
+    "a part by its type alone": (
+        {"text_config": TWELVE_HEADS, "vision_config": {"model_type": "some_vision_model"}},
+        ["text_config"],
+        ["vision_config, which does not give its number of heads"],
+    ),
+    "no part": ({**TWELVE_HEADS, "quantization_config": {"quant_method": "fp8"}}, ["model"], []),
+    "layers of another kind": (
+        TWELVE_HEADS | {"layer_types": ["linear_attention", "linear_attention", "full_attention"]},
+        ["model"],
+        ["linear_attention in 2 of 3 layers of model"],
     ),
 }
 
@@ -223,6 +318,35 @@ def test_a_window_beyond_seqlen_does_not_matter():
     assert names(short) == set() and "never reach it" in " ".join(short.notes)
 
 
+def test_a_window_to_either_side():
+    """ModernBERT's local_attention is both sides together: with 128, a token sees the 64 before and the 64 after it."""
+    config = LLAMA | {"local_attention": 128}
+    for seqlen in (8192, 128, 66):
+        (need,) = models.read(config, seqlen)[0].needs
+        assert "local_attention is 128: a query sees 64 keys to either side" in need.because
+        assert "--seqlen 65)" in need.way_out
+    assert not models.read(config, seqlen=65)[0].needs
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_model(monkeypatch, tmp_path, capsys, name):
+    config, parts, not_looked_at = PARTS[name]
+    read = models.read(config)
+    assert [attention.part for attention in read] == parts
+
+    monkeypatch.setattr(limits, "TABLE", rows_where((64, 128)))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    code, answer = json_of(capsys, "check", path)
+    assert answer["not_looked_at"] == not_looked_at and [part["part"] for part in answer["parts"]] == parts
+    _, stdout, _ = run(capsys, "check", path)
+    if not_looked_at:
+        assert code == 1 and answer["runs"] is answer["trains"] is None
+        assert "What was looked at runs and trains." in stdout and not_looked_at[0] in " ".join(stdout.split())
+    else:
+        assert code == 0 and answer["runs"] is answer["trains"] is True and "It runs and trains." in stdout
+
+
 def test_a_feature_counts_as_built_when_flash_attn_func_takes_it(monkeypatch):
     attention = models.read(LLAMA | {"attn_logit_softcapping": 50.0})[0]
     arguments = [name for name in check.ARGUMENTS if name != "softcap"]
@@ -237,6 +361,8 @@ def test_scales_that_are_not_the_default():
     assert models.read(heads)[0].softmax_scale == "128**-0.5"
     gemma_2_27b = models.read(heads | {"query_pre_attn_scalar": 144})[0]
     assert gemma_2_27b.softmax_scale == "144**-0.5" and "softmax_scale=144**-0.5" in gemma_2_27b.notes[0]
+    phi_3_small = models.read(heads | {"mup_use_scaling": True, "mup_attn_multiplier": 2.0})[0]
+    assert phi_3_small.softmax_scale == "2/128" and "softmax_scale=2/128" in phi_3_small.notes[0]
     deepseek = models.read(json.loads((CONFIGS / "deepseek-v3.json").read_text()))[0]
     assert float(deepseek.softmax_scale) == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2, rel=1e-5)
 
@@ -282,6 +408,16 @@ def test_exit_code_of_a_model_that_runs_and_trains(monkeypatch, capsys):
     assert code == 0 and "runs and trains" in stdout
 
 
+def test_dropout_is_a_switch_and_no_lack_of_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(limits, "TABLE", rows_where((64,)))
+    code, stdout, _ = run(capsys, "check", CONFIGS / "gpt2.json")
+    row = next(line.split() for line in stdout.splitlines() if line.startswith("model"))
+    assert code == 1 and row == "model 12 12 64 yes yes, without dropout".split()
+    assert "set attn_pdrop to 0" in stdout and "It does not train as it is." in stdout
+    monkeypatch.setattr(limits, "TABLE", rows_where(()))
+    assert "no: head dim, dropout" in run(capsys, "check", CONFIGS / "gpt2.json")[1]
+
+
 def test_kv_heads_that_do_not_divide(capsys):
     code, stdout, _ = run(capsys, "check", "--hidden-size", 4096, "--num-heads", 32, "--num-kv-heads", 5)
     assert code == 1 and "32 heads are no multiple of 5 KV heads" in stdout
@@ -299,12 +435,19 @@ def test_kv_heads_that_do_not_divide(capsys):
         ('{"hidden_size": 4096}', "no attention found"),
         ('{"num_attention_heads": 32}', "to tell their size"),
         ('{"hidden_size": 4096, "num_attention_heads": "many"}', "num_attention_heads is 'many'"),
-        ('{"hidden_size": 4096, "num_attention_heads": 0}', "at least 1"),
+        ('{"hidden_size": 4096, "num_attention_heads": 0}', "a whole number from 1"),
         ('{"hidden_size": 4096, "num_attention_heads": true}', "num_attention_heads is True"),
         ('{"hidden_size": 4096, "num_attention_heads": [8, 16]}', "num_attention_heads is [8, 16]"),
         ('{"hidden_size": 4096, "num_attention_heads": 32, "attention_dropout": NaN}', "attention_dropout is nan"),
         ('{"text_config": {"hidden_size": 64}, "vision_config": {"hidden_size": 64, "num_heads": 1}}', "text_config"),
         ("[" * 100_000, "JSON|deeply"),
+        ('{"num_heads": 1, "head_dim": ' + "9" * 5000 + "}", "too many digits|2**63"),
+        ('{"num_heads": 1, "head_dim": ' + "9" * 400 + "}", "2**63"),
+        ('{"num_heads": 1, "hidden_size": 64, "attention_dropout": 1e999}', "attention_dropout is inf"),
+        ('{"num_heads": 8, "head_dim": 64, "rope_scaling": {"factor": 2, "mscale_all_dim": 1e200}}', "mscale_all_dim"),
+        ('{"model_type": "mamba2", "num_heads": 128, "head_dim": 64}', "a mamba2, which has no softmax attention"),
+        ('{"text_config": {"model_type": "llama", "num_attention_heads": "\\u001b[2J"}}', "'\\x1b[2J'"),
+        ('{"\\u001b[2J": 1}', "its keys: \\x1b[2J"),
     ],
 )
 def test_nonsense_is_told(tmp_path, capsys, text, says):
@@ -313,7 +456,14 @@ def test_nonsense_is_told(tmp_path, capsys, text, says):
     for argument in (path, tmp_path):
         code, stdout, stderr = run(capsys, "check", argument)
         assert code == 2 and stdout == "" and any(word in stderr for word in says.split("|")), stderr
-        assert str(path) in stderr
+        assert str(path) in stderr and stderr.count("\n") == 1 and "\x1b" not in stderr
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA), encoding="utf-8-sig")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    assert json_of(capsys, "check", path)[1]["parts"][0]["head_dim"] == 128
 
 
 def test_input_that_is_not_there(capsys):
@@ -323,6 +473,46 @@ def test_input_that_is_not_there(capsys):
     with pytest.raises(SystemExit) as error:
         main(["check", "--head-dim", "-1"])
     assert error.value.code == 2
+
+
+# ---- what is shown ----
+
+
+TABLE_OF_TEXT = (
+    ["part", ">KV heads", "backward", "what it costs"],
+    [["vision_config", "16", "no: head dim, sliding window", "33 % more work, and memory for q, k, v, out"]] * 2,
+)
+
+
+@pytest.mark.parametrize("with_rich", [True, False])
+@pytest.mark.parametrize(
+    "width, is_table", [(120, True), (80, True), (59, True), (58, False), (40, False), (20, False)]
+)
+def test_a_narrow_terminal_cuts_nothing_off(monkeypatch, capsys, width, is_table, with_rich):
+    monkeypatch.setattr(show, "_width", lambda: width)
+    if not with_rich:
+        monkeypatch.setattr(show, "Console", None)
+    show.table(*TABLE_OF_TEXT)
+    stdout = capsys.readouterr().out
+    assert all(len(line) <= width for line in stdout.splitlines()), stdout
+    header, rows = TABLE_OF_TEXT
+    wanted = [word for cell in [*header, *rows[0], *rows[1]] for word in cell.removeprefix(">").split()]
+    if not is_table:
+        wanted += [word for name in header for word in name.removeprefix(">").split()]  # beside each row's cells
+    assert sorted(stdout.replace(";", "").split()) == sorted(wanted)
+    assert ("; KV heads 16;" not in " ".join(stdout.split())) == is_table
+
+
+@pytest.mark.parametrize("with_rich", ["", "sys.modules['rich'] = None; "])
+@pytest.mark.parametrize("encoding, accent", [("ascii", "\\xe8"), ("utf-8", "è")])
+def test_names_that_no_terminal_should_get(tmp_path, with_rich, encoding, accent):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"_name_or_path": "\x1b[31mred\ud800\nmodèle", "num_heads": 1, "head_dim": 100}))
+    arguments = ["check", str(path)]
+    start = f"import sys; {with_rich}from flash_attn_ext.cli import main; sys.exit(main({arguments}))"
+    process = python(start, PYTHONIOENCODING=encoding, PYTHONUTF8="1")
+    assert process.returncode == 1 and process.stderr == ""
+    assert process.stdout.startswith(f"\\x1b[31mred\\ud800 mod{accent}le, on a Hopper GPU")
 
 
 # ---- the commands as processes ----
@@ -375,11 +565,54 @@ def test_selftest_of_the_cpu_path():
 
 @pytest.mark.skipif(limits.is_available(), reason="the kernels run here")
 def test_without_a_gpu_the_commands_say_so(capsys):
-    code, stdout, _ = run(capsys, "selftest", "--device", "cuda")
-    assert code == 1 and limits.why_unavailable()[:40] in stdout
+    code, stdout, stderr = run(capsys, "selftest", "--device", "cuda")
+    assert code == 1 and stdout == "" and limits.why_unavailable()[:40] in stderr
     if not torch.cuda.is_available():
-        code, stdout, _ = run(capsys, "bench")
-        assert code == 1 and "no CUDA device" in stdout
+        code, stdout, stderr = run(capsys, "bench", "--json")
+        assert code == 1 and stdout == "" and "no CUDA device" in stderr
+
+
+def test_bench_looks_at_its_options_first(capsys):
+    code, stdout, stderr = run(capsys, "bench", "--heads", 3, "--kv-heads", 2)
+    assert code == 2 and stdout == "" and "--heads 3 is no multiple of --kv-heads 2" in stderr
+
+
+def test_bench_of_a_shape_that_does_not_fit(monkeypatch, capsys):
+    def randn(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "randn", randn)
+    code, stdout, stderr = run(capsys, "bench", "--batch", 512, "--seqlen", 65536, "--heads", 8, "--kv-heads", 2)
+    assert code == 1 and stdout == ""
+    assert "batch 512, 65536 tokens, 8 heads (2 KV heads) of 128" in stderr and "--batch" in stderr
+
+
+@pytest.mark.parametrize("device", ["foo", "mps", "cuda:", "cuda:-1", "cuda:999", "cuda:x", ""])
+def test_devices_that_selftest_does_not_know(capsys, device):
+    with pytest.raises(SystemExit) as stop:
+        main(["selftest", "--device", device])
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and repr(device) in message and "cpu, cuda" in message and len(message) < 160
+
+
+def test_selftest_goes_on_after_an_exception(monkeypatch, capsys):
+    def broken(row, dtype, device, seed):
+        raise RuntimeError(f"broken for {row['head_dim']}\nand more")
+
+    monkeypatch.setattr(selftest, "test_row", broken)
+    code, stdout, _ = run(capsys, "selftest", "--device", "cpu")
+    assert code == 1 and stdout.count("WRONG") == 2 * len(DIMS["forward"])
+    for head_dim in DIMS["forward"]:
+        assert f"head dim {head_dim}, bfloat16: RuntimeError: broken for {head_dim}\n" in stdout
+
+
+def test_info_says_once_that_there_are_no_kernels():
+    device = {"name": "GPU", "compute_capability": "9.0", "memory_gib": 80, "multiprocessors": 132}
+    facts = info.collect() | {"kernels_missing": "not built.", "unavailable": "cannot run: not built."}
+    lines = info.in_words(facts | {"devices": [device | {"device": "cuda:0", "unavailable": "cannot run: not built."}]})
+    assert [name for name, text in lines.items() if "not built." in text] == ["GPU kernels"]
+    assert lines["CUDA tensors"] == "refused: no GPU kernels" and lines["cuda:0"].endswith(": refused: no GPU kernels")
 
 
 def test_selftest_finds_wrong_results(monkeypatch, capsys):

@@ -5,7 +5,7 @@
 A first look: the implementations take turns, and each figure is the median of its rounds. The whole grid with more
 peers is benchmarks/attention.py in the sources.
 
-Exit code: 0 our kernels were timed, 1 they were not.
+Exit code: 0 our kernels were timed, 1 they were not, 2 wrong options.
 """
 
 import argparse
@@ -40,23 +40,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if not torch.cuda.is_available():
-        show.say("bench: it needs a GPU, and torch finds no CUDA device.", "red")
-        return 1
     head_dim, seqlen = options.head_dim, options.seqlen
     batch = options.batch or max(1, 16384 // seqlen)
     heads = options.heads or options.kv_heads or max(1, 2048 // head_dim)
     kv_heads = options.kv_heads or heads
     if heads % kv_heads != 0:
-        show.say(f"bench: --heads {heads} is no multiple of --kv-heads {kv_heads}.", "red")
+        show.error(f"bench: --heads {heads} is no multiple of --kv-heads {kv_heads}.")
+        return 2
+    if not torch.cuda.is_available():
+        show.error("bench: it needs a GPU, and torch finds no CUDA device.")
         return 1
     shapes = [(batch, seqlen, n, head_dim) for n in (heads, kv_heads, kv_heads)]
-    q, k, v = (torch.randn(shape, device="cuda", dtype=DTYPES[options.dtype]) for shape in shapes)
     flops = {"forward": 4.0 * batch * heads * seqlen * seqlen * head_dim / (2 if options.causal else 1)}
     flops["backward"] = 2.5 * flops["forward"]
 
-    calls, reasons = bind(q, k, v, options.causal)
-    times = measure(calls, options.rounds)
+    try:
+        q, k, v = (torch.randn(shape, device="cuda", dtype=DTYPES[options.dtype]) for shape in shapes)
+        calls, reasons = bind(q, k, v, options.causal)
+        times = measure(calls, options.rounds)
+    except torch.OutOfMemoryError:
+        show.error(
+            f"bench: batch {batch}, {seqlen} tokens, {heads} heads ({kv_heads} KV heads) of {head_dim} do not fit into "
+            "the GPU's memory. Make --batch, --seqlen or --heads smaller."
+        )
+        return 1
     figures = [
         {"implementation": name, "pass": which, "ms": ms, "tflops": flops[which] / ms / 1e9}
         for (name, which), ms in times.items()
@@ -169,7 +176,7 @@ def print_figures(settings: dict, times: dict, flops: dict[str, float], reasons:
         row = [name]
         for which in ("forward", "backward"):
             ms = times.get((name, which))
-            row += [f"{ms:.3f}", f"{flops[which] / ms / 1e9:.0f}"] if ms else ["–", "–"]
+            row += [f"{ms:.3f}", f"{flops[which] / ms / 1e9:.0f}"] if ms else ["-", "-"]
         rows.append(row)
     show.table(["", ">forward ms", ">TFLOP/s", ">backward ms", ">TFLOP/s"], rows)
     for what, why in reasons.items():

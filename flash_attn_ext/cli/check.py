@@ -5,7 +5,7 @@ Give a config.json as Hugging Face writes it (or its directory, or - for standar
     python -m flash_attn_ext check path/to/config.json
     python -m flash_attn_ext check --hidden-size 3072 --num-heads 32
 
-Exit code: 0 all of it runs and trains, 1 something does not, 2 the input cannot be read.
+Exit code: 0 all of it runs and trains, 1 something does not or was not looked at, 2 the input cannot be read.
 The answer is about the kernels of this version, and needs no GPU. It knows the configuration only: padding masks,
 packed sequences and KV caches are the matter of the code that calls attention.
 """
@@ -78,13 +78,13 @@ def run(options: argparse.Namespace) -> int:
         title, attentions = attentions_of(options)
         answers = [judge(attention) for attention in attentions]
     except (Unreadable, table.NoTable) as error:
-        print(f"check: {error}", file=sys.stderr)
+        show.error(f"check: {error}")
         return 2
     if options.json:
         print(json.dumps(as_json(title, answers), indent=2))
     else:
         print_answers(title, answers)
-    return 0 if all(answer.trains for answer in answers) else 1
+    return 0 if all(answer.trains for answer in answers) and not not_looked_at(answers) else 1
 
 
 # ---- input ----
@@ -127,7 +127,8 @@ def load(where: str) -> tuple[str, object]:
         path = path / "config.json"
     name = "standard input" if where == "-" else str(path)
     try:
-        text = sys.stdin.read() if where == "-" else path.read_text(encoding="utf-8")
+        content = sys.stdin.buffer.read() if where == "-" else path.read_bytes()
+        text = content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError:
         raise Unreadable(f"{name}: no such file") from None
     except UnicodeDecodeError:
@@ -140,6 +141,8 @@ def load(where: str) -> tuple[str, object]:
         raise Unreadable(f"{name} is not JSON: {error}") from None
     except RecursionError:
         raise Unreadable(f"{name} is nested too deeply for a model's configuration") from None
+    except ValueError:
+        raise Unreadable(f"{name} has a number of too many digits for Python to read") from None
 
 
 # ---- the answer ----
@@ -219,12 +222,18 @@ def listed(dims: list[int]) -> str:
 # ---- output ----
 
 
+def not_looked_at(answers: list[Answer]) -> list[str]:
+    return [what for answer in answers for what in answer.attention.not_looked_at]
+
+
 def verdict(answers: list[Answer]) -> tuple[str, str]:
     """A sentence and its style."""
+    whole = not not_looked_at(answers)
+    it = "It" if whole else "What was looked at"
     if all(answer.trains for answer in answers):
-        return "It runs and trains.", "bold green"
+        return f"{it} runs and trains.", "bold green" if whole else "bold yellow"
     if all(answer.runs for answer in answers):
-        return "It runs. It does not train as it is.", "bold yellow"
+        return f"{it} runs. It does not train as it is.", "bold yellow"
     some = any(answer.runs for answer in answers)
     return "Not all of it runs as it is." if some else "It does not run as it is.", "bold red"
 
@@ -234,12 +243,14 @@ def print_answers(title: str, answers: list[Answer]) -> None:
     rows = []
     for answer in answers:
         a = answer.attention
-        head_dim = f"{a.head_dim}/{a.head_dim_v}" if a.head_dim != a.head_dim_v else str(a.head_dim or "–")
-        shapes = [str(a.heads or "–"), str(a.kv_heads or "–"), head_dim]
-        rows.append([a.part, *shapes, cell(answer.stops_forward), cell(answer.stops_backward)])
+        head_dim = f"{a.head_dim}/{a.head_dim_v}" if a.head_dim != a.head_dim_v else str(a.head_dim or "-")
+        shapes = [str(a.heads or "-"), str(a.kv_heads or "-"), head_dim]
+        rows.append([a.part, *shapes, cell(answer.stops_forward), backward_cell(answer)])
     show.table(["part", ">heads", ">KV heads", ">head dim", "forward", "backward"], rows)
     for answer in answers:
         print_reasons(answer, f"{answer.attention.part}: " if len(answers) > 1 else "")
+    for what in not_looked_at(answers):
+        show.say(f"not looked at: {what}.", "yellow")
     show.say(*verdict(answers))
 
 
@@ -272,12 +283,26 @@ def cell(stops: list) -> str:
     return f"no: {', '.join(names)}" if names else "no" if any(stops) else "yes"
 
 
+def backward_cell(answer: Answer) -> str:
+    """Where a switch of the configuration is all that stops the training, the kernels are there."""
+    switches = [need.name for need in answer.needs if need.only_training]
+    if switches and answer.stops_backward == switches:
+        return f"yes, without {', '.join(switches)}"
+    return cell(answer.stops_backward)
+
+
 def as_json(title: str, answers: list[Answer]) -> dict:
+    unknown = not_looked_at(answers)
+
+    def known(yes: bool) -> bool | None:
+        return None if yes and unknown else yes
+
     return {
         "flash_attn_ext": __version__,
         "model": title,
-        "runs": all(answer.runs for answer in answers),
-        "trains": all(answer.trains for answer in answers),
+        "runs": known(all(answer.runs for answer in answers)),
+        "trains": known(all(answer.trains for answer in answers)),
+        "not_looked_at": unknown,
         "parts": [
             {
                 "part": a.part,

@@ -78,6 +78,11 @@ def driver_version() -> str | None:
 
 def in_words(facts: dict) -> dict[str, str]:
     built = facts["built_with"]
+
+    def state(unavailable: str | None, available: str) -> str:
+        """Why there are no kernels is told once."""
+        return "refused: no GPU kernels" if facts["kernels_missing"] else unavailable or available
+
     lines = {
         "flash_attn_ext": f"{facts['flash_attn_ext']}, in {facts['installed_in']}",
         "python": f"{facts['python']} on {facts['platform']}",
@@ -95,8 +100,8 @@ def in_words(facts: dict) -> dict[str, str]:
     for device in facts["devices"]:
         lines[device["device"]] = (
             f"{device['name']}, compute capability {device['compute_capability']}, {device['memory_gib']:g} GiB, "
-            f"{device['multiprocessors']} multiprocessors: {device['unavailable'] or 'available'}"
+            f"{device['multiprocessors']} multiprocessors: {state(device['unavailable'], 'available')}"
         )
-    lines["CUDA tensors"] = facts["unavailable"] or "run on the GPU kernels"
+    lines["CUDA tensors"] = state(facts["unavailable"], "run on the GPU kernels")
     lines["CPU tensors"] = "run on the PyTorch reference"
     return lines

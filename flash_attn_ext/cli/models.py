@@ -8,7 +8,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "num_query_heads")
+HEADS = (
+    *("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "num_query_heads"),
+    "attention_heads",  # the vision part of Llama 3.2
+)
 DECODER_HEADS = ("decoder_attention_heads",)
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads", "kv_n_heads", "num_query_groups")
 HEAD_DIM = ("head_dim", "attention_head_dim", "kv_channels", "d_kv", "d_head")
@@ -16,23 +19,35 @@ HEAD_DIM = ("head_dim", "attention_head_dim", "kv_channels", "d_kv", "d_head")
 HIDDEN_SIZE = ("embed_dim", "hidden_size", "n_embd", "d_model", "n_embed", "dim")
 LONGEST = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
 DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attention_dropout_prob")
-SOFTCAP = ("attn_logit_softcapping", "attn_logit_softcap", "attention_logit_softcapping", "attention_logit_cap")
-WINDOW = ("sliding_window", "sliding_window_size", "local_attention")
+SOFTCAP = (
+    *("attn_logit_softcapping", "attn_logit_softcap", "attention_logit_softcapping", "attention_logit_cap"),
+    "max_attn_value",  # Grok-1
+)
+WINDOW = ("sliding_window", "sliding_window_size", "attention_window_size", "local_attention")
+
+# Their num_heads are not those of an attention.
+NO_SOFTMAX = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
+KNOWN_LAYERS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
+MOST = 2**63  # a number beyond it is no shape, and not every float holds it
 
 LANGUAGE = ("text_config", "llm_config", "language_config")
 GIVE_SHAPES = (
     "If it is a model's configuration, give its shapes: --hidden-size, --num-heads, --num-kv-heads, --head-dim"
 )
 
-# A config.json holds only what differs from the defaults of its class: where these families leave a shape out, it is
-# this (transformers, configuration_*.py).
+# A config.json holds only what differs from the defaults of its class: what these families leave out is this
+# (transformers, configuration_*.py).
 DEFAULTS = {
+    "big_bird": {"attention_type": "block_sparse"},
+    "bigbird_pegasus": {"attention_type": "block_sparse"},
+    "clip_text_model": {"hidden_size": 512, "num_attention_heads": 8},
     "clip_vision_model": {"hidden_size": 768, "num_attention_heads": 12},
     "gemma3_text": {"hidden_size": 2304, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
     "gemma4_text": {"hidden_size": 2304, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
     "gpt2": {"n_embd": 768, "n_head": 12, "attn_pdrop": 0.1},
     "llama": {"hidden_size": 4096, "num_attention_heads": 32},
     "mistral": {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "siglip_text_model": {"hidden_size": 768, "num_attention_heads": 12},
     "siglip_vision_model": {"hidden_size": 768, "num_attention_heads": 12},
 }
 
@@ -65,6 +80,7 @@ class Attention:
     softmax_scale: str  # an expression
     needs: tuple[Need, ...] = ()
     notes: tuple[str, ...] = ()
+    not_looked_at: tuple[str, ...] = ()  # what else there is, of which nothing is known
 
 
 class Values:
@@ -96,8 +112,8 @@ class Values:
         value = self.of.get(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
-            raise Unreadable(f"{self.part}: {name} is {value!r:.60}; it must be {what}, at least {least}")
+        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < MOST:
+            raise Unreadable(f"{self.part}: {name} is {value!r:.60}; it must be {what} from {least} to 2**63")
         return value
 
 
@@ -112,9 +128,7 @@ def read(config: object, seqlen: int | None = None) -> list[Attention]:
     silent: list[str] = []
     for part, values in _parts(config, "model", silent):
         for attention in _attentions(part, values, seqlen):
-            # Some files say everything twice, at the top and in text_config.
-            if not any(_same(attention, other) for other in found):
-                found.append(attention)
+            _add(found, attention)
     if any(part.split(".")[-1] in LANGUAGE for part in silent):
         raise Unreadable(f"{silent[0]} does not give its number of heads (known: {', '.join(HEADS)}). {GIVE_SHAPES}")
     if not found:
@@ -123,16 +137,18 @@ def read(config: object, seqlen: int | None = None) -> list[Attention]:
             + (f" (its keys: {', '.join(map(str, list(config)[:8]))})" if config else " (it is empty)")
             + f". {GIVE_SHAPES}"
         )
-    notes = tuple(f"{part} does not give its number of heads: not looked at" for part in silent)
-    return [replace(found[0], notes=found[0].notes + notes), *found[1:]]
+    parts = tuple(f"{part}, which does not give its number of heads" for part in silent)
+    return [replace(found[0], not_looked_at=found[0].not_looked_at + parts), *found[1:]]
 
 
 def _parts(config: dict, part: str, silent: list[str], depth: int = 0) -> Iterator[tuple[str, Values]]:
     """The configuration and those nested in it that have attention; `silent` gets those that seem to and do not say."""
     values = Values(config, part)
+    if values["model_type"] in NO_SOFTMAX:
+        raise Unreadable(f"{part} is a {values['model_type']}, which has no softmax attention to run")
     if any(name in values.of for name in HEADS + DECODER_HEADS):
         yield part, values
-    elif part.endswith("_config") and any(name in values.of for name in HIDDEN_SIZE):
+    elif part.endswith("_config") and any(name in values.of for name in ("model_type", *HIDDEN_SIZE)):
         silent.append(part)
     nested = [name for name, value in config.items() if isinstance(value, dict)]
     nested = [name for name in nested if name.endswith("_config") or name in ("encoder", "decoder", "text_encoder")]
@@ -179,7 +195,10 @@ def _attention(part, values, seqlen, hidden_size, heads, kv_heads, head_dim=None
     needs = tuple(_needs(values, seqlen, windows, notes))
     if (dtype := values["dtype"] or values["torch_dtype"]) in ("float32", "float64"):
         notes.append(f"the weights are {dtype}: cast the model to bfloat16 or float16, or run it under torch.autocast")
-    return Attention(part, heads, kv_heads, head_dim, head_dim_v, hidden_size, scale, needs, tuple(notes))
+    others = sorted({str(kind) for kind in _layer_types(values)} - KNOWN_LAYERS)
+    not_looked_at = tuple(f"{kind}{_layers(values, kind)} of {part}" for kind in others)
+    shapes = heads, kv_heads, head_dim, head_dim_v, hidden_size
+    return Attention(part, *shapes, scale, needs, tuple(notes), not_looked_at)
 
 
 def _quotient(values: Values, hidden_size: int | None, heads: int) -> int | None:
@@ -199,6 +218,8 @@ def _softmax_scale(values: Values, head_dim: int | None) -> tuple[str, list[str]
         scale, name = f"{scalar:g}**-0.5", "query_pre_attn_scalar"
     elif multiplier := values.number("attention_multiplier"):  # Granite
         scale, name = f"{multiplier:g}", "attention_multiplier"
+    elif values["mup_use_scaling"] is True and head_dim:  # Phi-3-small
+        scale, name = f"{values.number('mup_attn_multiplier') or 1:g}/{head_dim}", "mup_use_scaling"
     elif values["model_type"] in ("t5", "mt5", "umt5", "gpt_neo"):
         scale, name = "1.0", "model_type"
     elif head_dim and (mscale := _yarn_mscale(values["rope_scaling"])):  # DeepSeek
@@ -212,31 +233,26 @@ def _yarn_mscale(rope: object) -> float | None:
     """The factor of q and of k in DeepSeek's variant of YaRN (Peng et al. 2023, section 3.4)."""
     if not isinstance(rope, dict):
         return None
-    factor, weight = rope.get("factor"), rope.get("mscale_all_dim")
-    if not isinstance(factor, int | float) or not isinstance(weight, int | float) or factor <= 1 or weight <= 0:
-        return None
-    return 0.1 * weight * math.log(factor) + 1
+    values = Values(rope, "rope_scaling")
+    factor, weight = values.number("factor"), values.number("mscale_all_dim")
+    return 0.1 * weight * math.log(factor) + 1 if weight and factor and factor > 1 else None
 
 
 def _needs(values: Values, seqlen: int | None, windows: bool, notes: list[str]) -> Iterator[Need]:
     """What the attention needs besides the kernels' own; adds to notes what is there and does not matter."""
     longest = seqlen or values.whole(*LONGEST)
-    kinds = values["layer_types"] if isinstance(values["layer_types"], list) else []
-
-    def layers(kind: str) -> str:
-        count = sum(kind in str(layer) for layer in kinds)
-        return f" in {count} of {len(kinds)} layers" if kinds else ""
+    kinds = _layer_types(values)
 
     def has(kind: str) -> bool:
         return not kinds or any(kind in str(layer) for layer in kinds)
 
     def local(name: str, kind: str, size: int, argument: str | None, sees: str) -> Iterator[Need]:
         if longest is not None and longest <= size:
-            notes.append(f"{name} is {size}, and sequences of up to {longest} tokens never reach it")
+            notes.append(f"{name} is {values[name]}, and sequences of up to {longest} tokens never reach it")
             return
         yield Need(
             kind,
-            f"{name} is {size}{layers(kind.split()[0])}: {sees}",
+            f"{name} is {values[name]}{_layers(values, kind.split()[0])}: {sees}",
             f"sequences of at most {size} tokens do not need it (--seqlen {size}); "
             "else torch.nn.attention.flex_attention for these layers",
             argument,
@@ -250,8 +266,10 @@ def _needs(values: Values, seqlen: int | None, windows: bool, notes: list[str]) 
             "softcap",
         )
     if windows and _has_windows(values, kinds) and (size := values.whole(*WINDOW)):
-        sees = f"a query sees {size} keys only"
-        yield from local(values.name(WINDOW), "sliding window", size, "window_size", sees)
+        name, sees = values.name(WINDOW), f"a query sees {size} keys only"
+        if name == "local_attention":  # ModernBERT: half of it to either side, and the query's own key
+            size, sees = size // 2 + 1, f"a query sees {size // 2} keys to either side"
+        yield from local(name, "sliding window", size, "window_size", sees)
     if "local" in str(values["attention_types"] or values["attention_layers"]) and values.whole(
         "window_size"
     ):  # GPT-Neo
@@ -275,17 +293,23 @@ def _needs(values: Values, seqlen: int | None, windows: bool, notes: list[str]) 
             "a bias that grows with the distance is added to the scores",
             "torch.nn.attention.flex_attention with that score_mod",
         )
-    if values.whole("relative_attention_num_buckets") or values["relative_attention"] is True:  # T5, DeBERTa
+    if (
+        values.whole("relative_attention_num_buckets")  # T5
+        or values["relative_attention"] is True  # DeBERTa
+        or values["model_type"] == "xlnet"
+        or values["position_embedding_type"] in ("relative_key", "relative_key_query")  # BERT
+    ):
         yield Need(
             "score bias",
             "relative positions are added to the scores as a learned bias",
             "torch.nn.attention.flex_attention with that score_mod",
         )
-    if topk := values.whole("index_topk"):  # DeepSeek V3.2
-        yield Need(
-            "sparse attention", f"index_topk is {topk}: each query sees the {topk} keys that an indexer picks", ""
-        )
-    dropout = DROPOUT + (("dropout_rate",) if values.whole("relative_attention_num_buckets") else ())  # T5
+    yield from _sparse(values)
+    dropout = DROPOUT
+    if values.whole("relative_attention_num_buckets"):  # T5
+        dropout += ("dropout_rate",)
+    elif values["model_type"] == "xlnet":
+        dropout += ("dropout",)
     if probability := values.number(*dropout):
         name = values.name(dropout)
         yield Need(
@@ -294,8 +318,33 @@ def _needs(values: Values, seqlen: int | None, windows: bool, notes: list[str]) 
             f"set {name} to 0, which changes nothing in inference and regularises training less",
             only_training=True,
         )
-    for other in sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention", "chunked_attention"}):
-        notes.append(f"{other}{layers(other)}: not looked at")
+
+
+def _sparse(values: Values) -> Iterator[Need]:
+    def need(because: str, way_out: str = "torch.nn.attention.flex_attention with that mask") -> Need:
+        return Need("sparse attention", because, way_out)
+
+    if topk := values.whole("index_topk"):  # DeepSeek V3.2
+        yield need(f"index_topk is {topk}: each query sees the {topk} keys that an indexer picks", "")
+    dense_every = values.whole("dense_attention_every_n_layers", least=0)
+    if dense_every != 1 and any(value and name.startswith("blocksparse_") for name, value in values.of.items()):
+        but = f", except in 1 of {dense_every} layers" if dense_every else ""
+        yield need(f"keys blocksparse_...: a query sees only some blocks of keys{but}")  # Phi-3-small
+    if values["attention_type"] == "block_sparse":  # BigBird
+        full = "attention_type original_full, to which BigBird itself changes for short sequences"
+        yield need("attention_type is block_sparse: a query sees only some blocks of keys", full)
+    if values["attention_window"]:  # Longformer
+        yield need("attention_window: a query sees the keys around it and a few chosen ones")
+
+
+def _layer_types(values: Values) -> list:
+    return values["layer_types"] if isinstance(values["layer_types"], list) else []
+
+
+def _layers(values: Values, kind: str) -> str:
+    """How many layers are of this kind, where the configuration lists them."""
+    kinds = _layer_types(values)
+    return f" in {sum(kind in str(layer) for layer in kinds)} of {len(kinds)} layers" if kinds else ""
 
 
 def _has_windows(values: Values, kinds: list) -> bool:
@@ -312,8 +361,21 @@ def _has_windows(values: Values, kinds: list) -> bool:
     return True
 
 
-def _same(a: Attention, b: Attention) -> bool:
-    def what_counts(x: Attention) -> tuple:
-        return x.heads, x.kv_heads, x.head_dim, x.head_dim_v, x.needs
+def _add(found: list[Attention], new: Attention) -> None:
+    """Appends it, or its part's name to an attention that is the same."""
 
-    return what_counts(a) == what_counts(b)
+    def what_counts(x: Attention) -> tuple:
+        return x.heads, x.kv_heads, x.head_dim, x.head_dim_v, x.softmax_scale, x.needs
+
+    for index, old in enumerate(found):
+        if what_counts(old) == what_counts(new):
+            # Some files say everything twice, at the top and in text_config: that is one part.
+            twice = old.part == "model" and new.part in LANGUAGE
+            found[index] = replace(
+                old,
+                part=old.part if twice else f"{old.part}, {new.part}",
+                notes=tuple(dict.fromkeys(old.notes + new.notes)),
+                not_looked_at=old.not_looked_at if twice else old.not_looked_at + new.not_looked_at,
+            )
+            return
+    found.append(new)

@@ -4,7 +4,8 @@ The largest error may be twice that of plain PyTorch attention in the same low p
 format; the mean error one and a half times its mean. Head dims that train are tested with their gradients.
 Without a Hopper GPU or without kernels the CPU path is tested in their place, and the output says so.
 
-Exit code: 0 every error is within its bound, 1 one is not, or the device that --device asks for cannot be tested.
+Exit code: 0 every error is within its bound, 1 one is not, or the device that --device asks for cannot be tested,
+2 wrong options.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .. import attention_reference, flash_attn_func, limits
 from . import show, table
+from .options import cpu_or_cuda
 
 DTYPES = (torch.float16, torch.bfloat16)
 BATCH, HEADS, KV_HEADS = 1, 4, 2
@@ -50,21 +52,21 @@ class Errors:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: cuda where the kernels run, else cpu")
+    parser.add_argument(
+        "--device",
+        type=cpu_or_cuda,
+        metavar="D",
+        help="cuda, cuda:1, cpu; default: cuda where the kernels run, else cpu",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
 
 
 def run(options: argparse.Namespace) -> int:
-    device = options.device or ("cuda" if limits.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-        why_not = None if device.type == "cpu" else limits.why_unavailable(device)
-    except RuntimeError as error:
-        why_not = str(error).split("\n")[0]
-    if why_not:
-        show.say(f"selftest: {why_not}", "red")
-        return 1
+    device = options.device or torch.device("cuda" if limits.is_available() else "cpu")
     on_gpu = device.type == "cuda"
+    if on_gpu and (why_not := limits.why_unavailable(device)):
+        show.error(f"selftest: {why_not}")
+        return 1
     if on_gpu:
         show.say(f"The GPU kernels on {torch.cuda.get_device_name(device)} ({device}), against float64:", "bold")
         rows = limits.TABLE
@@ -75,13 +77,14 @@ def run(options: argparse.Namespace) -> int:
         rows = [{"head_dim": row["head_dim"], "forward": row["forward"], "backward": True} for row in table.rows()]
 
     begin = time.monotonic()
-    shown, wrong, calls = [], 0, 0
+    shown, raised, wrong, calls = [], [], 0, 0
     for row, dtype in itertools.product((row for row in rows if row["forward"]), DTYPES):
         name = [str(row["head_dim"]), str(dtype).removeprefix("torch.")]
         try:
             results = test_row(row, dtype, device, options.seed)
         except Exception as error:  # whatever a broken installation raises: the other rows still tell something
-            shown.append([*name, "–", "–", "–", "–", "–", f"WRONG: {type(error).__name__}: {error}".split("\n")[0]])
+            shown.append([*name, "-", "-", "-", "-", "-", "WRONG"])
+            raised.append(f"head dim {', '.join(name)}: {type(error).__name__}: {error}".split("\n")[0])
             wrong += 1
             continue
         for result, errors in results.items():
@@ -91,6 +94,8 @@ def run(options: argparse.Namespace) -> int:
             wrong += not errors.right
         calls += results["out"].calls
     show.table(HEADER, shown)
+    for what in raised:
+        show.say(what, "red")
     took = f"{calls} calls in {time.monotonic() - begin:.1f} s"
     if wrong:
         show.say(f"{wrong} of {len(shown)} results are out of bounds ({took}).", "bold red")

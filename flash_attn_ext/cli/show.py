@@ -1,76 +1,103 @@
 """Text and tables on the terminal: in colour by rich where it is installed (pip install rich), else plain."""
 
+import itertools
 import shutil
 import sys
 import textwrap
 
 try:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 except ImportError:
     Console = None
 
 # A cell's colour follows from its first word.
-COLORS = {"yes": "green", "ok": "green", "no": "red", "WRONG": "bold red", "–": "dim"}
+COLORS = {"yes": "green", "yes,": "yellow", "ok": "green", "no": "red", "no:": "red", "WRONG": "bold red", "-": "dim"}
+GAP = "  "  # between the columns of a table
+NARROW = 16  # a column that is wrapped stays at least as wide as this
 
 
-def say(text: str = "", style: str = "") -> None:
-    """Paragraphs, one a line. The style is rich's; plain text has none."""
-    for line in text.split("\n"):
-        lead = " " * (len(line) - len(line.lstrip()))
-        _print(textwrap.fill(line, _width(), subsequent_indent=lead, break_on_hyphens=False), style)
+def say(text: str = "", style: str = "", hang: int = 0) -> None:
+    """A paragraph, its further lines indented by `hang` more. The style is rich's; plain text has none."""
+    text = _printable(text)
+    lead = " " * (len(text) - len(text.lstrip()) + hang)
+    _print((textwrap.fill(text, _width(), subsequent_indent=lead, break_on_hyphens=False), style))
+
+
+def error(text: str) -> None:
+    """A line on stderr: stdout may be read by a program."""
+    print(_printable(text), file=sys.stderr)
 
 
 def facts(named: dict[str, str]) -> None:
     """A line for each name and its value."""
     width = max(map(len, named)) + 2
     for name, value in named.items():
-        lines = textwrap.wrap(value, max(20, _width() - width), break_on_hyphens=False)
-        _print(name.ljust(width) + ("\n" + " " * width).join(lines), bold=len(name))
+        lines = textwrap.wrap(_printable(value), max(20, _width() - width), break_on_hyphens=False)
+        _print((name.ljust(width), "bold"), (("\n" + " " * width).join(lines), ""))
 
 
 def table(header: list[str], rows: list[list[str]]) -> None:
-    """A table; a column whose name begins with > is aligned to the right, and the last one takes the width left."""
-    right = [name.startswith(">") for name in header]
+    """A table; a column whose name begins with > is aligned to the right.
+
+    Its widest columns are wrapped until it fits. Where it cannot fit, each row becomes a paragraph: nothing is cut off.
+    """
+    aligned = [str.rjust if name.startswith(">") else str.ljust for name in header]
     header = [name.removeprefix(">") for name in header]
-    if Console:
-        drawn = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for column, name in enumerate(header):
-            is_last = column == len(header) - 1
-            drawn.add_column(name, justify="right" if right[column] else "left", no_wrap=not is_last)
+    rows = [[_printable(cell) for cell in row] for row in rows]
+    widths = _fitted([header, *rows])
+    say()
+    if widths is None:
         for row in rows:
-            drawn.add_row(*(Text(cell, COLORS.get(cell.split(" ")[0].rstrip(":"), "")) for cell in row))
-        _console().print(drawn)
-        return
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    indent = sum(widths[:-1]) + 2 * (len(widths) - 1)
-    widths[-1] = min(widths[-1], max(20, _width() - indent))
-    print()
-    for row in [header, *rows]:
-        last, *more = textwrap.wrap(row[-1], widths[-1]) or [""]
-        cells = zip([*row[:-1], last], widths, right, strict=True)
-        print(
-            "  ".join(cell.rjust(width) if is_right else cell.ljust(width) for cell, width, is_right in cells).rstrip()
-        )
-        for line in more:
-            print(" " * indent + line)
-    print()
+            say("; ".join(f"{name} {cell}".strip() for name, cell in zip(header, row, strict=True) if cell), hang=2)
+    else:
+        _print_row(header, widths, aligned, ["bold"] * len(header))
+        for row in rows:
+            _print_row(row, widths, aligned, [COLORS.get(cell.split(" ")[0], "") for cell in row])
+    say()
 
 
-def _print(text: str, style: str = "", bold: int = 0) -> None:
-    """One piece of text as it stands; `bold` characters at its beginning stand out."""
+def _fitted(rows: list[list[str]]) -> list[int] | None:
+    """Widths of the columns with which the rows fit, or None if that would cut words."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    words = [max(len(word) for cell in column for word in ["", *cell.split()]) for column in columns]
+    spare = [max(0, width - max(word, NARROW)) for width, word in zip(widths, words, strict=True)]
+    excess = sum(widths) + len(GAP) * (len(widths) - 1) - _width()
+    if excess > sum(spare):
+        return None
+    for _ in range(excess):
+        widest = max((column for column in range(len(widths)) if spare[column]), key=widths.__getitem__)
+        widths[widest] -= 1
+        spare[widest] -= 1
+    return widths
+
+
+def _print_row(cells: list[str], widths: list[int], aligned: list, styles: list[str]) -> None:
+    wrapped = [
+        textwrap.wrap(cell, width, break_on_hyphens=False) if cell else [""]
+        for cell, width in zip(cells, widths, strict=True)
+    ]
+    for line in itertools.zip_longest(*wrapped, fillvalue=""):
+        columns = zip(aligned, line, widths, styles, strict=True)
+        _print(*((align(text, width) + GAP, style) for align, text, width, style in columns))
+
+
+def _printable(text: str) -> str:
+    """The text in one line that the output can encode: escape codes in a model's name reach no terminal."""
+    text = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _print(*pieces: tuple[str, str]) -> None:
+    """Pieces of text, each with its style."""
     if not Console:
-        print(text)
+        print("".join(text for text, _ in pieces).rstrip())
         return
-    styled = Text(text, style)
-    styled.stylize("bold", 0, bold)
-    _console().print(styled, soft_wrap=True)
-
-
-def _console() -> "Console":
-    return Console(width=_width(), highlight=False, markup=False, emoji=False)
+    line = Text.assemble(*pieces)
+    line.rstrip()
+    Console(width=_width(), highlight=False, markup=False, emoji=False).print(line, soft_wrap=True)
 
 
 def _width() -> int:
