@@ -6,7 +6,9 @@ import sys
 import textwrap
 
 try:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 except ImportError:
     Console = None
@@ -50,10 +52,11 @@ def table(header: list[str], rows: list[list[str]]) -> None:
     if widths is None:
         for row in rows:
             say("; ".join(f"{name} {cell}".strip() for name, cell in zip(header, row, strict=True) if cell), hang=2)
+    elif Console:
+        _draw(header, rows, widths, aligned)
     else:
-        _print_row(header, widths, aligned, ["bold"] * len(header))
-        for row in rows:
-            _print_row(row, widths, aligned, [COLORS.get(cell.split(" ")[0], "") for cell in row])
+        for row in [header, *rows]:
+            _print_row(row, widths, aligned)
     say()
 
 
@@ -73,14 +76,23 @@ def _fitted(rows: list[list[str]]) -> list[int] | None:
     return widths
 
 
-def _print_row(cells: list[str], widths: list[int], aligned: list, styles: list[str]) -> None:
+def _draw(header: list[str], rows: list[list[str]], widths: list[int], aligned: list) -> None:
+    drawn = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for name, width, align in zip(header, widths, aligned, strict=True):
+        drawn.add_column(name, width=width, justify="right" if align is str.rjust else "left")
+    for row in rows:
+        drawn.add_row(*(Text(cell, COLORS.get(cell.split(" ")[0], "")) for cell in row))
+    _console().print(drawn)
+
+
+def _print_row(cells: list[str], widths: list[int], aligned: list) -> None:
     wrapped = [
         textwrap.wrap(cell, width, break_on_hyphens=False) if cell else [""]
         for cell, width in zip(cells, widths, strict=True)
     ]
     for line in itertools.zip_longest(*wrapped, fillvalue=""):
-        columns = zip(aligned, line, widths, styles, strict=True)
-        _print(*((align(text, width) + GAP, style) for align, text, width, style in columns))
+        columns = zip(aligned, line, widths, strict=True)
+        print(GAP.join(align(text, width) for align, text, width in columns).rstrip())
 
 
 def _printable(text: str) -> str:
@@ -97,7 +109,11 @@ def _print(*pieces: tuple[str, str]) -> None:
         return
     line = Text.assemble(*pieces)
     line.rstrip()
-    Console(width=_width(), highlight=False, markup=False, emoji=False).print(line, soft_wrap=True)
+    _console().print(line, soft_wrap=True)
+
+
+def _console() -> "Console":
+    return Console(width=_width(), highlight=False, markup=False, emoji=False)
 
 
 def _width() -> int:
