@@ -36,6 +36,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from training_run import BETWEEN_FILES, Display, RunFolder, compare, load_text, plot, refuse
 
+# In a checkout the package need not be installed. At the end of the path: one that is installed goes first.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 import flash_attn_ext
 
 VOCABULARY = 256  # the bytes
