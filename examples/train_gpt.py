@@ -3,7 +3,7 @@
 
     python examples/train_gpt.py                               a minute or two on an H200, three on two CPU cores
     python examples/train_gpt.py --attention sdpa              the same run on torch's own attention
-    python examples/train_gpt.py --plot-compare runs/*         the curves of several runs in one picture
+    python examples/train_gpt.py --plot-compare runs/*         the curves of several runs, and how far apart they are
     python examples/train_gpt.py --data my_texts --compile     another text; the layers through torch.compile
     torchrun --nproc-per-node 8 examples/train_gpt.py --parallel fsdp2
 

@@ -95,7 +95,7 @@ def test_every_attention_sees_the_same(run, uninterrupted, tmp_path, capsys, mon
     run(tmp_path / "sdpa", "--attention", "sdpa", "--accumulate", 2)
     assert_same_losses(uninterrupted, tmp_path / "sdpa")
     run("-", "--plot-compare", uninterrupted, tmp_path / "sdpa" / "metrics.csv")
-    assert "nats apart, over 3 steps" in capsys.readouterr().out
+    assert "nats apart, over 3 points" in capsys.readouterr().out
 
 
 def test_two_processes_compute_what_one_does(uninterrupted, tmp_path):
