@@ -364,7 +364,7 @@ class Meter:
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM while this is entered: noted, to be looked at between steps. A second one ends the program."""
+    """Ctrl-C or SIGTERM while this is entered: noted, to be looked at between steps. A second one interrupts."""
 
     def __enter__(self) -> StopRequest:
         self.made = False
@@ -373,7 +373,8 @@ class StopRequest:
 
     def _make(self, number, frame) -> None:
         self.made = True
-        signal.signal(number, signal.SIG_DFL)
+        for each in self.before:  # as an exception, so that the display gives the terminal its cursor back
+            signal.signal(each, signal.default_int_handler)
 
     def __exit__(self, *error) -> None:
         for number, handler in self.before.items():
@@ -446,6 +447,8 @@ def train(options: Namespace, shape: Shape, world: World) -> None:
             step += 1
             last = step == options.steps
             if step % options.report_every and not last:
+                if stop.made:
+                    display.announce("stopping at the next report, with a checkpoint; a second Ctrl-C ends it at once")
                 continue
 
             mine = torch.stack(losses).mean().item()  # waits for the GPU, so the clock is read after it
@@ -578,6 +581,8 @@ def main() -> None:
         train(options, shape, world)
     except torch.OutOfMemoryError:
         refuse(f"{world.device} has too little memory. --accumulate {2 * options.accumulate} needs about half of it.")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # as a shell counts it; where the program was is of no interest
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

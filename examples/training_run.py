@@ -255,7 +255,7 @@ class Display:
     """A bar with a line under it where there are a terminal and rich, else lines of text."""
 
     def __init__(self, steps: int, shown: bool) -> None:
-        self.steps, self.shown, self.live = steps, shown, None
+        self.steps, self.shown, self.live, self.announced = steps, shown, None, ""
         self.terminal = sys.stdout.isatty()
         if not (shown and self.terminal):
             return
@@ -286,6 +286,16 @@ class Display:
                 columns = shutil.get_terminal_size().columns - 1
                 line = "\r" + line[:columns].ljust(columns)
             print(line, end="\n" if lasting else "", flush=True)
+
+    def announce(self, text: str) -> None:
+        """A line of its own that stays on the screen, once however often it is announced."""
+        if not self.shown or text == self.announced:
+            return
+        self.announced = text
+        if self.live:
+            self.live.console.print(text, highlight=False, markup=False)
+        else:
+            print(f"\n{text}" if self.terminal else text, flush=True)
 
     def __enter__(self) -> Display:
         return self

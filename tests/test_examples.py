@@ -2,6 +2,8 @@
 
 import csv
 import os
+import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ TINY = (
 ).split()
 # One thread: tiny products gain nothing from more, and on a busy machine threads wait for each other.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+CHECKOUT = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}  # where nothing is installed
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +113,14 @@ def test_two_processes_compute_what_one_does(uninterrupted, tmp_path):
     assert_same_losses(uninterrupted, tmp_path / "two")
 
 
+def endless(folder):
+    """A run with a second between two reports, so that a signal comes while neither is written."""
+    return [sys.executable, str(SCRIPT), *TINY, *"--steps 100000 --report-every 400 --output".split(), str(folder)]
+
+
 def test_interrupt_leaves_a_checkpoint(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *TINY, "--steps", "100000", "--output", str(tmp_path)],
+        endless(tmp_path),
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -124,7 +132,68 @@ def test_interrupt_leaves_a_checkpoint(tmp_path):
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate()
     assert process.returncode == 0 and "stopped after step" in stdout, stderr
-    assert torch.load(tmp_path / "checkpoint.pt")["step"] >= 10
+    assert stdout.count("stopping at the next report") == 1
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] >= 400
+
+
+def test_a_second_interrupt_leaves_the_terminal_its_cursor(tmp_path):
+    pytest.importorskip("rich")
+    hide, show = b"\x1b[?25l", b"\x1b[?25h"
+    master, slave = pty.openpty()
+    process = subprocess.Popen(endless(tmp_path), env=ENVIRONMENT | {"TERM": "xterm"}, stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b""
+
+    def read_until(mark=None):
+        nonlocal shown
+        while mark is None or mark not in shown:
+            try:
+                shown += os.read(master, 4096)
+            except OSError:  # the process has ended
+                return
+
+    for mark in (hide, b"stopping at the next report"):
+        read_until(mark)
+        process.send_signal(signal.SIGINT)
+    read_until()
+    os.close(master)
+    assert process.wait() == 128 + signal.SIGINT
+    assert shown.rindex(show) > shown.rindex(hide) and b"Traceback" not in shown, shown
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("examples/train_gpt.py --plot-compare nowhere", "Give the folders of runs"),
+        ("benchmarks/train_step.py --layers 0", "argument --layers: '0' is not a whole number of at least 1"),
+        ("benchmarks/train_step.py --seqlen -5", "argument --seqlen: '-5' is not a whole number of at least 1"),
+    ],
+)
+def test_scripts_find_the_package_of_their_checkout(tmp_path, command, words):
+    script, *options = command.split()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *options], cwd=tmp_path, env=CHECKOUT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+def test_the_command_line_works_after_a_demo_without_kernels(tmp_path):
+    for name in ("Makefile", "csrc/limits.h", "examples", "flash_attn_ext", "tools"):
+        if (ROOT / name).is_dir():
+            generated = shutil.ignore_patterns("__pycache__", "_C.*", "_build_info.py", "_limits_table.py")
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=generated)
+        else:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    for command in (
+        ["make", "demo", "ENV=current", f"PYTHON3={sys.executable}", "DEMO=--help"],
+        [sys.executable, "-m", "flash_attn_ext", "check", "--hidden-size", "2048", "--num-heads", "32"],
+    ):
+        done = subprocess.run(
+            command, cwd=tmp_path, env=CHECKOUT | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_texts(run, tmp_path):
