@@ -280,7 +280,7 @@ def held_out_loss(model: nn.Module, text: Tensor, options: Namespace, world: Wor
 def sample(model: nn.Module, options: Namespace, device: torch.device) -> str:
     """Byte by byte, each from the whole context again: this is about training, and has no cache of keys and values."""
     generator = torch.Generator().manual_seed(options.seed)
-    written = list(BETWEEN_FILES + options.prompt.encode())
+    written = list(BETWEEN_FILES + os.fsencode(options.prompt))  # the bytes that were typed, whatever they are
     with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
         for _ in range(options.sample):
             with autocast(device):
@@ -316,6 +316,10 @@ def attention_seconds(attention: Attention, shape: Shape, batch: int, device: to
         synchronise(device)
         times.append((time.perf_counter() - begin) / calls)
     return min(times)
+
+
+def amount(text: Tensor) -> str:
+    return f"{len(text) / 1e6:.1f} MB" if len(text) >= 1e6 else f"{len(text) / 1e3:.1f} kB"
 
 
 def flops_a_second(speed: float) -> str:
@@ -417,7 +421,7 @@ def train(options: Namespace, shape: Shape, world: World) -> None:
     title += f" x {world.size}" if world.size > 1 else ""
     say(title)
     say(
-        f"{len(text) / 1e6:.1f} MB to train on, {len(held_out_text) / 1e6:.1f} MB held out; "
+        f"{amount(text)} to train on, {amount(held_out_text)} held out; "
         f"{options.steps} steps of {options.batch} x {options.seqlen} bytes"
     )
 
@@ -541,8 +545,8 @@ def parse_options() -> Namespace:
 def check(options: Namespace, shape: Shape, world: World) -> None:
     """Refuses what would not train, before anything is loaded."""
     for name in "width layers seqlen batch steps accumulate report_every judge_every held_out sample lr".split():
-        if getattr(options, name) <= 0:
-            refuse(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be greater than 0.")
+        if not 0 < getattr(options, name) < math.inf:
+            refuse(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be greater than 0, and finite.")
     if options.batch % (world.size * options.accumulate):
         refuse(
             f"--batch {options.batch} cannot be dealt to {world.size} process(es) in {options.accumulate} part(s) "

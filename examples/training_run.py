@@ -28,12 +28,15 @@ def refuse(text: str) -> NoReturn:
 
 
 def files_of(folder: Path, left_out: frozenset[str] = frozenset()) -> list[Path]:
-    """In an order that is the same on every machine, without what is hidden and without the folders of these names."""
+    """In an order that is the same on every machine, without what is hidden and without the folders of these names.
+
+    Only regular files: a link that leads nowhere has no text, and a pipe might never end.
+    """
     found = []
     for place, folders, files in os.walk(folder):
         folders[:] = (name for name in folders if not name.startswith(".") and name not in left_out)
         found += (Path(place, name) for name in files if not name.startswith("."))
-    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+    return sorted(filter(Path.is_file, found), key=lambda file: file.relative_to(folder).as_posix())
 
 
 def standard_library() -> list[Path]:
@@ -48,7 +51,7 @@ def load_text(path: Path | None) -> tuple[Tensor, Tensor]:
     if path is not None and not path.exists():
         refuse(f"--data {path}: there is no such file or folder.")
     files = standard_library() if path is None else [path] if path.is_file() else files_of(path)
-    texts = [text for text in (file.read_bytes() for file in files) if text and BETWEEN_FILES not in text]
+    texts = [text for text in map(_read, files) if text and BETWEEN_FILES not in text]
     if not texts:
         refuse(f"No text in {path or sysconfig.get_path('stdlib')}. --data takes a file, or a folder of text files.")
     if len(texts) == 1:
@@ -57,6 +60,13 @@ def load_text(path: Path | None) -> tuple[Tensor, Tensor]:
     held_out = set(range(10, len(texts), 20)) or {len(texts) - 1}
     train = [text for index, text in enumerate(texts) if index not in held_out]
     return _join(train), _join([texts[index] for index in sorted(held_out)])
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        refuse(f"--data: {file} cannot be read ({error.strerror}).")
 
 
 def _join(texts: list[bytes]) -> Tensor:
@@ -78,7 +88,12 @@ class RunFolder:
         self.path, self.writes = path, writes
         self.metrics, self.checkpoint = path / "metrics.csv", path / "checkpoint.pt"
         if writes:
-            path.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                refuse(f"--output {path}: this folder cannot be made ({error.strerror}).")
+            if not os.access(path, os.W_OK):
+                refuse(f"--output {path}: nothing can be written into this folder.")
 
     def add(self, row: dict) -> None:
         if self.writes:
@@ -121,8 +136,11 @@ class RunFolder:
             return 0, 0.0
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-        saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        other = saved["run"]
+        try:
+            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            other = saved["run"]
+        except Exception:  # its type depends on the place of the damage
+            refuse(f"{self.checkpoint} cannot be read: it is damaged, or no checkpoint. --restart begins anew.")
         if differing := [f"{key} {other.get(key)}, not {run[key]}" for key in run if other.get(key) != run[key]]:
             refuse(
                 f"{self.checkpoint} is of another run ({'; '.join(differing)}). "

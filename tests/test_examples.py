@@ -205,8 +205,64 @@ def test_texts(run, tmp_path):
     train, held_out = load_text(tmp_path / "one.txt")
     assert bytes(train.tolist())[1:] + bytes(held_out.tolist())[1:] == b"abc" * 100
     (tmp_path / "two.txt").write_text("xyz" * 100)
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.txt")
     train, held_out = load_text(tmp_path)
     assert bytes(train.tolist()) == b"\0" + b"abc" * 100 and bytes(held_out.tolist()) == b"\0" + b"xyz" * 100
+
+
+@pytest.mark.parametrize(("size", "words"), [(300, "0.3 kB"), (12_345, "12.3 kB"), (9_876_543, "9.9 MB")])
+def test_small_texts_have_a_size_too(run, size, words):
+    from train_gpt import amount
+
+    assert amount(torch.empty(size, dtype=torch.uint8)) == words
+
+
+def test_a_prompt_may_be_any_bytes(run, uninterrupted, capsys):
+    run(uninterrupted, "--prompt", os.fsdecode(b"\xff"))
+    assert r"what it writes after '\udcff'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept", [0, 10, 5000], ids=lambda kept: f"{kept}-bytes-kept")
+def test_a_damaged_checkpoint(run, uninterrupted, tmp_path, capsys, kept):
+    whole = (uninterrupted / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(whole[:kept])
+    with pytest.raises(SystemExit) as exit:
+        run(tmp_path)
+    assert exit.value.code == 2 and "is damaged, or no checkpoint. --restart" in capsys.readouterr().err
+    run(tmp_path, "--restart", "--stop-at", 2)
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] == 2
+
+
+HEADER = "step,tokens,loss,held_out_loss\n"
+
+
+def test_comparing_files_of_one_folder(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text(HEADER + "0,0,,5.5\n10,1000,3,3\n20,2000,2,2\n")
+    (tmp_path / "b.csv").write_text(HEADER + "0,0,,5.5\n10,1000,3,2.97\n20,2000,2,2.01\n")
+    run("-", "--plot-compare", "a.csv", "b.csv")
+    stdout = capsys.readouterr().out
+    assert "a.csv and b.csv: held-out losses at most 0.0300 nats apart, over 3 points; +0.50 % at the last" in stdout
+    if "No picture" not in stdout:
+        assert (tmp_path / "compare.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "bad.csv is no metrics.csv of a run"),
+        ("step,loss\n10,3\n", "bad.csv is no metrics.csv of a run"),
+        (HEADER + "10,1000,three,3\n", "bad.csv is no metrics.csv of a run"),
+        (HEADER + "10,777,3,3\n", "have no held-out loss at the same number of bytes"),
+    ],
+    ids=["empty", "columns", "words", "steps"],
+)
+def test_what_cannot_be_compared(run, uninterrupted, tmp_path, capsys, content, words):
+    (tmp_path / "bad.csv").write_text(content)
+    with pytest.raises(SystemExit) as exit:
+        run("-", "--plot-compare", uninterrupted, tmp_path / "bad.csv")
+    assert exit.value.code == 2 and words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -218,10 +274,14 @@ def test_texts(run, tmp_path):
         (["--parallel", "ddp"], "torchrun --nproc-per-node"),
         (["--seqlen", "1000000"], "The text is too short"),
         (["--lr", "0"], "--lr is 0.0; it must be greater than 0"),
+        (["--lr", "nan"], "--lr is nan; it must be greater than 0, and finite"),
+        (["--data", "/proc/self/mem"], "--data: /proc/self/mem cannot be read (Input/output error)"),
+        (["--output", str(SCRIPT)], "this folder cannot be made (File exists)"),
+        (["--output", "/proc/nowhere"], "--output /proc/nowhere: this folder cannot be made"),
         (["--attention", "sdpa"], "is of another run (attention flash_attn_ext, not sdpa)"),
         (["--plot-compare", "nowhere"], "Give the folders of runs"),
     ],
-    ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
+    ids=lambda value: "-".join(value).strip("-") if isinstance(value, list) else "",
 )
 def test_wrong_options(run, uninterrupted, capsys, arguments, words):
     with pytest.raises(SystemExit) as exit:
