@@ -29,12 +29,13 @@ endif
 test: build host-tests
 	$(PYTHON) -m pytest tests -q $(PYTEST)
 
-# Nothing is compiled where it could not run. Threads that wait for each other give the core away: where anything else
-# runs on a machine of few cores, the demo is several times faster so.
+# Nothing is compiled where it could not run; the command line finds its table of head dims there all the same. Threads
+# that wait for each other give the core away: where anything else runs on a machine of few cores, the demo is several
+# times faster so.
 demo: $(READY)
 	@capability=$$($(PYTHON) -c 'import torch as t; print(t.cuda.is_available() and t.cuda.get_device_capability())'); \
 	if [ "$$capability" = "(9, 0)" ]; then $(MAKE) --no-print-directory build; \
-	else echo "No Hopper GPU here: the kernels are not built."; fi
+	else echo "No Hopper GPU here: the kernels are not built."; $(PYTHON) tools/limits_table.py; fi
 	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" OMP_WAIT_POLICY=passive \
 	  $(PYTHON) examples/train_gpt.py $(DEMO)
 

@@ -31,6 +31,8 @@ import torch.nn.functional as F
 from tables import MASK_NAMES, PEER_NAMES, RESULTS, by_pass, csrc_sha256, ratio, summary
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flash_attn_ext.cli.options import positive_int  # `tables` put this checkout on the path
+
 try:
     from rich.console import Console
     from rich.progress import Progress
@@ -424,8 +426,8 @@ def parse_args() -> argparse.Namespace:
     option = parser.add_argument
     passes = list(HEAD_DIMS)
     option("--pass", dest="passes", nargs="+", choices=passes, default=passes, help="what to time (default: both)")
-    option("--head-dims", nargs="+", type=int, metavar="D", help="default: those that ours has in the pass")
-    option("--seqlens", nargs="+", type=int, default=list(SEQLENS), metavar="S")
+    option("--head-dims", nargs="+", type=positive_int, metavar="D", help="default: those that ours has in the pass")
+    option("--seqlens", nargs="+", type=positive_int, default=list(SEQLENS), metavar="S")
     option("--masks", nargs="+", choices=list(MASKS), default=list(MASKS))
     option("--peers", nargs="+", choices=list(BINDERS), default=list(BINDERS), help="default: all of them")
     option("--dtype", choices=list(DTYPES), default="bf16")

@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PUBLISHED = {dtype: RESULTS / f"h200-paper-{dtype}.json" for dtype in ("bf16", "fp16")}
+TRAIN_STEP = RESULTS / "h200-train-step.json"
 PEER_NAMES = {"ours": "flash_attn_ext", "fa3": "FA3", "cudnn": "cuDNN", "fa2": "FA2"}
 MASK_NAMES = {False: "full", True: "causal"}
 NOT_MEASURED = "No figures are published for this version yet."
@@ -113,11 +114,12 @@ def speed_tables(results: dict, wanted: list[str], sentences: int | None = None)
 
 
 def environment_line(results: dict) -> str:
-    env = results["environment"]
+    env, ceiling = results["environment"], results.get("ceiling_tflops")
     return (
         f"{env['gpu']}, driver {env['driver']}, CUDA {env['cuda']}, cuDNN {env['cudnn']}, torch {env['torch']}, "
-        f"Python {env['python']}. cuBLAS 8192³ in the same run: {results['ceiling_tflops']:.0f} TFLOP/s. "
-        f"Sources: csrc sha256 `{results['csrc_sha256'][:12]}`."
+        f"Python {env['python']}. "
+        + (f"cuBLAS 8192³ in the same run: {ceiling:.0f} TFLOP/s. " if ceiling else "")
+        + f"Sources: csrc sha256 `{results['csrc_sha256'][:12]}`."
     )
 
 
@@ -158,6 +160,22 @@ def full_block() -> str:
     return "\n".join(parts).strip() or NOT_MEASURED
 
 
+def train_step_block() -> str:
+    """A training step with each attention. The run without one is what attention's share is counted from."""
+    if not TRAIN_STEP.exists():
+        return NOT_MEASURED
+    results = json.loads(TRAIN_STEP.read_text())
+    lines = ["| attention | step, ms | tokens/s | attention's share | peak GiB |", "|---|---|---|---|---|"]
+    for peer, figures in results["attention"].items():
+        if peer in PEER_NAMES:
+            share = figures["attention_share"]
+            lines.append(
+                f"| {PEER_NAMES[peer]} | {figures['step_ms']:.1f} | {figures['tokens_per_second']:,} "
+                f"| {'–' if share is None else f'{100 * share:.1f} %'} | {figures['peak_gib']:.2f} |"
+            )
+    return "\n".join([*lines, "", environment_line(results)])
+
+
 def support_block() -> str | None:
     """Which head dims run and which train, from the compiled csrc/limits.h; None where the kernels are not built."""
     from flash_attn_ext.limits import GPU_DTYPES, TABLE
@@ -191,6 +209,7 @@ BLOCKS = {
     ROOT / "docs" / "api.md": {"reference": reference_block},
     ROOT / "docs" / "head-dims.md": {"support-table": support_block},
     ROOT / "docs" / "performance.md": {"speed-table": full_block},
+    ROOT / "docs" / "training.md": {"train-step-table": train_step_block},
 }
 
 
@@ -222,7 +241,7 @@ def main() -> int:
     args = parser.parse_args()
 
     stale = check()
-    for path in PUBLISHED.values():
+    for path in (*PUBLISHED.values(), TRAIN_STEP):
         if path.exists() and json.loads(path.read_text())["csrc_sha256"] != csrc_sha256():
             print(f"note: {path.relative_to(ROOT)} was measured on other sources than csrc/ holds now")
     if args.check:

@@ -31,6 +31,8 @@ from tables import PEER_NAMES, RESULTS, csrc_sha256
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flash_attn_ext.cli.options import positive_int  # `tables` put this checkout on the path
+
 WARMUP_STEPS = 2  # of each attention: the first allocates, and chooses kernels
 HEAT_SECONDS = 1.5
 # The attentions differ by their roundings only; a wrong gradient is off by much more than a per cent or two.
@@ -250,10 +252,10 @@ def parse_args() -> argparse.Namespace:
     )
     option = parser.add_argument
     option("--peers", nargs="+", choices=list(ATTENTIONS), default=list(ATTENTIONS), help="default: all of them")
-    option("--layers", type=int, default=4)
-    option("--batch", type=int, default=1)
-    option("--seqlen", type=int, default=8192)
-    option("--rounds", type=int, default=15, help="steps of each attention that count (default 15)")
+    option("--layers", type=positive_int, default=4)
+    option("--batch", type=positive_int, default=1)
+    option("--seqlen", type=positive_int, default=8192)
+    option("--rounds", type=positive_int, default=15, help="steps of each attention that count (default 15)")
     option("--compile", action="store_true", help="torch.compile for the layer, attention excepted (a minute more)")
     option("--fa3-library", type=Path, metavar="PATH", help="FA3's operators; else the package flash_attn_interface")
     option("--name", default="gpu", help="of the machine, in the results file's name: NAME-train-step.json")

@@ -3,7 +3,7 @@
 
     python examples/train_gpt.py                               a minute or two on an H200, three on two CPU cores
     python examples/train_gpt.py --attention sdpa              the same run on torch's own attention
-    python examples/train_gpt.py --plot-compare runs/*         the curves of several runs in one picture
+    python examples/train_gpt.py --plot-compare runs/*         the curves of several runs, and how far apart they are
     python examples/train_gpt.py --data my_texts --compile     another text; the layers through torch.compile
     torchrun --nproc-per-node 8 examples/train_gpt.py --parallel fsdp2
 
@@ -36,6 +36,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from training_run import BETWEEN_FILES, Display, RunFolder, compare, load_text, plot, refuse
 
+# In a checkout the package need not be installed. At the end of the path: one that is installed goes first.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 import flash_attn_ext
 
 VOCABULARY = 256  # the bytes
@@ -278,7 +280,7 @@ def held_out_loss(model: nn.Module, text: Tensor, options: Namespace, world: Wor
 def sample(model: nn.Module, options: Namespace, device: torch.device) -> str:
     """Byte by byte, each from the whole context again: this is about training, and has no cache of keys and values."""
     generator = torch.Generator().manual_seed(options.seed)
-    written = list(BETWEEN_FILES + options.prompt.encode())
+    written = list(BETWEEN_FILES + os.fsencode(options.prompt))  # the bytes that were typed, whatever they are
     with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
         for _ in range(options.sample):
             with autocast(device):
@@ -314,6 +316,10 @@ def attention_seconds(attention: Attention, shape: Shape, batch: int, device: to
         synchronise(device)
         times.append((time.perf_counter() - begin) / calls)
     return min(times)
+
+
+def amount(text: Tensor) -> str:
+    return f"{len(text) / 1e6:.1f} MB" if len(text) >= 1e6 else f"{len(text) / 1e3:.1f} kB"
 
 
 def flops_a_second(speed: float) -> str:
@@ -362,7 +368,7 @@ class Meter:
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM while this is entered: noted, to be looked at between steps. A second one ends the program."""
+    """Ctrl-C or SIGTERM while this is entered: noted, to be looked at between steps. A second one interrupts."""
 
     def __enter__(self) -> StopRequest:
         self.made = False
@@ -371,7 +377,8 @@ class StopRequest:
 
     def _make(self, number, frame) -> None:
         self.made = True
-        signal.signal(number, signal.SIG_DFL)
+        for each in self.before:  # as an exception, so that the display gives the terminal its cursor back
+            signal.signal(each, signal.default_int_handler)
 
     def __exit__(self, *error) -> None:
         for number, handler in self.before.items():
@@ -414,7 +421,7 @@ def train(options: Namespace, shape: Shape, world: World) -> None:
     title += f" x {world.size}" if world.size > 1 else ""
     say(title)
     say(
-        f"{len(text) / 1e6:.1f} MB to train on, {len(held_out_text) / 1e6:.1f} MB held out; "
+        f"{amount(text)} to train on, {amount(held_out_text)} held out; "
         f"{options.steps} steps of {options.batch} x {options.seqlen} bytes"
     )
 
@@ -444,6 +451,8 @@ def train(options: Namespace, shape: Shape, world: World) -> None:
             step += 1
             last = step == options.steps
             if step % options.report_every and not last:
+                if stop.made:
+                    display.announce("stopping at the next report, with a checkpoint; a second Ctrl-C ends it at once")
                 continue
 
             mine = torch.stack(losses).mean().item()  # waits for the GPU, so the clock is read after it
@@ -536,8 +545,8 @@ def parse_options() -> Namespace:
 def check(options: Namespace, shape: Shape, world: World) -> None:
     """Refuses what would not train, before anything is loaded."""
     for name in "width layers seqlen batch steps accumulate report_every judge_every held_out sample lr".split():
-        if getattr(options, name) <= 0:
-            refuse(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be greater than 0.")
+        if not 0 < getattr(options, name) < math.inf:
+            refuse(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be greater than 0, and finite.")
     if options.batch % (world.size * options.accumulate):
         refuse(
             f"--batch {options.batch} cannot be dealt to {world.size} process(es) in {options.accumulate} part(s) "
@@ -576,6 +585,8 @@ def main() -> None:
         train(options, shape, world)
     except torch.OutOfMemoryError:
         refuse(f"{world.device} has too little memory. --accumulate {2 * options.accumulate} needs about half of it.")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # as a shell counts it; where the program was is of no interest
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

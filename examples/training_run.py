@@ -28,12 +28,15 @@ def refuse(text: str) -> NoReturn:
 
 
 def files_of(folder: Path, left_out: frozenset[str] = frozenset()) -> list[Path]:
-    """In an order that is the same on every machine, without what is hidden and without the folders of these names."""
+    """In an order that is the same on every machine, without what is hidden and without the folders of these names.
+
+    Only regular files: a link that leads nowhere has no text, and a pipe might never end.
+    """
     found = []
     for place, folders, files in os.walk(folder):
         folders[:] = (name for name in folders if not name.startswith(".") and name not in left_out)
         found += (Path(place, name) for name in files if not name.startswith("."))
-    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+    return sorted(filter(Path.is_file, found), key=lambda file: file.relative_to(folder).as_posix())
 
 
 def standard_library() -> list[Path]:
@@ -48,7 +51,7 @@ def load_text(path: Path | None) -> tuple[Tensor, Tensor]:
     if path is not None and not path.exists():
         refuse(f"--data {path}: there is no such file or folder.")
     files = standard_library() if path is None else [path] if path.is_file() else files_of(path)
-    texts = [text for text in (file.read_bytes() for file in files) if text and BETWEEN_FILES not in text]
+    texts = [text for text in map(_read, files) if text and BETWEEN_FILES not in text]
     if not texts:
         refuse(f"No text in {path or sysconfig.get_path('stdlib')}. --data takes a file, or a folder of text files.")
     if len(texts) == 1:
@@ -57,6 +60,13 @@ def load_text(path: Path | None) -> tuple[Tensor, Tensor]:
     held_out = set(range(10, len(texts), 20)) or {len(texts) - 1}
     train = [text for index, text in enumerate(texts) if index not in held_out]
     return _join(train), _join([texts[index] for index in sorted(held_out)])
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        refuse(f"--data: {file} cannot be read ({error.strerror}).")
 
 
 def _join(texts: list[bytes]) -> Tensor:
@@ -78,7 +88,12 @@ class RunFolder:
         self.path, self.writes = path, writes
         self.metrics, self.checkpoint = path / "metrics.csv", path / "checkpoint.pt"
         if writes:
-            path.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                refuse(f"--output {path}: this folder cannot be made ({error.strerror}).")
+            if not os.access(path, os.W_OK):
+                refuse(f"--output {path}: nothing can be written into this folder.")
 
     def add(self, row: dict) -> None:
         if self.writes:
@@ -121,8 +136,11 @@ class RunFolder:
             return 0, 0.0
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-        saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        other = saved["run"]
+        try:
+            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            other = saved["run"]
+        except Exception:  # its type depends on the place of the damage
+            refuse(f"{self.checkpoint} cannot be read: it is damaged, or no checkpoint. --restart begins anew.")
         if differing := [f"{key} {other.get(key)}, not {run[key]}" for key in run if other.get(key) != run[key]]:
             refuse(
                 f"{self.checkpoint} is of another run ({'; '.join(differing)}). "
@@ -146,8 +164,21 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 # ---- pictures ----
 
 
+def losses(metrics: Path, column: str) -> dict[float, float]:
+    """By million bytes read. Rows between two looks at the held-out text have no loss of it."""
+    return {int(row["tokens"]) / 1e6: float(row[column]) for row in read_metrics(metrics) if row[column]}
+
+
+def differences(curve: dict[float, float], first: dict[float, float]) -> dict[float, float]:
+    """By how many per cent a curve is above the first, where both have a point."""
+    return {x: 100 * (loss / first[x] - 1) for x, loss in curve.items() if first.get(x)}
+
+
 def plot(runs: dict[str, Path], image: Path) -> bool:
-    """Loss over bytes read, from the metrics.csv of each named run. False where there is no matplotlib."""
+    """Loss over bytes read, from the metrics.csv of each named run; of several, how far they are from the first, too.
+
+    False where there is no matplotlib.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -155,49 +186,83 @@ def plot(runs: dict[str, Path], image: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    alone = len(runs) == 1
+    names, count = list(runs), min(2, len(runs))
+    alone = count == 1
+    figure, panels = pyplot.subplots(
+        count,
+        squeeze=False,
+        sharex=True,
+        figsize=(8, 4.5 if alone else 6.5),
+        height_ratios=(5, 3)[:count],
+        layout="constrained",
+    )
+    upper, lower = panels[0, 0], panels[-1, 0]
     dashes = ["-", "--", ":", "-."]  # curves that agree lie on each other, and each should show
-    top = 0.0
-    for index, (name, path) in enumerate(runs.items()):
-        rows, colour = read_metrics(path), f"C{index}"
-        train = [(int(row["tokens"]) / 1e6, float(row["loss"])) for row in rows if row["loss"]]
-        held_out = [(int(row["tokens"]) / 1e6, float(row["held_out_loss"])) for row in rows if row["held_out_loss"]]
-        last = held_out[-1][1] if held_out else math.nan
+    first, top, reach = {}, 0.0, 1.5
+    for index, name in enumerate(names):
+        train, held_out = (losses(runs[name], column) for column in ("loss", "held_out_loss"))
+        style = dict(linestyle=dashes[index % 4], color=f"C{index}", lw=2)
+        last = next(reversed(held_out.values()), math.nan)
         label = f"held-out files, {last:.3f} at the end" if alone else f"{name}, {last:.3f} at the end"
-        if train:
-            axes.plot(*zip(*train, strict=True), color=colour, lw=1, alpha=0.4, label="training" if alone else None)
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), dashes[index % 4], color=colour, lw=2, label=label)
-            top = max(top, max(loss for _, loss in held_out))
-    axes.set(xlabel="million bytes read", ylabel="loss, nats per byte", ylim=(0, 1.05 * top or None))
-    axes.set_title(next(iter(runs)) if alone else "held-out loss (bold) and training loss", fontsize="medium")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+        upper.plot(*_points(train), color=f"C{index}", lw=1, alpha=0.4, label="training" if alone else None)
+        upper.plot(*_points(held_out), **style, label=label)
+        top = max(top, *held_out.values(), 0.0)
+        first = first or held_out
+        if not alone:
+            apart = differences(held_out, first)
+            lower.plot(*_points(apart), **style)
+            reach = max(reach, *map(abs, apart.values()), 0.0)
+    upper.set(ylabel="loss, nats per byte", ylim=(0, 1.05 * top or None))
+    upper.set_title(names[0] if alone else "held-out loss (bold) and training loss", fontsize="medium")
+    upper.legend(frameon=False)
+    if not alone:
+        lower.axhspan(-1, 1, color="black", alpha=0.08, lw=0)
+        lower.set(ylabel="difference, %", ylim=(-1.1 * reach, 1.1 * reach))
+        lower.set_title(f"held-out loss, difference to {names[0]}; grey: up to 1 %", fontsize="medium")
+    lower.set_xlabel("million bytes read")
+    for panel in panels.flat:
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(_new(image), dpi=150, format="png")
     os.replace(_new(image), image)
     pyplot.close(figure)
     return True
 
 
+def _points(curve: dict[float, float]) -> tuple[list[float], list[float]]:
+    return list(curve), list(curve.values())
+
+
 def compare(paths: list[Path], image: Path) -> None:
     """One picture of several runs, and how far apart their held-out losses are."""
-    runs = {}
+    places = {}
     for path in paths:
         file = path / "metrics.csv" if path.is_dir() else path
         if not file.is_file():
             refuse(f"--plot-compare {path}: there is no {file}. Give the folders of runs, or their metrics.csv.")
-        runs[str(file.parent)] = file
-    losses = {
-        name: {int(row["step"]): float(row["held_out_loss"]) for row in read_metrics(file) if row["held_out_loss"]}
-        for name, file in runs.items()
-    }
-    first, *others = losses
+        # A run is known by its folder; files of other names may lie in one folder.
+        places[(file.parent if file.name == "metrics.csv" else file).resolve()] = file
+    above = os.path.commonpath(place.parent for place in places)
+    runs = {os.path.relpath(place, above): file for place, file in places.items()}
+    curves = {}
+    for name, file in runs.items():
+        try:
+            curves[name] = losses(file, "loss") and losses(file, "held_out_loss")
+        except (KeyError, TypeError, ValueError, csv.Error):
+            curves[name] = {}
+        if not curves[name]:
+            refuse(f"--plot-compare: {file} is no metrics.csv of a run, or has no losses yet.")
+    first, *others = curves
     for name in others:
-        shared = losses[first].keys() & losses[name].keys()
-        apart = max((abs(losses[first][step] - losses[name][step]) for step in shared), default=math.nan)
-        print(f"{first} and {name}: held-out losses at most {apart:.4f} nats apart, over {len(shared)} steps")
+        apart = differences(curves[name], curves[first])
+        if not apart:
+            refuse(f"--plot-compare: {runs[first]} and {runs[name]} have no held-out loss at the same number of bytes.")
+        nats = max(abs(curves[name][x] - curves[first][x]) for x in apart)
+        last = apart[max(apart)]
+        print(
+            f"{first} and {name}: held-out losses at most {nats:.4f} nats apart, over {len(apart)} points; "
+            f"{last:+.2f} % at the last"
+        )
     print(f"wrote {image}" if plot(runs, image) else "No picture: matplotlib is not installed.")
 
 
@@ -208,7 +273,7 @@ class Display:
     """A bar with a line under it where there are a terminal and rich, else lines of text."""
 
     def __init__(self, steps: int, shown: bool) -> None:
-        self.steps, self.shown, self.live = steps, shown, None
+        self.steps, self.shown, self.live, self.announced = steps, shown, None, ""
         self.terminal = sys.stdout.isatty()
         if not (shown and self.terminal):
             return
@@ -239,6 +304,16 @@ class Display:
                 columns = shutil.get_terminal_size().columns - 1
                 line = "\r" + line[:columns].ljust(columns)
             print(line, end="\n" if lasting else "", flush=True)
+
+    def announce(self, text: str) -> None:
+        """A line of its own that stays on the screen, once however often it is announced."""
+        if not self.shown or text == self.announced:
+            return
+        self.announced = text
+        if self.live:
+            self.live.console.print(text, highlight=False, markup=False)
+        else:
+            print(f"\n{text}" if self.terminal else text, flush=True)
 
     def __enter__(self) -> Display:
         return self

@@ -2,6 +2,8 @@
 
 import csv
 import os
+import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ TINY = (
 ).split()
 # One thread: tiny products gain nothing from more, and on a busy machine threads wait for each other.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+CHECKOUT = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}  # where nothing is installed
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +98,7 @@ def test_every_attention_sees_the_same(run, uninterrupted, tmp_path, capsys, mon
     run(tmp_path / "sdpa", "--attention", "sdpa", "--accumulate", 2)
     assert_same_losses(uninterrupted, tmp_path / "sdpa")
     run("-", "--plot-compare", uninterrupted, tmp_path / "sdpa" / "metrics.csv")
-    assert "nats apart, over 3 steps" in capsys.readouterr().out
+    assert "nats apart, over 3 points" in capsys.readouterr().out
 
 
 def test_two_processes_compute_what_one_does(uninterrupted, tmp_path):
@@ -110,9 +113,14 @@ def test_two_processes_compute_what_one_does(uninterrupted, tmp_path):
     assert_same_losses(uninterrupted, tmp_path / "two")
 
 
+def endless(folder):
+    """A run with a second between two reports, so that a signal comes while neither is written."""
+    return [sys.executable, str(SCRIPT), *TINY, *"--steps 100000 --report-every 400 --output".split(), str(folder)]
+
+
 def test_interrupt_leaves_a_checkpoint(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *TINY, "--steps", "100000", "--output", str(tmp_path)],
+        endless(tmp_path),
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -124,7 +132,68 @@ def test_interrupt_leaves_a_checkpoint(tmp_path):
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate()
     assert process.returncode == 0 and "stopped after step" in stdout, stderr
-    assert torch.load(tmp_path / "checkpoint.pt")["step"] >= 10
+    assert stdout.count("stopping at the next report") == 1
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] >= 400
+
+
+def test_a_second_interrupt_leaves_the_terminal_its_cursor(tmp_path):
+    pytest.importorskip("rich")
+    hide, show = b"\x1b[?25l", b"\x1b[?25h"
+    master, slave = pty.openpty()
+    process = subprocess.Popen(endless(tmp_path), env=ENVIRONMENT | {"TERM": "xterm"}, stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b""
+
+    def read_until(mark=None):
+        nonlocal shown
+        while mark is None or mark not in shown:
+            try:
+                shown += os.read(master, 4096)
+            except OSError:  # the process has ended
+                return
+
+    for mark in (hide, b"stopping at the next report"):
+        read_until(mark)
+        process.send_signal(signal.SIGINT)
+    read_until()
+    os.close(master)
+    assert process.wait() == 128 + signal.SIGINT
+    assert shown.rindex(show) > shown.rindex(hide) and b"Traceback" not in shown, shown
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("examples/train_gpt.py --plot-compare nowhere", "Give the folders of runs"),
+        ("benchmarks/train_step.py --layers 0", "argument --layers: '0' is not a whole number of at least 1"),
+        ("benchmarks/train_step.py --seqlen -5", "argument --seqlen: '-5' is not a whole number of at least 1"),
+    ],
+)
+def test_scripts_find_the_package_of_their_checkout(tmp_path, command, words):
+    script, *options = command.split()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *options], cwd=tmp_path, env=CHECKOUT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+def test_the_command_line_works_after_a_demo_without_kernels(tmp_path):
+    for name in ("Makefile", "csrc/limits.h", "examples", "flash_attn_ext", "tools"):
+        if (ROOT / name).is_dir():
+            generated = shutil.ignore_patterns("__pycache__", "_C.*", "_build_info.py", "_limits_table.py")
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=generated)
+        else:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    for command in (
+        ["make", "demo", "ENV=current", f"PYTHON3={sys.executable}", "DEMO=--help"],
+        [sys.executable, "-m", "flash_attn_ext", "check", "--hidden-size", "2048", "--num-heads", "32"],
+    ):
+        done = subprocess.run(
+            command, cwd=tmp_path, env=CHECKOUT | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_texts(run, tmp_path):
@@ -136,8 +205,64 @@ def test_texts(run, tmp_path):
     train, held_out = load_text(tmp_path / "one.txt")
     assert bytes(train.tolist())[1:] + bytes(held_out.tolist())[1:] == b"abc" * 100
     (tmp_path / "two.txt").write_text("xyz" * 100)
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.txt")
     train, held_out = load_text(tmp_path)
     assert bytes(train.tolist()) == b"\0" + b"abc" * 100 and bytes(held_out.tolist()) == b"\0" + b"xyz" * 100
+
+
+@pytest.mark.parametrize(("size", "words"), [(300, "0.3 kB"), (12_345, "12.3 kB"), (9_876_543, "9.9 MB")])
+def test_small_texts_have_a_size_too(run, size, words):
+    from train_gpt import amount
+
+    assert amount(torch.empty(size, dtype=torch.uint8)) == words
+
+
+def test_a_prompt_may_be_any_bytes(run, uninterrupted, capsys):
+    run(uninterrupted, "--prompt", os.fsdecode(b"\xff"))
+    assert r"what it writes after '\udcff'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept", [0, 10, 5000], ids=lambda kept: f"{kept}-bytes-kept")
+def test_a_damaged_checkpoint(run, uninterrupted, tmp_path, capsys, kept):
+    whole = (uninterrupted / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(whole[:kept])
+    with pytest.raises(SystemExit) as exit:
+        run(tmp_path)
+    assert exit.value.code == 2 and "is damaged, or no checkpoint. --restart" in capsys.readouterr().err
+    run(tmp_path, "--restart", "--stop-at", 2)
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] == 2
+
+
+HEADER = "step,tokens,loss,held_out_loss\n"
+
+
+def test_comparing_files_of_one_folder(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text(HEADER + "0,0,,5.5\n10,1000,3,3\n20,2000,2,2\n")
+    (tmp_path / "b.csv").write_text(HEADER + "0,0,,5.5\n10,1000,3,2.97\n20,2000,2,2.01\n")
+    run("-", "--plot-compare", "a.csv", "b.csv")
+    stdout = capsys.readouterr().out
+    assert "a.csv and b.csv: held-out losses at most 0.0300 nats apart, over 3 points; +0.50 % at the last" in stdout
+    if "No picture" not in stdout:
+        assert (tmp_path / "compare.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "bad.csv is no metrics.csv of a run"),
+        ("step,loss\n10,3\n", "bad.csv is no metrics.csv of a run"),
+        (HEADER + "10,1000,three,3\n", "bad.csv is no metrics.csv of a run"),
+        (HEADER + "10,777,3,3\n", "have no held-out loss at the same number of bytes"),
+    ],
+    ids=["empty", "columns", "words", "steps"],
+)
+def test_what_cannot_be_compared(run, uninterrupted, tmp_path, capsys, content, words):
+    (tmp_path / "bad.csv").write_text(content)
+    with pytest.raises(SystemExit) as exit:
+        run("-", "--plot-compare", uninterrupted, tmp_path / "bad.csv")
+    assert exit.value.code == 2 and words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -149,10 +274,14 @@ def test_texts(run, tmp_path):
         (["--parallel", "ddp"], "torchrun --nproc-per-node"),
         (["--seqlen", "1000000"], "The text is too short"),
         (["--lr", "0"], "--lr is 0.0; it must be greater than 0"),
+        (["--lr", "nan"], "--lr is nan; it must be greater than 0, and finite"),
+        (["--data", "/proc/self/mem"], "--data: /proc/self/mem cannot be read (Input/output error)"),
+        (["--output", str(SCRIPT)], "this folder cannot be made (File exists)"),
+        (["--output", "/proc/nowhere"], "--output /proc/nowhere: this folder cannot be made"),
         (["--attention", "sdpa"], "is of another run (attention flash_attn_ext, not sdpa)"),
         (["--plot-compare", "nowhere"], "Give the folders of runs"),
     ],
-    ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
+    ids=lambda value: "-".join(value).strip("-") if isinstance(value, list) else "",
 )
 def test_wrong_options(run, uninterrupted, capsys, arguments, words):
     with pytest.raises(SystemExit) as exit:

@@ -79,8 +79,3 @@ def test_documents_have_the_table(document):
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.strip().splitlines()[2:]]
     shown = [(int(head_dim), forward != "–", backward != "–") for head_dim, forward, backward in cells]
     assert shown == [(row["head_dim"], bool(row["forward"]), bool(row["backward"])) for row in limits.TABLE]
-
-
-def test_documents_are_up_to_date():
-    """Their speed tables too, which come from the committed results."""
-    assert tables.check() == [], "run: python benchmarks/tables.py"

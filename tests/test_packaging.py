@@ -1,4 +1,7 @@
-"""The source distribution: it holds what a build needs, and a wheel built from it has the command line's table."""
+"""The source distribution holds what a build needs, a wheel built from it the command line's table.
+
+And what stands in several places is the same everywhere: the version, the figures in the documents.
+"""
 
 import os
 import re
@@ -13,6 +16,8 @@ import pytest
 import flash_attn_ext
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+import tables  # noqa: E402 (what writes the tables of the documents)
 
 
 def run(*arguments, cwd, **environment):
@@ -65,6 +70,11 @@ def test_a_wheel_without_kernels_from_the_sources(sdist, tmp_path):
     from flash_attn_ext.cli import table
 
     assert stdout.strip() == str(table.head_dims())
+
+
+def test_the_tables_of_the_documents_are_up_to_date():
+    """Those of the committed results, and where the kernels are built those of the head dims."""
+    assert tables.check() == [], "run: python benchmarks/tables.py"
 
 
 def test_the_version_stands_in_one_place():
