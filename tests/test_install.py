@@ -59,4 +59,5 @@ def test_with_a_binary_for_another_torch(package):
 def test_info_in_words(package):
     stdout, _ = python(package, "-m", "flash_attn_ext", "info")
     assert flash_attn_ext.__version__ in stdout
-    assert stdout.count("without its GPU kernels") == 1 and stdout.count("refused: no GPU kernels") == 1
+    assert stdout.count("without its GPU kernels") == 1  # once, and short where every GPU is named
+    assert "CUDA tensors        refused: no GPU kernels" in stdout

@@ -51,7 +51,7 @@ def test_sources_are_complete(sdist):
         }
 
     for folder in ("csrc", "tests", "tools", "benchmarks", "docs"):
-        suffixes = (".h", ".cuh", ".cu", ".cpp", ".py", ".txt", ".md", ".json")
+        suffixes = (".h", ".cuh", ".cu", ".cpp", ".py", ".txt", ".md", ".json", ".csv")
         assert files(sdist, folder, *suffixes) == files(ROOT, folder, *suffixes)
     assert not list(sdist.rglob("*.so")) and not list(sdist.rglob("_build_info.py"))
 
