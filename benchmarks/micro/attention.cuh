@@ -106,6 +106,47 @@ void fill_normal(const DeviceArray<T>& array, uint32_t number) {
   check(cudaGetLastError(), "launching a kernel");
 }
 
+// The forward's tensors, the inputs random, and the call that fills the others.
+template <class T>
+struct Forward {
+  static constexpr size_t kCount = size_t{kTokens} * kHidden;
+
+  Cell cell;
+  DeviceArray<T> q{kCount}, k{kCount}, v{kCount}, out{kCount};
+  DeviceArray<float> lse{size_t{kTokens} * cell.heads()};
+  DeviceArray<int> tile_counter{1};
+
+  explicit Forward(const Cell& cell) : cell(cell) {
+    tile_counter.zero();
+    fill_normal(q, 0);
+    fill_normal(k, 1);
+    fill_normal(v, 2);
+  }
+
+  void operator()() const {
+    const flash_attn_ext::ForwardParams params{.q = q.data,
+                                               .k = k.data,
+                                               .v = v.data,
+                                               .out = out.data,
+                                               .lse = lse.data,
+                                               .tile_counter = tile_counter.data,
+                                               .q_strides = cell.strides(),
+                                               .k_strides = cell.strides(),
+                                               .v_strides = cell.strides(),
+                                               .out_strides = cell.strides(),
+                                               .batch = cell.batch(),
+                                               .seqlen_q = cell.seqlen,
+                                               .seqlen_k = cell.seqlen,
+                                               .heads = cell.heads(),
+                                               .kv_heads = cell.heads(),
+                                               .head_dim = cell.head_dim,
+                                               .dtype = cell.dtype,
+                                               .softmax_scale = cell.softmax_scale(),
+                                               .causal = cell.causal};
+    flash_attn_ext::launch_forward(params, nullptr);
+  }
+};
+
 // -------------------------------------------------------------------------------------------------------------- time
 
 struct Timing {

@@ -52,43 +52,18 @@ void check_rows(const Head<T>& head, const LastHead<T>& dq, const LastHead<T>& d
 
 template <class T>
 micro::Timing measure_cell(const micro::Session& session, const Cell& cell, double flops) {
-  const size_t count = size_t{micro::kTokens} * micro::kHidden;
-  DeviceArray<T> q(count), k(count), v(count), out(count), dout(count), dq(count), dk(count), dv(count);
-  DeviceArray<float> lse(size_t{micro::kTokens} * cell.heads());
-  DeviceArray<int> tile_counter(1);
-  tile_counter.zero();
-  micro::fill_normal(q, 0);
-  micro::fill_normal(k, 1);
-  micro::fill_normal(v, 2);
+  const micro::Forward<T> forward(cell);
+  forward();
+  constexpr size_t kCount = micro::Forward<T>::kCount;
+  DeviceArray<T> dout(kCount), dq(kCount), dk(kCount), dv(kCount);
   micro::fill_normal(dout, 3);
 
-  const flash_attn_ext::ForwardParams forward{.q = q.data,
-                                              .k = k.data,
-                                              .v = v.data,
-                                              .out = out.data,
-                                              .lse = lse.data,
-                                              .tile_counter = tile_counter.data,
-                                              .q_strides = cell.strides(),
-                                              .k_strides = cell.strides(),
-                                              .v_strides = cell.strides(),
-                                              .out_strides = cell.strides(),
-                                              .batch = cell.batch(),
-                                              .seqlen_q = cell.seqlen,
-                                              .seqlen_k = cell.seqlen,
-                                              .heads = cell.heads(),
-                                              .kv_heads = cell.heads(),
-                                              .head_dim = cell.head_dim,
-                                              .dtype = cell.dtype,
-                                              .softmax_scale = cell.softmax_scale(),
-                                              .causal = cell.causal};
-  flash_attn_ext::launch_forward(forward, nullptr);
-
   flash_attn_ext::BackwardParams params{.dout = dout.data,
-                                        .q = q.data,
-                                        .k = k.data,
-                                        .v = v.data,
-                                        .out = out.data,
-                                        .lse = lse.data,
+                                        .q = forward.q.data,
+                                        .k = forward.k.data,
+                                        .v = forward.v.data,
+                                        .out = forward.out.data,
+                                        .lse = forward.lse.data,
                                         .dq = dq.data,
                                         .dk = dk.data,
                                         .dv = dv.data,
@@ -120,7 +95,13 @@ micro::Timing measure_cell(const micro::Session& session, const Cell& cell, doub
   micro::require_finite(dq, cell.name() + ", dq");
   micro::require_finite(dk, cell.name() + ", dk");
   micro::require_finite(dv, cell.name() + ", dv");
-  const Head<T> head{cell, {cell, q}, {cell, k}, {cell, v}, {cell, out}, {cell, dout}, micro::last_lse(cell, lse)};
+  const Head<T> head{cell,
+                     {cell, forward.q},
+                     {cell, forward.k},
+                     {cell, forward.v},
+                     {cell, forward.out},
+                     {cell, dout},
+                     micro::last_lse(cell, forward.lse)};
   check_rows<T>(head, {cell, dq}, {cell, dk}, {cell, dv});
   return timing;
 }

@@ -4,14 +4,14 @@
 namespace {
 
 using micro::Cell;
-using micro::DeviceArray;
 
 // Some rows of the last head against attention in float64.
 template <class T>
-void check_rows(const Cell& cell, const DeviceArray<T>& q, const DeviceArray<T>& k, const DeviceArray<T>& v,
-                const DeviceArray<T>& out, const DeviceArray<float>& lse) {
-  const micro::LastHead<T> q_head(cell, q), k_head(cell, k), v_head(cell, v), out_head(cell, out);
-  const auto lse_head = micro::last_lse(cell, lse);
+void check_rows(const micro::Forward<T>& forward) {
+  const Cell& cell = forward.cell;
+  const micro::LastHead<T> q_head(cell, forward.q), k_head(cell, forward.k), v_head(cell, forward.v);
+  const micro::LastHead<T> out_head(cell, forward.out);
+  const auto lse_head = micro::last_lse(cell, forward.lse);
   for (const int row : micro::rows_to_check(cell)) {
     std::vector<double> expected(cell.head_dim);
     double sum = 0;
@@ -30,43 +30,15 @@ void check_rows(const Cell& cell, const DeviceArray<T>& q, const DeviceArray<T>&
 
 template <class T>
 micro::Timing measure_cell(const micro::Session& session, const Cell& cell, double flops) {
-  const size_t count = size_t{micro::kTokens} * micro::kHidden;
-  DeviceArray<T> q(count), k(count), v(count), out(count);
-  DeviceArray<float> lse(size_t{micro::kTokens} * cell.heads());
-  DeviceArray<int> tile_counter(1);
-  tile_counter.zero();
-  micro::fill_normal(q, 0);
-  micro::fill_normal(k, 1);
-  micro::fill_normal(v, 2);
+  const micro::Forward<T> forward(cell);
+  const micro::Timing timing = micro::time_calls(session, flops, forward);
 
-  const flash_attn_ext::ForwardParams params{.q = q.data,
-                                             .k = k.data,
-                                             .v = v.data,
-                                             .out = out.data,
-                                             .lse = lse.data,
-                                             .tile_counter = tile_counter.data,
-                                             .q_strides = cell.strides(),
-                                             .k_strides = cell.strides(),
-                                             .v_strides = cell.strides(),
-                                             .out_strides = cell.strides(),
-                                             .batch = cell.batch(),
-                                             .seqlen_q = cell.seqlen,
-                                             .seqlen_k = cell.seqlen,
-                                             .heads = cell.heads(),
-                                             .kv_heads = cell.heads(),
-                                             .head_dim = cell.head_dim,
-                                             .dtype = cell.dtype,
-                                             .softmax_scale = cell.softmax_scale(),
-                                             .causal = cell.causal};
-  const auto call = [&] { flash_attn_ext::launch_forward(params, nullptr); };
-  const micro::Timing timing = micro::time_calls(session, flops, call);
-
-  out.poison();
-  lse.poison();
-  call();
-  micro::require_finite(out, cell.name() + ", out");
-  micro::require_finite(lse, cell.name() + ", lse");
-  check_rows<T>(cell, q, k, v, out, lse);
+  forward.out.poison();
+  forward.lse.poison();
+  forward();
+  micro::require_finite(forward.out, cell.name() + ", out");
+  micro::require_finite(forward.lse, cell.name() + ", lse");
+  check_rows(forward);
   return timing;
 }
 
