@@ -190,13 +190,22 @@ Timing time_calls(const Session& session, double flops, Call&& call) {
   return {median(times), median(clocks)};
 }
 
-// A row of the table; head dim to type as the columns below say.
-inline void add_row(Session& session, const Cell& cell, double flops, const Timing& timing) {
-  const double tflops = flops / timing.seconds / 1e12;
-  const double percent = 100 * tflops * 1e12 / (kTensorFlops * timing.clock * session.multiprocessors);
-  session.add({double(cell.head_dim), cell.causal ? "causal" : "full", double(cell.seqlen), double(cell.batch()),
-               double(cell.heads()), cell.dtype == DType::kFloat16 ? "fp16" : "bf16", 1e6 * timing.seconds, tflops,
-               timing.clock / 1e9, percent});
+// A row for each cell; `time_cell`, given a value of its type, times a call of so many FLOPs and checks what it wrote.
+template <class TimeCell>
+void measure_cells(Session& session, IsBuilt built, int products, TimeCell&& time_cell) {
+  for (const Cell& cell : cells_of(session, built)) {
+    const bool fp16 = cell.dtype == DType::kFloat16;
+    const double flops = products * cell.product_flops();
+    Timing timing;
+    if (!session.dry_run) {
+      timing = fp16 ? time_cell(__half(), session, cell, flops) : time_cell(__nv_bfloat16(), session, cell, flops);
+    }
+    const double tflops = flops / timing.seconds / 1e12;
+    const double percent = 100 * tflops * 1e12 / (kTensorFlops * timing.clock * session.multiprocessors);
+    session.add({double(cell.head_dim), cell.causal ? "causal" : "full", double(cell.seqlen), double(cell.batch()),
+                 double(cell.heads()), fp16 ? "fp16" : "bf16", 1e6 * timing.seconds, tflops, timing.clock / 1e9,
+                 percent});
+  }
 }
 
 constexpr const char* kCellArguments = "[HEAD_DIM,SEQLEN[,full|causal][,bf16|fp16] ...]";

@@ -51,7 +51,7 @@ void check_rows(const Head<T>& head, const LastHead<T>& dq, const LastHead<T>& d
 }
 
 template <class T>
-micro::Timing measure_cell(const micro::Session& session, const Cell& cell, double flops) {
+micro::Timing time_cell(const micro::Session& session, const Cell& cell, double flops) {
   const micro::Forward<T> forward(cell);
   forward();
   constexpr size_t kCount = micro::Forward<T>::kCount;
@@ -107,15 +107,9 @@ micro::Timing measure_cell(const micro::Session& session, const Cell& cell, doub
 }
 
 void measure(micro::Session& session) {
-  for (const Cell& cell : micro::cells_of(session, [](const auto& row) { return row.backward.built(); })) {
-    const double flops = 5 * cell.product_flops();
-    micro::Timing timing;
-    if (!session.dry_run) {
-      timing = cell.dtype == micro::DType::kFloat16 ? measure_cell<__half>(session, cell, flops)
-                                                    : measure_cell<__nv_bfloat16>(session, cell, flops);
-    }
-    micro::add_row(session, cell, flops, timing);
-  }
+  micro::measure_cells(
+      session, [](const auto& row) { return row.backward.built(); }, 5,
+      [](auto type, const auto&... arguments) { return time_cell<decltype(type)>(arguments...); });
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ void check_rows(const micro::Forward<T>& forward) {
 }
 
 template <class T>
-micro::Timing measure_cell(const micro::Session& session, const Cell& cell, double flops) {
+micro::Timing time_cell(const micro::Session& session, const Cell& cell, double flops) {
   const micro::Forward<T> forward(cell);
   const micro::Timing timing = micro::time_calls(session, flops, forward);
 
@@ -43,15 +43,9 @@ micro::Timing measure_cell(const micro::Session& session, const Cell& cell, doub
 }
 
 void measure(micro::Session& session) {
-  for (const Cell& cell : micro::cells_of(session, [](const auto& row) { return row.forward.built(); })) {
-    const double flops = 2 * cell.product_flops();
-    micro::Timing timing;
-    if (!session.dry_run) {
-      timing = cell.dtype == micro::DType::kFloat16 ? measure_cell<__half>(session, cell, flops)
-                                                    : measure_cell<__nv_bfloat16>(session, cell, flops);
-    }
-    micro::add_row(session, cell, flops, timing);
-  }
+  micro::measure_cells(
+      session, [](const auto& row) { return row.forward.built(); }, 2,
+      [](auto type, const auto&... arguments) { return time_cell<decltype(type)>(arguments...); });
 }
 
 }  // namespace
