@@ -597,6 +597,14 @@ def test_devices_that_selftest_does_not_know(capsys, device):
     assert stop.value.code == 2 and repr(device) in message and "cpu, cuda" in message and len(message) < 160
 
 
+def test_a_copy_that_was_never_installed_is_told_so(monkeypatch, capsys):
+    monkeypatch.setattr(limits, "TABLE", [])
+    monkeypatch.setitem(sys.modules, "flash_attn_ext._limits_table", None)  # importing it fails
+    for arguments, wanted in ((["selftest", "--device", "cpu"], 1), (["check", "--head-dim", 64, "--num-heads", 1], 2)):
+        code, stdout, stderr = run(capsys, *arguments)
+        assert code == wanted and stdout == "" and stderr.startswith(f"{arguments[0]}: ") and "make build" in stderr
+
+
 def test_selftest_goes_on_after_an_exception(monkeypatch, capsys):
     def broken(row, dtype, device, seed):
         raise RuntimeError(f"broken for {row['head_dim']}\nand more")

@@ -71,10 +71,14 @@ def run(options: argparse.Namespace) -> int:
         show.say(f"The GPU kernels on {torch.cuda.get_device_name(device)} ({device}), against float64:", "bold")
         rows = limits.TABLE
     else:
+        try:
+            rows = [{"head_dim": row["head_dim"], "forward": row["forward"], "backward": True} for row in table.rows()]
+        except table.NoTable as error:
+            show.error(f"selftest: {error}")
+            return 1
         if not options.device:
             show.say(f"The GPU kernels are not tested: {limits.why_unavailable()}", "yellow")
         show.say("The PyTorch reference for CPU tensors, against float64:", "bold")
-        rows = [{"head_dim": row["head_dim"], "forward": row["forward"], "backward": True} for row in table.rows()]
 
     begin = time.monotonic()
     shown, raised, wrong, calls = [], [], 0, 0
