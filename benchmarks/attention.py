@@ -429,7 +429,14 @@ def parse_args() -> argparse.Namespace:
     option("--head-dims", nargs="+", type=positive_int, metavar="D", help="default: those that ours has in the pass")
     option("--seqlens", nargs="+", type=positive_int, default=list(SEQLENS), metavar="S")
     option("--masks", nargs="+", choices=list(MASKS), default=list(MASKS))
-    option("--peers", nargs="+", choices=list(BINDERS), default=list(BINDERS), help="default: all of them")
+    option(
+        "--peers",
+        dest="chosen_peers",
+        nargs="+",
+        choices=list(BINDERS),
+        default=list(BINDERS),
+        help="default: all of them",
+    )
     option("--dtype", choices=list(DTYPES), default="bf16")
     option("--fa3-library", type=Path, metavar="PATH", help="FA3's operators; else the package flash_attn_interface")
     option("--rounds", type=int, default=15, help=f"at most this many a cell, at least {MIN_ROUNDS} (default 15)")
@@ -446,7 +453,7 @@ def parse_args() -> argparse.Namespace:
 def results_path(args: argparse.Namespace, cells: list[Cell]) -> Path:
     """A part of the grid never overwrites the results of the whole."""
     every = {cell for name, dims in HEAD_DIMS.items() for cell in grid(name, dims, MASKS, SEQLENS, args.dtype)}
-    whole = set(cells) == every and set(args.peers) == set(BINDERS)
+    whole = set(cells) == every and set(args.chosen_peers) == set(BINDERS)
     return args.output or RESULTS / f"{args.name}-{'paper' if whole else 'part'}-{args.dtype}.json"
 
 
@@ -471,7 +478,7 @@ def main() -> int:
         for cell in grid(name, args.head_dims or HEAD_DIMS[name], args.masks, args.seqlens, args.dtype)
     ]
     if args.dry_run:
-        dry_run(cells, args.peers)
+        dry_run(cells, args.chosen_peers)
         return 0
     if not torch.cuda.is_available():
         say("no CUDA device; --dry-run shows what would be measured")
@@ -479,7 +486,7 @@ def main() -> int:
 
     begin = time.monotonic()
     torch.manual_seed(0)
-    peers = usable_peers(args.peers, args.fa3_library)
+    peers = usable_peers(args.chosen_peers, args.fa3_library)
     results = {"environment": environment(), "csrc_sha256": csrc_sha256(), "ceiling_tflops": None, "cells": []}
     path = results_path(args, cells)
 
@@ -509,7 +516,9 @@ def main() -> int:
         left = args.time_budget - (time.monotonic() - begin)
         speeds = measure_cell(cell, peers, args.rounds, left / (len(cells) - index))
         ceiling.measure()
-        tflops = {peer: round(statistics.median(speeds[peer]), 1) if peer in speeds else None for peer in args.peers}
+        tflops = {
+            peer: round(statistics.median(speeds[peer]), 1) if peer in speeds else None for peer in args.chosen_peers
+        }
         results["cells"].append({**cell.record(), "tflops": tflops})
         results["ceiling_tflops"] = round(ceiling.tflops, 1)
         spreads.append({peer: spread(rounds) for peer, rounds in speeds.items()})
@@ -517,7 +526,7 @@ def main() -> int:
         shown = ", ".join(f"{peer} {value or '–'}" for peer, value in tflops.items())
         say(f"{label(cell)}: {shown}; {max(map(len, speeds.values()), default=0)} rounds")
 
-    show_speeds(results["cells"], spreads, args.peers)
+    show_speeds(results["cells"], spreads, args.chosen_peers)
     say(f"cuBLAS 8192^3: {ceiling.tflops:.0f} TFLOP/s; {time.monotonic() - begin:.0f} s in all; wrote {path}")
     if args.plots:
         from plot import plot

@@ -251,7 +251,14 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=120)
     )
     option = parser.add_argument
-    option("--peers", nargs="+", choices=list(ATTENTIONS), default=list(ATTENTIONS), help="default: all of them")
+    option(
+        "--peers",
+        dest="chosen_peers",
+        nargs="+",
+        choices=list(ATTENTIONS),
+        default=list(ATTENTIONS),
+        help="default: all of them",
+    )
     option("--layers", type=positive_int, default=4)
     option("--batch", type=positive_int, default=1)
     option("--seqlen", type=positive_int, default=8192)
@@ -281,8 +288,8 @@ def main() -> int:
     begin = time.monotonic()
     facts = environment()
     say(", ".join(f"{key} {value}" for key, value in facts.items()))
-    peers_with_attention = [peer for peer in args.peers if peer != "none"]
-    usable = [*usable_peers(peers_with_attention, args.fa3_library), *(["none"] if "none" in args.peers else [])]
+    peers_with_attention = [peer for peer in args.chosen_peers if peer != "none"]
+    usable = [*usable_peers(peers_with_attention, args.fa3_library), *(["none"] if "none" in args.chosen_peers else [])]
     bench = Bench(size, args.compile)
     peers = runnable(bench, size, usable)
     if not peers:

@@ -6,12 +6,13 @@ by csrc/bindings.cpp where the package was built with it, and so is forward's au
 """
 
 import torch
+from torch import library
 
 from . import limits
 from ._binary import _C
 from .reference import attention_reference, attention_reference_backward
 
-_library = torch.library.Library("flash_attn_ext", "DEF")
+_library = library.Library("flash_attn_ext", "DEF")
 _library.define(
     "forward(Tensor q, Tensor k, Tensor v, float? softmax_scale=None, bool causal=False) -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -72,8 +73,8 @@ def _empty_gradients(q, k, v, needs):
 # built without its kernels, which limits.check then refuses.
 _library.impl("forward", _forward_reference, "CompositeExplicitAutograd")
 _library.impl("backward", _backward_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("flash_attn_ext::forward", _forward_fake, lib=_library)
-torch.library.register_fake("flash_attn_ext::backward", _backward_fake, lib=_library)
+library.register_fake("flash_attn_ext::forward", _forward_fake, lib=_library)
+library.register_fake("flash_attn_ext::backward", _backward_fake, lib=_library)
 
 
 # Autograd -------------------------------------------------------------------------------------------------------------
@@ -97,9 +98,9 @@ def _refuse_second_derivative(ctx, *_):
 
 
 if _C is None:  # else it is registered by csrc/bindings.cpp, and the same
-    torch.library.register_autograd("flash_attn_ext::forward", _differentiate, setup_context=_save, lib=_library)
+    library.register_autograd("flash_attn_ext::forward", _differentiate, setup_context=_save, lib=_library)
 # Without it a second derivative would vanish silently.
-torch.library.register_autograd("flash_attn_ext::backward", _refuse_second_derivative, lib=_library)
+library.register_autograd("flash_attn_ext::backward", _refuse_second_derivative, lib=_library)
 
 
 # Autocast -------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from conftest import SEED
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from oracle import check_gradients, same_bits, same_but_for_order
+from torch import library
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from views import VIEWS, embed, misaligned_pointer, odd_strides_where_size_is_one
@@ -719,8 +720,8 @@ def test_opcheck(causal, layout):
     """Keys fit into one block here: opcheck compares runs, and dq would differ by the order of its sum."""
     inputs = Case(128, "bf16", 130, ONE_BLOCK, causal, heads=6, kv_heads=2, layout=layout).inputs("cuda")
     arguments, _ = both_passes(*inputs, causal=causal)
-    torch.library.opcheck(backward_operator, (*arguments, None, causal, [True] * 3))
-    torch.library.opcheck(forward_operator, (*(x.detach().requires_grad_() for x in inputs), None, causal))
+    library.opcheck(backward_operator, (*arguments, None, causal, [True] * 3))
+    library.opcheck(forward_operator, (*(x.detach().requires_grad_() for x in inputs), None, causal))
 
 
 # Training ------------------------------------------------------------------------------------------------------------

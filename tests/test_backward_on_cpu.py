@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import DTYPES, LAYOUTS, Case
 from oracle import check_gradients, same_bits
+from torch import library
 
 import flash_attn_ext
 from flash_attn_ext import attention_reference, flash_attn_func
@@ -121,7 +122,7 @@ def test_changes_in_place_are_noticed():
 @both_masks
 def test_opcheck(causal):
     arguments = arguments_of(Case(16, "bf16", 9, 13, causal, heads=4, kv_heads=2), torch.float32)
-    torch.library.opcheck(backward_operator, (*arguments, 0.3, causal, [True] * 3))
+    library.opcheck(backward_operator, (*arguments, 0.3, causal, [True] * 3))
 
 
 def test_signature():

@@ -9,6 +9,7 @@ import torch
 from cases import HEAD_DIMS, LAYOUTS, Case
 from gpu import on_hopper
 from oracle import same_bits
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -35,8 +36,8 @@ def leaves(*shapes, dtype=torch.float32):
 def test_opcheck_on_cpu(causal, requires_grad):
     q, k, v = leaves((2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 8))
     inputs = [x.detach().requires_grad_(requires_grad) for x in (q, k, v)]
-    torch.library.opcheck(operator, (*inputs, 0.3, causal))
-    torch.library.opcheck(operator, (*inputs,), {"causal": causal})
+    library.opcheck(operator, (*inputs, 0.3, causal))
+    library.opcheck(operator, (*inputs,), {"causal": causal})
 
 
 @on_hopper
@@ -44,7 +45,7 @@ def test_opcheck_on_cpu(causal, requires_grad):
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 def test_opcheck_on_gpu(causal, layout):
     inputs = Case(128, "bf16", 130, 140, causal, heads=6, kv_heads=2, layout=layout).inputs("cuda")
-    torch.library.opcheck(operator, (*inputs, None, causal))
+    library.opcheck(operator, (*inputs, None, causal))
 
 
 # Fake tensors: shapes, dtypes and strides without data ----------------------------------------------------------------
