@@ -1,24 +1,54 @@
-// What the bindings may call. The launches below enqueue work on `stream` of the current device and return at once;
-// they throw std::runtime_error when CUDA or the driver refuses.
+// What may be called without knowing the kernels. The launches enqueue work on `stream` of the current device and return
+// at once; they throw std::runtime_error when CUDA or the driver refuses.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <atomic>
+#include <cstdint>
 
-#include "params.h"
+#include "problem.h"
 
 namespace flash_attn_ext {
 
-// Attention forward: writes params.out and params.lse. The head dim must have a forward tile in limits.h, and the
+// Strides of a (batch, seqlen, heads, head_dim) tensor in elements; head_dim's own stride is 1.
+// The kernels need each stride that is used (its size is > 1) positive and a multiple of 16 bytes.
+struct Strides {
+  int64_t batch, row, head;
+};
+
+// A (batch, seqlen, heads, head_dim) tensor of the problem's type, 16-byte aligned. What a pass takes is only read.
+struct Tensor {
+  void* data;
+  Strides strides;
+};
+
+struct ForwardParams {
+  Problem problem;
+  Tensor q, k, v;
+  Tensor out;
+  float* lse;         // (batch, heads, seqlen_q), contiguous; natural logarithm
+  int* item_counter;  // 0 when the kernel starts, and 0 again when it is done; used by one launch at a time
+};
+
+struct BackwardParams {
+  Problem problem;
+  Tensor dout, q, k, v, out;
+  const float* lse;   // (batch, heads, seqlen_q), contiguous; natural logarithm; -inf: the row saw nothing
+  Tensor dq, dk, dv;  // data is null: not asked for
+  void* workspace;    // backward_workspace_bytes(), 16-byte aligned; what it holds does not matter
+};
+
+// Attention forward: writes params.out and params.lse. The head dim must have a forward plan in limits.h, and the
 // current device must be of compute capability 9.0.
 void launch_forward(const ForwardParams& params, cudaStream_t stream);
 
-// Attention backward: writes those of params.dq, dk and dv that are not null. The head dim must have a backward tile in
+// Attention backward: writes those of params.dq, dk and dv that are asked for. The head dim must have a backward plan in
 // limits.h, and the current device must be of compute capability 9.0.
 void launch_backward(const BackwardParams& params, cudaStream_t stream);
 
-// Bytes of params.workspace that launch_backward needs; reads the sizes and the head dim only.
+// Bytes of params.workspace that launch_backward needs on the current device; reads the problem and which gradients are
+// asked for.
 int64_t backward_workspace_bytes(const BackwardParams& params);
 
 // Faults that tests inject, because no test machine shows them by itself.

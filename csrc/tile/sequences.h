@@ -1,0 +1,48 @@
+// All sequences of a call, and how their blocks are counted: for the order of work, for the workspace, for lse.
+//
+// Sequences are dense here: all of one length, each a batch of its tensor.
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+#include "sequence.h"
+
+namespace flash_attn_ext {
+
+// Where a sequence lies in the tensors: the batch, and in it the first row of q and the first of k. The copy engine's
+// coordinates are counted from there.
+struct Place {
+  int batch, row, key;
+};
+
+// A block of rows, and the sequence it is of.
+struct Block {
+  int sequence, index;
+};
+
+struct Sequences {
+  int count;
+  Sequence each;
+
+  HOST_DEVICE Sequence at(int) const { return each; }
+  HOST_DEVICE Place place(int sequence) const { return {sequence, 0, 0}; }
+
+  // The row blocks of all sequences are counted one sequence after the other.
+  HOST_DEVICE int blocks_each(int block) const { return (each.rows - 1) / block + 1; }
+  HOST_DEVICE int64_t block_count(int block) const { return static_cast<int64_t>(count) * blocks_each(block); }
+  HOST_DEVICE int first_block(int sequence, int block) const { return sequence * blocks_each(block); }
+  HOST_DEVICE Block locate(int index, int block) const {
+    const int blocks = blocks_each(block);
+    return {index / blocks, index % blocks};
+  }
+
+  // Where a sequence's first row stands in a (batch, heads, rows) array such as lse.
+  HOST_DEVICE int64_t first_value(int sequence, int head, int heads) const {
+    return (static_cast<int64_t>(sequence) * heads + head) * each.rows;
+  }
+
+  HOST_DEVICE Sequences transposed() const { return {count, each.transposed()}; }
+};
+
+}  // namespace flash_attn_ext
