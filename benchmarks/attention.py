@@ -13,7 +13,6 @@ turns, round after round, and each figure is the median of its rounds. docs/perf
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import platform
@@ -21,27 +20,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peers import BINDERS, Call, usable_peers
+from screen import reason, say, show, with_progress
 from tables import MASK_NAMES, PEER_NAMES, RESULTS, by_pass, csrc_sha256, ratio, summary
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flash_attn_ext.cli.options import positive_int  # `tables` put this checkout on the path
-
-try:
-    from rich.console import Console
-    from rich.progress import Progress
-    from rich.table import Table
-
-    terminal = sys.stdout.isatty()
-    console = Console(width=None if terminal else 120, highlight=False, markup=False)
-except ImportError:  # plain text then
-    console = None
 
 HIDDEN_SIZE, TOKENS = 2048, 16384  # heads = HIDDEN_SIZE / head_dim, batch = TOKENS / seqlen
 HEAD_DIMS = {"forward": (64, 128, 256), "backward": (64, 128)}  # of each pass: those that ours has
@@ -56,8 +45,6 @@ MIN_ROUNDS = 3  # even where the time budget is used up
 # 64 rows of a gradient, since a single row of dq or dk can be all cancellation, and so all rounding.
 MAX_ERROR = 0.03
 COMPARED_ROWS = {"forward": 1, "backward": 64}
-
-Call = Callable[[], tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -104,100 +91,6 @@ def grid(name: str, head_dims: Iterable[int], masks: Iterable[str], seqlens: Ite
         for mask in masks
         for s in seqlens
     ]
-
-
-# ---- the peers: a name -> a function that binds (q, k, v, dout, causal) to a call without arguments, for each pass.
-# A call returns out, or dq, dk and dv. The forward that a backward needs is done while binding.
-
-
-def bind_ours(q, k, v, dout, causal: bool) -> Call:
-    from flash_attn_ext import flash_attn_func
-
-    return lambda: (flash_attn_func(q, k, v, causal=causal),)
-
-
-def bind_ours_backward(q, k, v, dout, causal: bool) -> Call:
-    from flash_attn_ext import backward, forward
-
-    out, lse = forward(q, k, v, causal=causal)
-    return lambda: backward(dout, q, k, v, out, lse, causal=causal)
-
-
-def bind_fa3(q, k, v, dout, causal: bool) -> Call:
-    forward = torch.ops.flash_attn_3.fwd
-    return lambda: (forward(q, k, v, is_causal=causal)[0],)
-
-
-def bind_fa3_backward(q, k, v, dout, causal: bool) -> Call:
-    out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, is_causal=causal)
-    gradients = tuple(torch.empty_like(x) for x in (q, k, v))
-    backward = torch.ops.flash_attn_3.bwd
-
-    def call():
-        backward(dout, q, k, v, out, lse, *gradients, is_causal=causal)
-        return gradients
-
-    return call
-
-
-def sdpa_binders(backend: SDPBackend) -> dict[str, Callable[..., Call]]:
-    """torch's attention, whose order is (batch, heads, seqlen, head_dim): it gets transposed views."""
-
-    def attend(q, k, v, causal: bool) -> torch.Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-    def bind(q, k, v, dout, causal: bool) -> Call:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return lambda: (attend(q, k, v, causal).transpose(1, 2),)
-
-    def bind_backward(q, k, v, dout, causal: bool) -> Call:
-        inputs = [x.transpose(1, 2).requires_grad_() for x in (q, k, v)]
-        dout = dout.transpose(1, 2)
-        with torch.enable_grad():
-            out = attend(*inputs, causal)
-        gradients = partial(torch.autograd.grad, out, inputs, dout, retain_graph=True)
-        return lambda: tuple(x.transpose(1, 2) for x in gradients())
-
-    return {"forward": bind, "backward": bind_backward}
-
-
-BINDERS = {
-    "ours": {"forward": bind_ours, "backward": bind_ours_backward},
-    "fa3": {"forward": bind_fa3, "backward": bind_fa3_backward},
-    "cudnn": sdpa_binders(SDPBackend.CUDNN_ATTENTION),
-    "fa2": sdpa_binders(SDPBackend.FLASH_ATTENTION),
-}
-assert list(BINDERS) == list(PEER_NAMES)
-
-
-def load_fa3(library: Path | None) -> None:
-    """Registers torch.ops.flash_attn_3, from a library file or else from the installed package."""
-    if library is None:
-        import flash_attn_interface  # noqa: F401
-
-        return
-    for runtime in library.resolve().parent.glob("libcudart.so.*"):  # one beside the library is the one it links
-        ctypes.CDLL(str(runtime))
-    torch.ops.load_library(str(library.resolve()))
-
-
-def usable_peers(names: list[str], library: Path | None) -> list[str]:
-    """The named peers that are installed; says why the others are not."""
-    usable = []
-    for name in names:
-        try:
-            if name == "ours":
-                from flash_attn_ext.limits import why_unavailable
-
-                if why := why_unavailable():
-                    raise RuntimeError(why)
-            elif name == "fa3":
-                load_fa3(library)
-            usable.append(name)
-        except Exception as error:  # whatever an import may raise: the other peers still run
-            say(f"{name} is left out: {reason(error)}")
-    return usable
 
 
 # ---- measuring ----
@@ -354,30 +247,8 @@ def environment() -> dict[str, str]:
 # ---- showing ----
 
 
-def say(text: str) -> None:
-    console.print(text, soft_wrap=True) if console else print(text, flush=True)
-
-
-def reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else '(no text)'}"
-
-
 def label(cell: Cell) -> str:
     return f"{cell.pass_name}, head dim {cell.head_dim}, {MASK_NAMES[cell.causal]}, {cell.seqlen_q}"
-
-
-def with_progress(cells: list[Cell]) -> Iterator[Cell]:
-    """The cells, under a progress bar where there is a terminal to draw it on."""
-    if console is None or not console.is_terminal:
-        yield from cells
-        return
-    with Progress(console=console, auto_refresh=False) as bar:  # no thread that draws while launches are timed
-        task = bar.add_task("", total=len(cells))
-        for cell in cells:
-            bar.update(task, description=label(cell), refresh=True)
-            yield cell
-            bar.advance(task)
 
 
 def spread(speeds: list[float]) -> float:
@@ -386,20 +257,6 @@ def spread(speeds: list[float]) -> float:
         return 0.0
     low, middle, high = statistics.quantiles(speeds, n=4, method="inclusive")
     return 100 * (high - low) / middle
-
-
-def show(header: list[str], rows: list[list[str]]) -> None:
-    if console is None:
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        for row in [header, *rows]:
-            print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
-        return
-    table = Table()
-    for name in header:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 def show_speeds(cells: list[dict], spreads: list[dict[str, float]], peers: list[str]) -> None:
@@ -512,7 +369,7 @@ def main() -> int:
     ceiling = Ceiling(args.dtype)
     ceiling.heat(HEAT_SECONDS)
     spreads = []
-    for index, cell in enumerate(with_progress(cells)):
+    for index, cell in enumerate(with_progress(cells, label)):
         left = args.time_budget - (time.monotonic() - begin)
         speeds = measure_cell(cell, peers, args.rounds, left / (len(cells) - index))
         ceiling.measure()
