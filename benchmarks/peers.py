@@ -55,7 +55,8 @@ def sdpa_binders(backend: SDPBackend) -> dict[str, Callable[..., Call]]:
 
     def attend(q, k, v, causal: bool) -> torch.Tensor:
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            grouped = q.shape[1] != k.shape[1]
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
 
     def bind(q, k, v, dout, causal: bool) -> Call:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

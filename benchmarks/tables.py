@@ -50,6 +50,11 @@ def ratio(cell: dict, peer: str = "fa3") -> float | None:
     return ours / theirs if ours and theirs else None
 
 
+def shape(cell: dict) -> str:
+    """Heads/KV heads x head dim, batch x sequence length."""
+    return f"{cell['heads']}/{cell['kv_heads']} x {cell['head_dim']}, {cell['batch']} x {cell['seqlen_q']}"
+
+
 def describe(cell: dict) -> str:
     return f"head dim {cell['head_dim']} {MASK_NAMES[cell['causal']]} {cell['seqlen_q']}"
 
