@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from peers import BINDERS, Call, usable_peers
 from screen import reason, say, show, with_progress
-from tables import MASK_NAMES, PEER_NAMES, RESULTS, by_pass, csrc_sha256, ratio, shape, summary
+from tables import GRID_NAMES, MASK_NAMES, PEER_NAMES, RESULTS, by_pass, csrc_sha256, ratio, shape, summary
 
 from flash_attn_ext.cli.options import positive_int  # `tables` put this checkout on the path
 
@@ -136,6 +136,7 @@ def models_grid(
 
 
 GRIDS = {"paper": paper_grid, "models": models_grid}
+assert tuple(GRIDS) == GRID_NAMES
 
 
 # ---- measuring ----
