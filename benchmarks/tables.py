@@ -73,7 +73,7 @@ def is_grouped(cell: dict) -> bool:
 
 
 def is_models(results: dict) -> bool:
-    return all(map(is_grouped, results["cells"]))
+    return any(map(is_grouped, results["cells"]))
 
 
 def describe(cell: dict) -> str:
