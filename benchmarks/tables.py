@@ -173,7 +173,8 @@ def paper_tables(cells: list[dict], wanted: list[str], sentences: int | None) ->
 def models_table(cells: list[dict], wanted: list[str], sentences: int | None) -> list[str]:
     peers = [peer for peer in peers_of(cells) if peer in wanted]
     named = " / ".join(PEER_NAMES[peer] for peer in peers)
-    lines = [f"Grouped-query, causal, {cells[0]['dtype']}, TFLOP/s: {named}", "", *shape_table(cells, peers), ""]
+    title = f"Shapes of models, grouped-query and causal, {cells[0]['dtype']}, TFLOP/s: {named}"
+    lines = [title, "", *shape_table(cells, peers), ""]
     for name, of_pass in by_pass(cells).items():
         lines += [f"- {name}, {line}" for line in summary(of_pass)[:sentences]]
     return lines + [""]

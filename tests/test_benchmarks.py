@@ -154,7 +154,7 @@ def test_each_grid_has_its_card(published):
     """Of two cards the first is shown, for every grid and type by itself; a grid without results is left out."""
     paper = published("h200", "paper")
     alone = tables.readme_block()
-    assert "Grouped-query" not in alone and "head dim 64 full 512" in alone and f"{paper.stem}-backward.png" in alone
+    assert "Shapes of models" not in alone and "head dim 64 full 512" in alone and f"{paper.stem}-backward.png" in alone
     published("h100", "models")
     published("h100", "models", "fp16")
     assert [path.name for path in tables.all_published()] == [
