@@ -10,9 +10,9 @@
 //             through shared memory, and dQ is added to float32 sums in global memory, where all blocks of a head meet.
 //   convert   (backward_rows.cu) float32 sums, scaled, as 16-bit gradients
 // With grouped queries a block walks the query heads of its KV head one after the other, and dK and dV never leave its
-// registers before they are complete. Only the last KV heads' query heads are shared out, a block a query head, where
-// multiprocessors would be idle at the end; `convert` adds what they sum. Either way dK and dV are summed in one order
-// and are the same in every run. docs/backward.md has the barriers, the shared-memory plan and the cycle budget.
+// registers before they are complete. Where several blocks share these query heads (KeySchedule says when), `convert`
+// adds what each of them summed. Either way dK and dV are summed in one order, and are the same in every run.
+// docs/backward.md has the barriers, the shared-memory plan and the cycle budget.
 
 #include <cuda/ptx>
 
@@ -67,32 +67,31 @@ struct BackwardArguments {
   CUtensorMap q, k, v, dout, dk, dv;
   const RowStats<Config::kBlockQ>* stats;
   SumTile* dq_sums;
-  Sums dk_sums, dv_sums;
-  SharedSchedule schedule;
+  KvSums coarse_sums, fine_sums;
+  KeySchedule schedule;
   Sequences sequences;
-  int heads, heads_per_kv_head;
+  int heads;
   float scale, scale_log2;
   bool needs_dk, needs_dv;
 };
 
-// One thread block's work: a KV block, and for all query heads of its KV head, or for one, the Q blocks that see it.
+// One thread block's work: a KV block, and for some query heads of its KV head the Q blocks that see it.
 template <class Config>
-struct Item {
-  int sequence, first_head, end_head, kv_head, key_block;
+struct Item : KeyItem {
+  int first_key;
+  // The Q blocks that see some of the keys; from `full_block` on they see all of them.
   Range q_blocks;
+  int full_block;
 
-  __device__ __forceinline__ Item(const BackwardArguments<Config>& args, int index) {
-    const WorkItem item = args.schedule.item(index);
-    const bool is_whole = args.schedule.is_whole(index);
-    sequence = item.sequence;
-    first_head = is_whole ? item.head * args.heads_per_kv_head : item.head;
-    end_head = is_whole ? first_head + args.heads_per_kv_head : first_head + 1;
-    kv_head = is_whole ? item.head : quotient(item.head, args.heads_per_kv_head);
-    key_block = item.block;  // under a causal mask the first keys, which most queries see, cost most
-    q_blocks = keys(args).blocks(first_key(), Config::kBlockKv, Config::kBlockQ);
+  __device__ __forceinline__ Item(const BackwardArguments<Config>& args, int index)
+      : KeyItem(args.schedule.item(index)) {
+    // The schedule takes later blocks for the costlier ones; here the first keys are those that most queries see.
+    first_key = (args.schedule.coarse.blocks - 1 - block) * Config::kBlockKv;
+    // The same for both consumers, so that they meet at a barrier from the same place in the code. What rows past the
+    // end would add is 0 by their lse, so that the last block needs no mask for them.
+    q_blocks = keys(args).blocks(first_key, Config::kBlockKv, Config::kBlockQ);
+    full_block = keys(args).full_blocks(first_key, Config::kBlockKv, Config::kBlockQ).begin;
   }
-
-  __device__ __forceinline__ int first_key() const { return key_block * Config::kBlockKv; }
 
   // The sequence from the keys' side: keys are its rows, and query rows are what they see.
   __device__ __forceinline__ Sequence keys(const BackwardArguments<Config>& args) const {
@@ -104,13 +103,12 @@ struct Item {
     return args.sequences.first_block(sequence, head, args.heads, Config::kBlockQ);
   }
 
-  // Where the item's sums of dK or dV begin: those of one query head, which are a copy of the KV head's.
-  __device__ __forceinline__ SumTile* copy_of(const Sums& sums, const BackwardArguments<Config>& args) const {
-    const int kv_heads = quotient(args.heads, args.heads_per_kv_head);
-    const int copy = first_head - kv_head * args.heads_per_kv_head;
-    const int block =
-        args.sequences.transposed().first_block(sequence, kv_head, kv_heads, Config::kBlockKv) + key_block;
-    return sums.tiles + (int64_t{copy} * sums.blocks + block - sums.first_block) * Workspace<Config>::kKvTiles;
+  // Where the item's sums of dK or dV begin, in its copy of the KV block.
+  __device__ __forceinline__ SumTile* own_tiles(const Sums& sums, const BackwardArguments<Config>& args) const {
+    const int kv_heads = quotient(args.heads, args.schedule.group), kv_block = first_key / Config::kBlockKv;
+    const int head_block = args.sequences.transposed().first_block(sequence, kv_head, kv_heads, Config::kBlockKv);
+    const int64_t block = int64_t{copy} * sums.blocks + head_block + kv_block - sums.first_block;
+    return sums.tiles + block * Workspace<Config>::kKvTiles;
   }
 };
 
@@ -124,7 +122,7 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
   const Place place = args.sequences.place(item.sequence);
   auto load_keys = [&](typename Smem::KvTile(&to)[Config::kConsumers], const CUtensorMap& from, uint64_t* full) {
     for (int i = 0; i < Config::kConsumers; ++i) {
-      load_tile(to[i], from, place.key + item.first_key() + 64 * i, item.kv_head, place.batch, full);
+      load_tile(to[i], from, place.key + item.first_key + 64 * i, item.kv_head, place.batch, full);
     }
   };
 
@@ -132,7 +130,9 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
   RingPosition<Config::kStages> at;
   for (int head = item.first_head; head < item.end_head; ++head) {
     const Stats* stats = args.stats + item.first_q_block(args, head);
-    for (int block = item.q_blocks.begin; block < item.q_blocks.end; ++block) {
+    for (int i = item.q_blocks.begin; i < item.q_blocks.end; ++i) {
+      // As the consumers do: those that need a mask, then the others from the last one down.
+      const int block = i < item.full_block ? i : item.q_blocks.end - 1 - (i - item.full_block);
       const int row = place.row + block * Config::kBlockQ;
       uint64_t* full = smem.q_ring.begin_fill(at, Smem::QTile::kBytes + sizeof(Stats) + key_bytes);
       if (key_bytes > 0) load_keys(smem.k, args.k, full);
@@ -302,7 +302,7 @@ struct Consumer {
     ptx::bar_sync(kStoreBarrier + index, 128);
     if (threadIdx.x % 128 == 0) {
       const Place place = args.sequences.place(item.sequence);
-      const int row = place.key + item.first_key() + 64 * index;
+      const int row = place.key + item.first_key + 64 * index;
       if (args.needs_dv) store_tile(args.dv, smem.v[index], row, item.kv_head, place.batch);
       if (args.needs_dk) store_tile(args.dk, smem.k[index], row, item.kv_head, place.batch);
       cuda::ptx::cp_async_bulk_commit_group();
@@ -310,18 +310,16 @@ struct Consumer {
     }
   }
 
-  // What one query head adds to them goes to its copy of the float32 sums.
+  // What other items have a share in goes to the item's copy of the float32 sums.
   __device__ __forceinline__ void store_share(const Item<Config>& item) {
-    if (args.needs_dv) write_sums(dv, item.copy_of(args.dv_sums, args));
-    if (args.needs_dk) write_sums(dk, item.copy_of(args.dk_sums, args));
+    const KvSums& sums = item.coarse ? args.coarse_sums : args.fine_sums;
+    if (args.needs_dv) write_sums(dv, item.own_tiles(sums.dv, args));
+    if (args.needs_dk) write_sums(dk, item.own_tiles(sums.dk, args));
   }
 
   __device__ __forceinline__ void run(const Item<Config>& item) {
     const Sequence keys = item.keys(args);
-    const int own_key = item.first_key() + 64 * index + own_row();
-    // The same for both consumers, so that they meet at a barrier from the same place in the code. What rows past the
-    // end would add is 0 by their lse, so that the last block needs no mask for them.
-    const int first_full_block = keys.full_blocks(item.first_key(), Config::kBlockKv, kBlockQ).begin;
+    const int own_key = item.first_key + 64 * index + own_row();
 #pragma unroll
     for (int r = 0; r < 2; ++r) first_seeing[r] = keys.first_key(own_key + 8 * r);
 #pragma unroll
@@ -330,16 +328,17 @@ struct Consumer {
     for (int head = item.first_head; head < item.end_head; ++head) {
       SumTile* sums = args.dq_sums + item.first_q_block(args, head) * Workspace<Config>::kQTiles;
       int block = item.q_blocks.begin;
-      for (; block < first_full_block; ++block) {
+      for (; block < item.full_block; ++block) {
         step<true>(block * kBlockQ, sums + block * Workspace<Config>::kQTiles);
       }
-      // What keys see ends with the sequence. item.q_blocks.end says the same, and costs a register that there is not.
-      for (; block < args.sequences.blocks_each(kBlockQ); ++block) {
+      // From the last one down, since there all blocks of the head are at the same rows, which L2 then holds.
+      // What keys see ends with the sequence: item.q_blocks.end says the same, and costs a register that there is not.
+      for (block = args.sequences.blocks_each(kBlockQ) - 1; block >= item.full_block; --block) {
         step<false>(block * kBlockQ, sums + block * Workspace<Config>::kQTiles);
       }
     }
     if constexpr (kNeedsDkv) {
-      if (args.schedule.is_whole(blockIdx.x)) {
+      if (item.coarse && args.schedule.copies == 1) {
         store(item);
       } else {
         store_share(item);
@@ -396,12 +395,11 @@ BackwardArguments<Config> make_arguments(const BackwardParams& params) {
   if (args.needs_dv) args.dv = make_tensor_map<typename Smem::KvTile>("dv", params.dv, k_shape);
   args.stats = workspace.stats;
   args.dq_sums = workspace.dq.tiles;
-  args.dk_sums = workspace.dk;
-  args.dv_sums = workspace.dv;
+  args.coarse_sums = workspace.coarse;
+  args.fine_sums = workspace.fine;
   args.schedule = workspace.schedule;
   args.sequences = workspace.sequences;
   args.heads = static_cast<int>(problem.heads);
-  args.heads_per_kv_head = problem.heads_per_kv_head();
   args.scale = problem.softmax_scale();
   args.scale_log2 = problem.softmax_scale() * kLog2E;
   return args;

@@ -84,6 +84,10 @@ struct Sums {
   int copies = 1;
 };
 
+struct KvSums {
+  Sums dk, dv;
+};
+
 template <class Config>
 struct Workspace {
   static constexpr int kQTiles = Config::kBlockQ / 64 * Config::kHeadDim / 64;    // of a Q block
@@ -91,11 +95,11 @@ struct Workspace {
   using Stats = RowStats<Config::kBlockQ>;
 
   Sequences sequences;
-  SharedSchedule schedule;
+  KeySchedule schedule;
   int q_blocks;  // of all heads
   Sums dq;
-  Sums dk, dv;   // only of the KV heads whose query heads are shared out: a copy for each of these
-  Stats* stats;  // of every Q block
+  KvSums coarse, fine;  // of dK and dV, where several items share a KV head's query heads: a copy for each
+  Stats* stats;         // of every Q block
   int64_t bytes;
 
   explicit Workspace(const BackwardParams& p)
@@ -114,11 +118,14 @@ struct Workspace {
       sums.tiles = reinterpret_cast<SumTile*>(take(size));
       return sums;
     };
-    const int group = p.problem.heads_per_kv_head();
-    const Sums shared{nullptr, schedule.whole.items(), schedule.shared.items() / group, group};
+    const auto take_kv_sums = [&](Sums sums) -> KvSums {
+      return {take_sums(p.dk, sums, kKvTiles), take_sums(p.dv, sums, kKvTiles)};
+    };
+    const int coarse_blocks = schedule.copies == 1 ? 0 : schedule.coarse.items() / schedule.copies;
+    const int fine_blocks = schedule.fine.items() / schedule.group;
     dq = take_sums(p.dq, {nullptr, 0, q_blocks, 1}, kQTiles);
-    dk = take_sums(p.dk, shared, kKvTiles);
-    dv = take_sums(p.dv, shared, kKvTiles);
+    coarse = take_kv_sums({nullptr, 0, coarse_blocks, schedule.copies});
+    fine = take_kv_sums({nullptr, schedule.coarse.items() / schedule.copies, fine_blocks, schedule.group});
     stats = reinterpret_cast<Stats*>(take(int64_t{q_blocks} * sizeof(Stats)));
     bytes = end - static_cast<char*>(p.workspace);
   }

@@ -158,8 +158,10 @@ void convert_all(const BackwardParams& params, cudaStream_t stream) {
   const float scale = problem.softmax_scale();
   const Sequences queries = workspace.sequences, keys = queries.transposed();
   convert<T, Config::kHeadDim, Config::kBlockQ>(workspace.dq, params.dq, queries, problem.heads, scale, stream);
-  convert<T, Config::kHeadDim, Config::kBlockKv>(workspace.dk, params.dk, keys, problem.kv_heads, scale, stream);
-  convert<T, Config::kHeadDim, Config::kBlockKv>(workspace.dv, params.dv, keys, problem.kv_heads, 1.f, stream);
+  for (const KvSums* sums : {&workspace.coarse, &workspace.fine}) {
+    convert<T, Config::kHeadDim, Config::kBlockKv>(sums->dk, params.dk, keys, problem.kv_heads, scale, stream);
+    convert<T, Config::kHeadDim, Config::kBlockKv>(sums->dv, params.dv, keys, problem.kv_heads, 1.f, stream);
+  }
 }
 
 }  // namespace

@@ -123,8 +123,7 @@ struct Item {
     const WorkItem item = args.schedule.item(index);
     sequence = item.sequence;
     head = item.head;
-    first_row =
-        (args.schedule.blocks - 1 - item.block) * Config::kBlockQ;  // under a causal mask the last rows cost most
+    first_row = item.block * Config::kBlockQ;
     blocks = args.sequences.at(sequence).blocks(first_row, Config::kBlockQ, Config::kBlockKv).end;
   }
 };

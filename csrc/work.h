@@ -26,14 +26,14 @@ inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan
 }
 
 // Blocks of keys. They read Q and dO of each query head, and add to its float32 dQ.
-inline SharedSchedule backward_schedule(const Problem& problem, const BackwardPlan& plan, int multiprocessors) {
+inline KeySchedule backward_schedule(const Problem& problem, const BackwardPlan& plan, int multiprocessors) {
   constexpr int kBytesPerElement = 2 + 2 + 4;
   const Sequences sequences = problem.sequences(), keys = sequences.transposed();
   const int heads = static_cast<int>(problem.heads), kv_heads = static_cast<int>(problem.kv_heads);
   check_counts({sequences.block_count(heads, plan.block_q), keys.block_count(heads, plan.block_kv)});
-  return SharedSchedule::make(keys.blocks_each(plan.block_kv), kv_heads, keys.count, problem.heads_per_kv_head(),
-                              problem.options.causal, problem.seqlen_q * problem.head_dim * kBytesPerElement, kL2Bytes,
-                              multiprocessors);
+  return KeySchedule::make(keys.blocks_each(plan.block_kv), kv_heads, keys.count, problem.heads_per_kv_head(),
+                           problem.options.causal, problem.seqlen_q * problem.head_dim * kBytesPerElement, kL2Bytes,
+                           multiprocessors);
 }
 
 }  // namespace flash_attn_ext

@@ -23,7 +23,7 @@ struct Schedule {
   int first_pair;  // pairs are counted sequence by sequence
   int pairs;       // from the first on
   int section;     // pairs of a section
-  bool by_cost;    // block 0 costs most, and every next one less
+  bool by_cost;    // every block costs more than the one before it
 
   // The pairs of a section: a whole number of `group` neighbours, which share their memory of so many bytes.
   static HOST_DEVICE int section_pairs(int64_t group_bytes, int group, int64_t l2_bytes) {
@@ -43,43 +43,79 @@ struct Schedule {
               inner_rank = rank - outer_rank * inner;
     const int pair = first_pair + begin + (by_cost ? inner_rank : outer_rank);
     const int sequence = quotient(pair, heads);
-    return {by_cost ? outer_rank : inner_rank, pair - sequence * heads, sequence};
+    return {by_cost ? blocks - 1 - outer_rank : inner_rank, pair - sequence * heads, sequence};
   }
 };
 
-// The backward's items: KV blocks, each with all query heads of its KV head; but the last KV heads' query heads are
-// shared out, an item a query head, where whole items would leave multiprocessors idle at the end.
-struct SharedSchedule {
-  Schedule whole;   // of KV heads
-  Schedule shared;  // of query heads
+// A work item of the backward: a block of keys with some of the query heads of its KV head.
+struct KeyItem {
+  int block, sequence, kv_head, first_head, end_head;
+  bool coarse;
+  int copy;  // which of the items that share the KV head's query heads
+};
 
-  // `group` query heads of each of `kv_heads` read and add to `head_bytes` each.
-  static HOST_DEVICE SharedSchedule make(int blocks, int kv_heads, int sequences, int group, bool by_cost,
-                                         int64_t head_bytes, int64_t l2_bytes, int multiprocessors) {
-    const int pairs = sequences * kv_heads,
-              whole = pairs - shared_pairs(blocks, pairs, group, by_cost, multiprocessors);
-    return {{blocks, kv_heads, 0, whole, Schedule::section_pairs(group * head_bytes, 1, l2_bytes), by_cost},
-            {blocks, kv_heads * group, whole * group, (pairs - whole) * group,
-             Schedule::section_pairs(head_bytes, 1, l2_bytes), by_cost}};
+// The backward's order of work. An item walks its query heads one after the other, so that dK and dV are summed in
+// registers; but not more than kMostHeads, since under a causal mask the blocks of a KV head drift apart with every
+// head, until L2 no longer holds what they share. These are the coarse items. Where there are few of them beside the
+// multiprocessors, the last KV heads' query heads are shared out, an item a query head: the fine items, which fill what
+// would be idle at the end.
+struct KeySchedule {
+  static constexpr int kMostHeads = 4;
+
+  Schedule coarse, fine;
+  int group;   // query heads of a KV head
+  int copies;  // coarse items that share them
+
+  // A query head's rows, and what is added to for them, are `head_bytes`.
+  static HOST_DEVICE KeySchedule make(int blocks, int kv_heads, int sequences, int group, bool by_cost,
+                                      int64_t head_bytes, int64_t l2_bytes, int multiprocessors) {
+    const int copies = (group - 1) / kMostHeads + 1, most_heads = (group - 1) / copies + 1;
+    const int pairs = sequences * kv_heads;
+    const int fine = fine_pairs(blocks, pairs, group, most_heads, copies, by_cost, multiprocessors);
+    return {{blocks, kv_heads * copies, 0, (pairs - fine) * copies,
+             Schedule::section_pairs(most_heads * head_bytes, 1, l2_bytes), by_cost},
+            {blocks, kv_heads * group, (pairs - fine) * group, fine * group,
+             Schedule::section_pairs(head_bytes, 1, l2_bytes), by_cost},
+            group,
+            copies};
   }
 
-  HOST_DEVICE int items() const { return whole.items() + shared.items(); }
-  HOST_DEVICE bool is_whole(int index) const { return index < whole.items(); }
-  HOST_DEVICE WorkItem item(int index) const {
-    return is_whole(index) ? whole.item(index) : shared.item(index - whole.items());
+  HOST_DEVICE int items() const { return coarse.items() + fine.items(); }
+
+  HOST_DEVICE KeyItem item(int index) const {
+    const bool is_coarse = index < coarse.items();
+    const WorkItem at = is_coarse ? coarse.item(index) : fine.item(index - coarse.items());
+    const int shares = is_coarse ? copies : group, kv_head = quotient(at.head, shares),
+              copy = at.head - kv_head * shares;
+    const int first = kv_head * group;
+    return {at.block,
+            at.sequence,
+            kv_head,
+            first + quotient(copy * group, shares),
+            first + quotient((copy + 1) * group, shares),
+            is_coarse,
+            copy};
   }
 
  private:
-  // How many of the last KV heads are shared out. Where all items cost the same, those of a last round that is far from
-  // full. Where they do not, the last KV heads' longest items begin while the KV heads before end: as many blocks as
-  // there are multiprocessors, in pieces, fill what these leave idle.
-  static HOST_DEVICE int shared_pairs(int blocks, int pairs, int group, bool by_cost, int multiprocessors) {
-    if (group == 1) return 0;
-    const int last_round = blocks * pairs % multiprocessors;
-    const int wanted = by_cost                                 ? (multiprocessors + blocks / 2) / blocks
-                       : 10 * last_round < 9 * multiprocessors ? (last_round + blocks - 1) / blocks
-                                                               : 0;
-    return wanted < pairs ? wanted : pairs;
+  // How many of the last (sequence, KV head) pairs are shared out.
+  static HOST_DEVICE int fine_pairs(int blocks, int pairs, int group, int most_heads, int copies, bool by_cost,
+                                    int multiprocessors) {
+    const int64_t items = int64_t{pairs} * copies * blocks;
+    if (group == 1 || items > 20 * multiprocessors) return 0;  // what is lost at the end is little beside so many
+    int64_t wanted;
+    if (by_cost) {
+      // The longest items of the last coarse pairs end while multiprocessors that took the short ones are idle: about
+      // as much as one coarse item each. That is what the fine items are, and at least one pair.
+      wanted = (int64_t{multiprocessors} * most_heads + blocks * group / 2) / (int64_t{blocks} * group);
+      if (wanted == 0) wanted = 1;
+    } else {
+      // Items cost the same: a last round that leaves a tenth of the multiprocessors idle.
+      const int64_t last_round = items % multiprocessors;
+      wanted = 10 * last_round < 9 * multiprocessors ? (last_round - 1) / (int64_t{blocks} * copies) + 1 : 0;
+      if (last_round == 0) wanted = 0;
+    }
+    return wanted < pairs ? static_cast<int>(wanted) : pairs;
   }
 };
 
