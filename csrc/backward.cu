@@ -29,6 +29,7 @@
 #include "tile/ring.cuh"
 #include "tile/schedule.h"
 #include "tile/smem.cuh"
+#include "work.h"
 
 namespace flash_attn_ext {
 namespace {
@@ -380,11 +381,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 template <class Config>
 BackwardArguments<Config> make_arguments(const BackwardParams& params) {
   using Smem = BackwardSmem<Config>;
-  constexpr int64_t kRowBytesPerColumn = 2 + 2 + 4;  // Q, dO and the sums of dQ
   const Problem& problem = params.problem;
   const Shape q_shape = problem.q_shape(), k_shape = problem.k_shape();
   const Workspace<Config> workspace(params);
-  const Sequences keys = workspace.sequences.transposed();
 
   BackwardArguments<Config> args;
   args.q = make_tensor_map<typename Smem::QTile>("q", params.q, q_shape);
@@ -405,15 +404,7 @@ BackwardArguments<Config> make_arguments(const BackwardParams& params) {
   args.heads_per_kv_head = problem.heads_per_kv_head();
   args.scale = problem.softmax_scale();
   args.scale_log2 = problem.softmax_scale() * kLog2E;
-  args.schedule = Schedule::make(
-      {.blocks = keys.blocks_each(Config::kBlockKv),
-       .heads = static_cast<int>(problem.kv_heads) * args.parts,
-       .sequences = keys.count,
-       .by_cost = problem.options.causal,
-       .heads_together = args.parts,
-       .bytes_together = problem.seqlen_q * args.heads_per_kv_head * Config::kHeadDim * kRowBytesPerColumn,
-       .l2_bytes = kL2Bytes,
-       .multiprocessors = multiprocessors(current_device())});
+  args.schedule = backward_schedule(problem, Config::kPlan, args.parts, multiprocessors(current_device()));
   return args;
 }
 

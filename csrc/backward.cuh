@@ -13,9 +13,9 @@
 #include "device.h"
 #include "launch.h"
 #include "limits.h"
-#include "tile/schedule.h"
 #include "tile/sequences.h"
 #include "tile/smem.cuh"
+#include "work.h"
 
 namespace flash_attn_ext {
 
@@ -99,11 +99,8 @@ struct Workspace {
   explicit Workspace(const BackwardParams& p)
       : sequences(p.problem.sequences()),
         q_blocks(sequences.block_count(Config::kBlockQ) * p.problem.heads),
-        kv_blocks(sequences.transposed().block_count(Config::kBlockKv) * p.problem.kv_heads) {
-    const int most_parts = p.problem.heads_per_kv_head();
-    check_counts({q_blocks, kv_blocks * most_parts});
-    parts = head_parts(kv_blocks, most_parts, sequences.blocks_each(Config::kBlockQ), p.problem.options.causal,
-                       multiprocessors(current_device()));
+        kv_blocks(sequences.transposed().block_count(Config::kBlockKv) * p.problem.kv_heads),
+        parts(backward_parts(p.problem, Config::kPlan, multiprocessors(current_device()))) {
     char* end = static_cast<char*>(p.workspace);
     const auto take = [&](int64_t size) {
       char* begin = end;

@@ -5,7 +5,6 @@
 
 #include <array>
 #include <atomic>
-#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -17,9 +16,6 @@ inline void check_cuda(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
   }
 }
-
-// What the blocks that run together want to find in L2: half of the 50 MB or 60 MB that Hoppers have.
-inline constexpr int64_t kL2Bytes = int64_t{32} << 20;
 
 inline int current_device() {
   int device = 0;

@@ -29,6 +29,7 @@
 #include "tile/sequences.h"
 #include "tile/smem.cuh"
 #include "tile/softmax.cuh"
+#include "work.h"
 
 namespace flash_attn_ext {
 namespace {
@@ -443,16 +444,7 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
   args.heads = static_cast<int>(problem.heads);
   args.heads_per_kv_head = problem.heads_per_kv_head();
   args.scale_log2 = problem.softmax_scale() * kLog2E;
-  check_counts({args.sequences.block_count(Config::kBlockQ) * args.heads});
-  args.schedule =
-      Schedule::make({.blocks = args.sequences.blocks_each(Config::kBlockQ),
-                      .heads = args.heads,
-                      .sequences = args.sequences.count,
-                      .by_cost = problem.options.causal,
-                      .heads_together = args.heads_per_kv_head,
-                      .bytes_together = 2 * problem.seqlen_k * Config::kHeadDim * int{sizeof(typename Config::T)},
-                      .l2_bytes = kL2Bytes,
-                      .multiprocessors = multiprocessors(device)});
+  args.schedule = forward_schedule(problem, Config::kPlan, multiprocessors(device));
 
   constexpr int kBytes = sizeof(Smem);
   allow_shared_memory<forward_kernel<Config>, kBytes>(device);

@@ -70,25 +70,4 @@ struct Schedule {
   }
 };
 
-// How many thread blocks share the query heads of a KV head in the backward, where there are fewer KV heads' blocks
-// than keep the multiprocessors busy. `items` is their number; the longest takes `steps` steps for each of its `group`
-// query heads and, where costs differ, the mean item half as many. Of the numbers of parts it is the one with the
-// shortest estimated time, in steps, that a launch takes.
-HOST_DEVICE int head_parts(int64_t items, int group, int64_t steps, bool by_cost, int multiprocessors) {
-  int best = 1;
-  int64_t best_time = INT64_MAX;
-  for (int parts = 1; parts <= group; ++parts) {
-    // An item also has a beginning and an end; parts of a sum are written in float32 and met afterwards.
-    const int64_t fixed = parts == 1 ? 1 : 2, longest = fixed + (group - 1) / parts * steps + steps;
-    const int64_t rounds = (items * parts - 1) / multiprocessors + 1;
-    const int64_t share = items * (2 * parts * fixed + group * steps) / (2 * multiprocessors);
-    const int64_t time = !by_cost ? rounds * longest : share > longest ? share : longest;
-    if (time < best_time) {
-      best = parts;
-      best_time = time;
-    }
-  }
-  return best;
-}
-
 }  // namespace flash_attn_ext
