@@ -72,10 +72,12 @@ struct KeySchedule {
     const int copies = (group - 1) / kMostHeads + 1, most_heads = (group - 1) / copies + 1;
     const int pairs = sequences * kv_heads;
     const int fine = fine_pairs(blocks, pairs, group, most_heads, copies, by_cost, multiprocessors);
-    return {{blocks, kv_heads * copies, 0, (pairs - fine) * copies,
-             Schedule::section_pairs(most_heads * head_bytes, 1, l2_bytes), by_cost},
-            {blocks, kv_heads * group, (pairs - fine) * group, fine * group,
-             Schedule::section_pairs(head_bytes, 1, l2_bytes), by_cost},
+    const int coarse_section = Schedule::section_pairs(most_heads * head_bytes, 1, l2_bytes);
+    // Sections of one width, so that the last one is no smaller than the others.
+    const int fine_sections = quotient(fine * group, Schedule::section_pairs(head_bytes, 1, l2_bytes));
+    const int fine_section = fine_sections > 1 ? quotient(fine * group - 1, fine_sections) + 1 : fine * group;
+    return {{blocks, kv_heads * copies, 0, (pairs - fine) * copies, coarse_section, by_cost},
+            {blocks, kv_heads * group, (pairs - fine) * group, fine * group, fine_section, by_cost},
             group,
             copies};
   }
@@ -106,8 +108,8 @@ struct KeySchedule {
     int64_t wanted;
     if (by_cost) {
       // The longest items of the last coarse pairs end while multiprocessors that took the short ones are idle: about
-      // as much as one coarse item each. That is what the fine items are, and at least one pair.
-      wanted = (int64_t{multiprocessors} * most_heads + blocks * group / 2) / (int64_t{blocks} * group);
+      // as much as one coarse item each. So many pairs become fine items, rounded up from a fifth, and at least one.
+      wanted = (int64_t{5} * multiprocessors * most_heads + 4 * blocks * group) / (int64_t{5} * blocks * group);
       if (wanted == 0) wanted = 1;
     } else {
       // Items cost the same: a last round that leaves a tenth of the multiprocessors idle.

@@ -19,42 +19,28 @@ constexpr int kMultiprocessors = 132;
 
 // ------------------------------------------------------------------------------------------------------- small sizes
 
-static void check_every_item_once(const Schedule& schedule, const Schedule::Call& call, const std::string& name) {
-  std::vector<int> visits(schedule.items());
+static void check_every_item_once(const Schedule& schedule, int sequences, const std::string& name) {
+  std::vector<int> visits(sequences * schedule.heads * schedule.blocks);
   for (int index = 0; index < schedule.items(); ++index) {
     const WorkItem at = schedule.item(index);
-    const bool inside = at.block >= 0 && at.block < call.blocks && at.head >= 0 && at.head < call.heads &&
-                        at.sequence >= 0 && at.sequence < call.sequences;
+    const bool inside = at.block >= 0 && at.block < schedule.blocks && at.head >= 0 && at.head < schedule.heads &&
+                        at.sequence >= 0 && at.sequence < sequences;
     test::check(inside, name + ": item " + std::to_string(index) + " is outside");
-    if (inside) ++visits[(at.sequence * call.heads + at.head) * call.blocks + at.block];
+    if (inside) ++visits[(at.sequence * schedule.heads + at.head) * schedule.blocks + at.block];
   }
-  test::check(std::ranges::all_of(visits, [](int n) { return n == 1; }), name + ": an item is not handed out once");
-  test::check(schedule.items() == call.blocks * call.heads * call.sequences, name + ": number of items");
+  for (int i = 0; i < static_cast<int>(visits.size()); ++i) {
+    const int pair = i / schedule.blocks - schedule.first_pair;
+    const int expected = pair >= 0 && pair < schedule.pairs;
+    test::check(visits[i] == expected, name + ": block " + std::to_string(i) + " is not handed out once");
+  }
 }
 
-// The sections of a schedule as ranges of items.
-static std::vector<Range> sections(const Schedule& schedule) {
-  std::vector<Range> found;
-  for (int pair = 0; pair < schedule.pairs;) {
-    const int end = pair < schedule.pairs - schedule.last_section ? pair + schedule.section : schedule.pairs;
-    found.push_back({pair * schedule.blocks, end * schedule.blocks});
-    pair = end;
-  }
-  return found;
-}
-
-// The last section may be larger than L2 where the longest items could not be evened out otherwise: it takes what that
-// needs, and what is too little for a section of its own.
-static void check_sections(const Schedule& schedule, const Schedule::Call& call, const std::string& name) {
-  const int64_t groups_in_l2 = std::max<int64_t>(1, call.l2_bytes / call.bytes_together);
-  const int tail = call.by_cost ? (4 * call.multiprocessors + call.blocks - 1) / call.blocks : 1;
-  test::check(schedule.section <= groups_in_l2 * call.heads_together, name + ": a section is larger than L2");
-  test::check(schedule.last_section < std::max(tail, schedule.section) + schedule.section, name + ": the last section");
-  test::check(schedule.last_section >= std::min(tail, schedule.pairs), name + ": the last section is too short");
-  for (const Range& section : sections(schedule)) {
-    for (int index = section.begin + 1; call.by_cost && index < section.end; ++index) {
-      test::check(schedule.item(index).block >= schedule.item(index - 1).block, name + ": the cost rises");
-    }
+// Within a section the cost never rises.
+static void check_order(const Schedule& schedule, const std::string& name) {
+  const int section = std::min(schedule.section, schedule.pairs) * schedule.blocks;
+  for (int index = 1; schedule.by_cost && index < schedule.items(); ++index) {
+    if (index % section == 0) continue;
+    test::check(schedule.item(index).block <= schedule.item(index - 1).block, name + ": the cost rises");
   }
 }
 
@@ -62,21 +48,77 @@ static void check_small_sizes() {
   for (int blocks : {1, 2, 5}) {
     for (int heads : {1, 2, 6}) {
       for (int sequences : {1, 3}) {
-        for (bool by_cost : {false, true}) {
-          for (int together : {1, 2}) {
-            for (int groups_in_l2 : {0, 1, 2, 100}) {
-              for (int multiprocessors : {1, 4, 1000}) {
-                const Schedule::Call call{blocks,   heads, sequences,           by_cost,
-                                          together, 1000,  1000 * groups_in_l2, multiprocessors};
-                const std::string name = std::to_string(blocks) + " blocks, " + std::to_string(heads) + " heads, " +
-                                         std::to_string(sequences) + " sequences, " + std::to_string(together) +
-                                         " heads together, " + std::to_string(groups_in_l2) + " of them in L2, " +
-                                         std::to_string(multiprocessors) + " multiprocessors" +
-                                         (by_cost ? ", by cost" : "");
-                const Schedule schedule = Schedule::make(call);
-                check_every_item_once(schedule, call, name);
-                check_sections(schedule, call, name);
-              }
+        for (int section : {1, 2, 7, 100}) {
+          for (bool by_cost : {false, true}) {
+            const int all = heads * sequences;
+            for (const Range pairs : {Range{0, all}, {0, all / 2}, {all / 2, all}}) {
+              const Schedule schedule{blocks, heads, pairs.begin, pairs.end - pairs.begin, section, by_cost};
+              const std::string name = std::to_string(blocks) + " blocks, " + std::to_string(heads) + " heads, " +
+                                       std::to_string(sequences) + " sequences, pairs " + std::to_string(pairs.begin) +
+                                       " to " + std::to_string(pairs.end) + " in sections of " +
+                                       std::to_string(section) + (by_cost ? ", by cost" : "");
+              check_every_item_once(schedule, sequences, name);
+              check_order(schedule, name);
+            }
+          }
+        }
+      }
+    }
+  }
+  test::check(Schedule::section_pairs(1000, 3, 2500) == 6, "two groups of three heads fit");
+  test::check(Schedule::section_pairs(1000, 3, 999) == 3, "a group that does not fit is a section");
+  test::check(Schedule::section_pairs(0, 1, 32 << 20) == 32 << 20, "nothing to read");
+  test::check(Schedule::section_pairs(1, 100, int64_t{1} << 40) == INT32_MAX, "more than an int holds");
+}
+
+// Each block of keys meets each query head of its KV head once; the copies are numbered from 0, and an item that has a
+// KV head to itself has all of its query heads.
+static void check_keys(int blocks, int kv_heads, int sequences, int group, bool by_cost, int multiprocessors) {
+  const KeySchedule schedule =
+      KeySchedule::make(blocks, kv_heads, sequences, group, by_cost, 1000, 5000, multiprocessors);
+  const std::string name = std::to_string(blocks) + " blocks, " + std::to_string(kv_heads) + " KV heads of " +
+                           std::to_string(group) + " query heads, " + std::to_string(sequences) + " sequences, " +
+                           std::to_string(multiprocessors) + " multiprocessors" + (by_cost ? ", by cost" : "");
+  const int heads = kv_heads * group;
+  std::vector<int> visits(sequences * heads * blocks);
+  std::vector<std::vector<int>> copies(sequences * kv_heads * blocks);
+  for (int index = 0; index < schedule.items(); ++index) {
+    const KeyItem at = schedule.item(index);
+    const int kv_block = (at.sequence * kv_heads + at.kv_head) * blocks + at.block;
+    const int walked = at.end_head - at.first_head;
+    const bool inside = at.block >= 0 && at.block < blocks && at.sequence >= 0 && at.sequence < sequences &&
+                        at.kv_head >= 0 && at.kv_head < kv_heads && at.first_head >= at.kv_head * group &&
+                        at.end_head <= (at.kv_head + 1) * group;
+    test::check(inside && walked >= 1 && walked <= KeySchedule::kMostHeads, name + ": an item is outside");
+    if (!inside) continue;
+    for (int head = at.first_head; head < at.end_head; ++head) {
+      ++visits[(at.sequence * heads + head) * blocks + at.block];
+    }
+    copies[kv_block].push_back(at.copy);
+    test::check(at.coarse || walked == 1, name + ": a fine item has one query head");
+    test::check(!at.coarse || schedule.copies > 1 || walked == group, name + ": an item has its KV head to itself");
+    // As the workspace counts them: coarse KV heads first, then fine ones.
+    const int coarse_blocks = schedule.coarse.items() / schedule.copies;
+    test::check(at.coarse == (kv_block / blocks < coarse_blocks / blocks), name + ": fine KV heads are the last");
+  }
+  test::check(std::ranges::all_of(visits, [](int n) { return n == 1; }), name + ": a head is not walked once");
+  for (auto& of_block : copies) {
+    std::ranges::sort(of_block);
+    bool numbered = of_block.size() == static_cast<size_t>(schedule.copies) ||
+                    of_block.size() == static_cast<size_t>(schedule.group);
+    for (size_t i = 0; i < of_block.size(); ++i) numbered &= of_block[i] == static_cast<int>(i);
+    test::check(numbered, name + ": copies are numbered");
+  }
+}
+
+static void check_small_key_schedules() {
+  for (int blocks : {1, 2, 5}) {
+    for (int kv_heads : {1, 3}) {
+      for (int sequences : {1, 2}) {
+        for (int group : {1, 2, 4, 5, 7, 8, 9, 32}) {
+          for (bool by_cost : {false, true}) {
+            for (int multiprocessors : {1, 7, 132}) {
+              check_keys(blocks, kv_heads, sequences, group, by_cost, multiprocessors);
             }
           }
         }
@@ -95,21 +137,21 @@ static Costs forward_costs(const Problem& problem, const ForwardPlan& plan, cons
   Costs costs;
   for (int index = 0; index < schedule.items(); ++index) {
     const WorkItem item = schedule.item(index);
-    const int first_row = (schedule.blocks - 1 - item.block) * plan.block_q;  // the last rows cost most
-    costs.push_back(1 + problem.sequences().at(item.sequence).blocks(first_row, plan.block_q, plan.block_kv).end);
+    const Sequence sequence = problem.sequences().at(item.sequence);
+    costs.push_back(1 + sequence.blocks(item.block * plan.block_q, plan.block_q, plan.block_kv).end);
   }
   return costs;
 }
 
-static Costs backward_costs(const Problem& problem, const BackwardPlan& plan, int parts, const Schedule& schedule) {
+static Costs backward_costs(const Problem& problem, const BackwardPlan& plan, const KeySchedule& schedule) {
   Costs costs;
-  const int group = problem.heads_per_kv_head();
   for (int index = 0; index < schedule.items(); ++index) {
-    const WorkItem item = schedule.item(index);
-    const int part = item.head % parts, heads = (part + 1) * group / parts - part * group / parts;
+    const KeyItem item = schedule.item(index);
     const Sequence keys = problem.sequences().transposed().at(item.sequence);
-    const Range blocks = keys.blocks(item.block * plan.block_kv, plan.block_kv, plan.block_q);
-    costs.push_back((parts == 1 ? 1 : 2) + heads * (blocks.end - blocks.begin));
+    const int first_key = (schedule.coarse.blocks - 1 - item.block) * plan.block_kv;  // the first keys cost most
+    const Range blocks = keys.blocks(first_key, plan.block_kv, plan.block_q);
+    const bool complete = item.end_head - item.first_head == schedule.group;
+    costs.push_back((complete ? 1 : 2) + (item.end_head - item.first_head) * (blocks.end - blocks.begin));
   }
   return costs;
 }
@@ -150,27 +192,6 @@ static void check_balance(const std::string& name, const Costs& costs) {
   test::check(time <= limit, name + ": takes " + std::to_string(time) + " steps of " + std::to_string(ideal(costs)));
 }
 
-static void check_order(const std::string& name, const Schedule& schedule, const Costs& costs) {
-  for (const Range& section : sections(schedule)) {
-    test::check(std::is_sorted(costs.begin() + section.begin, costs.begin() + section.end, std::greater<>()),
-                name + ": the cost rises within a section");
-  }
-}
-
-// The query heads of a KV head are shared out where that saves a thirty-second of the time, and to no more than that.
-static void check_parts(const std::string& name, const Problem& problem, const BackwardPlan& plan, int parts) {
-  const auto time = [&](int parts) {
-    return makespan(backward_costs(problem, plan, parts, backward_schedule(problem, plan, parts, kMultiprocessors)));
-  };
-  const int64_t chosen = time(parts);
-  for (int other = 1; other <= problem.heads_per_kv_head(); ++other) {
-    const std::string at = name + ": " + std::to_string(parts) + " parts, not " + std::to_string(other);
-    test::check(31 * chosen <= 32 * time(other), at + ", take longer");
-    if (other < parts) test::check(32 * chosen < 31 * time(other), at + ", save little");
-  }
-  if (problem.heads == problem.kv_heads) test::check(parts == 1, name + ": nothing to split");
-}
-
 static void check_shape(int64_t heads, int64_t kv_heads, int head_dim, int64_t batch, int64_t seqlen, bool causal) {
   const Problem problem{batch,    seqlen,   seqlen,           heads,
                         kv_heads, head_dim, DType::kBFloat16, {.softmax_scale = {}, .causal = causal}};
@@ -180,17 +201,11 @@ static void check_shape(int64_t heads, int64_t kv_heads, int head_dim, int64_t b
   const bool found = with_limits(head_dim, [&]<std::size_t row>() {
     constexpr ForwardPlan kForward = kLimits[row].forward;
     constexpr BackwardPlan kBackward = kLimits[row].backward;
-    const Schedule forward = forward_schedule(problem, kForward, kMultiprocessors);
-    const Costs costs = forward_costs(problem, kForward, forward);
-    check_order(name + ", forward", forward, costs);
-    check_balance(name + ", forward", costs);
+    check_balance(name + ", forward", forward_costs(problem, kForward, forward_schedule(problem, kForward)));
     if constexpr (kBackward.built()) {
-      const int parts = backward_parts(problem, kBackward, kMultiprocessors);
-      const Schedule backward = backward_schedule(problem, kBackward, parts, kMultiprocessors);
-      const Costs costs = backward_costs(problem, kBackward, parts, backward);
-      check_order(name + ", backward", backward, costs);
-      check_balance(name + ", backward", costs);
-      check_parts(name + ", backward", problem, kBackward, parts);
+      const KeySchedule backward = backward_schedule(problem, kBackward, kMultiprocessors);
+      check_balance(name + ", backward", backward_costs(problem, kBackward, backward));
+      test::check(heads != kv_heads || backward.fine.items() == 0, name + ": nothing to share out");
     }
   });
   test::check(found, name + ": no such head dim");
@@ -227,6 +242,7 @@ static void check_real_shapes() {
 
 int main() {
   check_small_sizes();
+  check_small_key_schedules();
   check_real_shapes();
   return test::finish("schedule");
 }
