@@ -130,9 +130,8 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
   RingPosition<Config::kStages> at;
   for (int head = item.first_head; head < item.end_head; ++head) {
     const Stats* stats = args.stats + item.first_q_block(args, head);
-    for (int i = item.q_blocks.begin; i < item.q_blocks.end; ++i) {
-      // As the consumers do: those that need a mask, then the others from the last one down.
-      const int block = i < item.full_block ? i : item.q_blocks.end - 1 - (i - item.full_block);
+    int block = item.stride > 0 ? item.q_blocks.begin : item.q_blocks.end - 1;
+    for (int i = item.q_blocks.begin; i < item.q_blocks.end; ++i, block += item.stride) {
       const int row = place.row + block * Config::kBlockQ;
       uint64_t* full = smem.q_ring.begin_fill(at, Smem::QTile::kBytes + sizeof(Stats) + key_bytes);
       if (key_bytes > 0) load_keys(smem.k, args.k, full);
@@ -327,14 +326,14 @@ struct Consumer {
 
     for (int head = item.first_head; head < item.end_head; ++head) {
       SumTile* sums = args.dq_sums + item.first_q_block(args, head) * Workspace<Config>::kQTiles;
-      int block = item.q_blocks.begin;
-      for (; block < item.full_block; ++block) {
-        step<true>(block * kBlockQ, sums + block * Workspace<Config>::kQTiles);
-      }
-      // From the last one down, since there all blocks of the head are at the same rows, which L2 then holds.
-      // What keys see ends with the sequence: item.q_blocks.end says the same, and costs a register that there is not.
-      for (block = args.sequences.blocks_each(kBlockQ) - 1; block >= item.full_block; --block) {
-        step<false>(block * kBlockQ, sums + block * Workspace<Config>::kQTiles);
+      int block = item.stride > 0 ? item.q_blocks.begin : item.q_blocks.end - 1;
+      for (int i = item.q_blocks.begin; i < item.q_blocks.end; ++i, block += item.stride) {
+        SumTile* block_sums = sums + block * Workspace<Config>::kQTiles;
+        if (block < item.full_block) [[unlikely]] {
+          step<true>(block * kBlockQ, block_sums);
+        } else {
+          step<false>(block * kBlockQ, block_sums);
+        }
       }
     }
     if constexpr (kNeedsDkv) {

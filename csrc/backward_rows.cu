@@ -93,29 +93,47 @@ __global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_const
   const int rows = args.sequences.at(block.sequence).rows;
   const SumTile* tiles = args.from.tiles + int64_t{blockIdx.x} * kTiles;
 
-  // Four neighbouring threads of the product hold 8 columns of two rows: 16 bytes of each. Neighbouring threads here
-  // take neighbouring columns, so that rows are written whole.
+  // Four neighbouring threads of the product hold 8 columns of two rows: 16 bytes of each. Such a piece is a thread's
+  // here; neighbouring threads take neighbouring columns, so that rows are written whole.
+  constexpr int kPieces = kTiles * SumTile::kQuads * 32 / kRowThreads;
+  const auto quad = [](int piece) { return (piece * kRowThreads + threadIdx.x) % SumTile::kQuads; };
+  const auto group = [](int piece) { return (piece * kRowThreads + threadIdx.x) / SumTile::kQuads % 32; };
+  const auto tile = [](int piece) { return (piece * kRowThreads + threadIdx.x) / (SumTile::kQuads * 32); };
+  const auto load = [&](int copy, int piece, int i) {
+    const SumTile& from = tiles[int64_t{copy} * args.from.blocks * kTiles + tile(piece)];
+    return from.quad[quad(piece)][4 * group(piece) + i];
+  };
+
+  float4 sums[kPieces][4];  // all loads are under way before the first is needed
 #pragma unroll
-  for (int item = threadIdx.x; item < kTiles * SumTile::kQuads * 32; item += kRowThreads) {
-    const int quad = item % SumTile::kQuads, group = item / SumTile::kQuads % 32, tile = item / (SumTile::kQuads * 32);
-    float4 sums[4];
+  for (int piece = 0; piece < kPieces; ++piece) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums[i] = tiles[tile].quad[quad][4 * group + i];
-    for (int copy = 1; copy < args.from.copies; ++copy) {  // in this order, so that the sum is the same in every run
+    for (int i = 0; i < 4; ++i) sums[piece][i] = load(0, piece, i);
+  }
+  for (int copy = 1; copy < args.from.copies; ++copy) {  // in this order, so that the sum is the same in every run
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float4 x = tiles[int64_t{copy} * args.from.blocks * kTiles + tile].quad[quad][4 * group + i];
-        sums[i] = make_float4(sums[i].x + x.x, sums[i].y + x.y, sums[i].z + x.z, sums[i].w + x.w);
+        const float4 x = load(copy, piece, i);
+        float4& sum = sums[piece][i];
+        sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
       }
     }
+  }
+
+#pragma unroll
+  for (int piece = 0; piece < kPieces; ++piece) {
     uint32_t bits[2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      bits[0][i] = pack<T>(sums[i].x * args.scale, sums[i].y * args.scale);
-      bits[1][i] = pack<T>(sums[i].z * args.scale, sums[i].w * args.scale);
+      const float4& sum = sums[piece][i];
+      bits[0][i] = pack<T>(sum.x * args.scale, sum.y * args.scale);
+      bits[1][i] = pack<T>(sum.z * args.scale, sum.w * args.scale);
     }
-    const int column = 64 * (tile % kColumnTiles) + 8 * quad;
-    const int first_row = block.index * kBlockRows + 64 * (tile / kColumnTiles) + group / 8 * 16 + group % 8;
+    const int column = 64 * (tile(piece) % kColumnTiles) + 8 * quad(piece);
+    const int first_row =
+        block.index * kBlockRows + 64 * (tile(piece) / kColumnTiles) + group(piece) / 8 * 16 + group(piece) % 8;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = first_row + 8 * r;

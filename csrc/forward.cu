@@ -370,7 +370,7 @@ struct Consumer {
     for (; block >= own_blocks; --block) skip_block(block);
     if (own_blocks == 0) release_q();
     if (block >= 0) {
-      const bool half = sequence.blocks(first_row, 64, kBlockKv / 2).end <= 2 * block + 1;
+      const bool half = sequence.seen(first_row, 64).end <= block * kBlockKv + kBlockKv / 2;
       if (Config::kHalfFirstBlock && half) {
         first_block<Config::kHalfFirstBlock ? kBlockKv / 2 : kBlockKv>(softmax, sequence, first_row, block, true);
       } else {

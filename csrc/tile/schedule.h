@@ -51,7 +51,8 @@ struct Schedule {
 struct KeyItem {
   int block, sequence, kv_head, first_head, end_head;
   bool coarse;
-  int copy;  // which of the items that share the KV head's query heads
+  int copy;    // which of the items that share the KV head's query heads
+  int stride;  // 1: query rows are walked from the first to the last; -1: from the last to the first
 };
 
 // The backward's order of work. An item walks its query heads one after the other, so that dK and dV are summed in
@@ -65,6 +66,8 @@ struct KeySchedule {
   Schedule coarse, fine;
   int group;   // query heads of a KV head
   int copies;  // coarse items that share them
+  bool alternates;
+  int multiprocessors;
 
   // A query head's rows, and what is added to for them, are `head_bytes`.
   static HOST_DEVICE KeySchedule make(int blocks, int kv_heads, int sequences, int group, bool by_cost,
@@ -79,7 +82,9 @@ struct KeySchedule {
     return {{blocks, kv_heads * copies, 0, (pairs - fine) * copies, coarse_section, by_cost},
             {blocks, kv_heads * group, (pairs - fine) * group, fine * group, fine_section, by_cost},
             group,
-            copies};
+            copies,
+            by_cost && blocks >= 16,
+            multiprocessors};
   }
 
   HOST_DEVICE int items() const { return coarse.items() + fine.items(); }
@@ -96,7 +101,8 @@ struct KeySchedule {
             first + quotient(copy * group, shares),
             first + quotient((copy + 1) * group, shares),
             is_coarse,
-            copy};
+            copy,
+            alternates && quotient(index, multiprocessors) % 2 == 0 ? -1 : 1};
   }
 
  private:

@@ -6,8 +6,6 @@
 // keys' side: which row blocks hold a row that sees some of its keys. That is `transposed()`.
 #pragma once
 
-#include <climits>
-
 #include "host_device.h"
 
 namespace flash_attn_ext {
@@ -18,31 +16,29 @@ struct Range {
 };
 
 struct Sequence {
-  static constexpr int kUnbounded = INT_MAX;
+  // More than any length, and no sum below leaves an int.
+  static constexpr int kUnbounded = 1 << 30;
 
-  int rows, keys;
-  int left, right;  // >= 0; how far a row sees to either side of its place on the diagonal
+  int rows, keys;   // < kUnbounded
+  int left, right;  // 0 ... kUnbounded; how far a row sees to either side of its place on the diagonal
 
   // Query `row` sees the keys first_key(row) <= j < end_key(row), none if the first is not below the second. Both grow
-  // with the row. Rows outside of the sequence see nothing.
-  HOST_DEVICE int first_key(int row) const {
-    if (row < 0 || row >= rows) return keys;
-    return clamp(static_cast<long long>(row) + keys - rows - left);
-  }
-  HOST_DEVICE int end_key(int row) const {
-    if (row < 0 || row >= rows) return 0;
-    return clamp(static_cast<long long>(row) + keys - rows + right + 1);
+  // with the row. Rows past the end of the sequence see nothing.
+  HOST_DEVICE int first_key(int row) const { return row < rows ? clamp(row - rows + keys - left) : keys; }
+  HOST_DEVICE int end_key(int row) const { return row < rows ? clamp(row - rows + keys + right + 1) : 0; }
+
+  // The keys that some of the rows row <= i < row + n see.
+  HOST_DEVICE Range seen(int row, int n) const {
+    return {first_key(row), end_key(row + n <= rows ? row + n - 1 : rows - 1)};
   }
 
-  // The blocks of so many keys that hold one which some of the rows row <= i < row + n sees.
+  // The blocks of so many keys that hold one of them.
   HOST_DEVICE Range blocks(int row, int n, int block) const {
-    if (row >= rows) return {0, 0};
-    const int last = row + n <= rows ? row + n - 1 : rows - 1;
-    const int first = first_key(row), end = end_key(last);
+    const auto [first, end] = seen(row, n);
     return first < end ? Range{first / block, (end - 1) / block + 1} : Range{0, 0};
   }
 
-  // Of these, the blocks that all of the rows row <= i < row + n see whole: they need no mask.
+  // Of these blocks, those that all of the rows row <= i < row + n see whole: they need no mask.
   HOST_DEVICE Range full_blocks(int row, int n, int block) const {
     const int first = first_key(row + n - 1), end = end_key(row);
     return {first / block + (first % block != 0), end / block};
@@ -52,7 +48,7 @@ struct Sequence {
   HOST_DEVICE Sequence transposed() const { return {keys, rows, right, left}; }
 
  private:
-  HOST_DEVICE int clamp(long long key) const { return key < 0 ? 0 : key < keys ? static_cast<int>(key) : keys; }
+  HOST_DEVICE int clamp(int key) const { return key < 0 ? 0 : key < keys ? key : keys; }
 };
 
 }  // namespace flash_attn_ext

@@ -137,18 +137,22 @@ static void check_sequences() {
     for (int rows : {1, 7, 8, 9, 20}) {
       const Sequences all{count, {.rows = rows, .keys = 2 * rows + 1, .left = 5, .right = 0}};
       const std::string name = std::to_string(count) + " sequences of " + std::to_string(rows) + " rows";
-      for (int block : {1, 4, 8}) {
-        const std::string at = name + " in blocks of " + std::to_string(block);
-        int index = 0;
-        for (int sequence = 0; sequence < count; ++sequence) {
-          test::check(all.first_block(sequence, block) == index, at + ": first_block");
-          for (int row = 0; row < rows; row += block, ++index) {
-            const Block found = all.locate(index, block);
-            test::check(found.sequence == sequence && found.index == row / block, at + ": locate");
+      for (int heads : {1, 2, 3}) {
+        for (int block : {1, 4, 8}) {
+          const std::string at = name + ", " + std::to_string(heads) + " heads, blocks of " + std::to_string(block);
+          int index = 0;
+          for (int sequence = 0; sequence < count; ++sequence) {
+            for (int head = 0; head < heads; ++head) {
+              test::check(all.first_block(sequence, head, heads, block) == index, at + ": first_block");
+              for (int row = 0; row < rows; row += block, ++index) {
+                const Block found = all.locate(index, heads, block);
+                test::check(found.sequence == sequence && found.head == head && found.index == row / block,
+                            at + ": locate");
+              }
+            }
           }
+          test::check(all.block_count(heads, block) == index, at + ": block_count");
         }
-        test::check(all.block_count(block) == index, at + ": block_count");
-        test::check(int64_t{count} * all.blocks_each(block) == index, at + ": blocks_each");
       }
       constexpr int kHeads = 2;
       int64_t value = 0;
@@ -164,7 +168,7 @@ static void check_sequences() {
     }
   }
   const Sequences huge{1 << 15, {.rows = 1 << 15, .keys = 1, .left = kUnbounded, .right = kUnbounded}};
-  test::check(huge.block_count(1) == int64_t{1} << 30, "2^30 blocks");
+  test::check(huge.block_count(32, 1) == int64_t{1} << 35, "2^35 blocks");
   test::check(huge.first_value(huge.count - 1, 31, 32) == (int64_t{1} << 35) - (1 << 15), "2^35 values of lse");
 }
 
