@@ -23,7 +23,7 @@ struct Sequence {
   int left, right;  // 0 ... kUnbounded; how far a row sees to either side of its place on the diagonal
 
   // Query `row` sees the keys first_key(row) <= j < end_key(row), none if the first is not below the second. Both grow
-  // with the row. Rows past the end of the sequence see nothing.
+  // with the row, which is never negative. Rows past the end of the sequence see nothing.
   HOST_DEVICE int first_key(int row) const { return row < rows ? clamp(row - rows + keys - left) : keys; }
   HOST_DEVICE int end_key(int row) const { return row < rows ? clamp(row - rows + keys + right + 1) : 0; }
 

@@ -50,7 +50,7 @@ static Sight sight(const Sequence& s, int row, int n, int block, int index) {
 }
 
 static void check_rows(const Sequence& s) {
-  for (int row = -2; row < s.rows + 2; ++row) {
+  for (int row = 0; row < s.rows + 2; ++row) {
     for (int key = 0; key < s.keys; ++key) {
       const bool seen = s.first_key(row) <= key && key < s.end_key(row);
       test::check(seen == sees(s, row, key),
@@ -71,6 +71,9 @@ static void check_blocks(const Sequence& s, int n, int block) {
     const std::string at = describe(s) + ": " + std::to_string(n) + " from row " + std::to_string(row) +
                            ", blocks of " + std::to_string(block);
     test::check(same(s.blocks(row, n, block), blocks), at + ": blocks");
+    const Range seen = s.seen(row, n);
+    const Range hull{seen.begin / block, (seen.end - 1) / block + 1};
+    test::check(seen.begin >= seen.end ? blocks.begin >= blocks.end : same(hull, blocks), at + ": seen");
     test::check(same(s.full_blocks(row, n, block), full_blocks), at + ": full_blocks");
   }
 }
