@@ -30,24 +30,20 @@ inline auto tensor_map_encoder() {
   return encoder;
 }
 
-// A map whose copies move one slab of a shared-memory tile of this type: its rows, of one head, by 64 columns.
-// Coordinates are (column, row, head, batch). Rows past the end of a sequence are read as zeros and never written.
-template <class Tile>
-CUtensorMap make_tensor_map(const char* name, const Tensor& tensor, const Shape& shape) {
-  constexpr int kElementBytes = sizeof(typename Tile::Element);
+// A map of 16-bit elements whose copies move boxes of so many rows of one head by one slab's columns.
+inline CUtensorMap encode_tensor_map(const char* name, const Tensor& tensor, const Shape& shape,
+                                     CUtensorMapDataType type, cuuint32_t rows) {
+  constexpr int kElementBytes = 2;
   const auto& strides = tensor.strides;
   const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(shape.head_dim), static_cast<cuuint64_t>(shape.seqlen),
                                static_cast<cuuint64_t>(shape.heads), static_cast<cuuint64_t>(shape.batch)};
   const cuuint64_t stride_bytes[3] = {static_cast<cuuint64_t>(strides.row) * kElementBytes,
                                       static_cast<cuuint64_t>(strides.head) * kElementBytes,
                                       static_cast<cuuint64_t>(strides.batch) * kElementBytes};
-  const cuuint32_t box[4] = {kSlabColumns, Tile::kRows, 1, 1};
+  const cuuint32_t box[4] = {kSlabColumns, rows, 1, 1};
   const cuuint32_t element_strides[4] = {1, 1, 1, 1};
-  constexpr CUtensorMapDataType kType = std::is_same_v<typename Tile::Element, __half>
-                                            ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                            : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   CUtensorMap map;
-  CUresult result = tensor_map_encoder()(&map, kType, 4, tensor.data, sizes, stride_bytes, box, element_strides,
+  CUresult result = tensor_map_encoder()(&map, type, 4, tensor.data, sizes, stride_bytes, box, element_strides,
                                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                          CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (test_faults.tensor_map_encode_fails) result = CUDA_ERROR_INVALID_VALUE;
@@ -61,6 +57,15 @@ CUtensorMap make_tensor_map(const char* name, const Tensor& tensor, const Shape&
     throw std::runtime_error(text);
   }
   return map;
+}
+
+// A map whose copies move one slab of a shared-memory tile of this type. Coordinates are (column, row, head, batch).
+// Rows past the end of a sequence are read as zeros and never written.
+template <class Tile>
+CUtensorMap make_tensor_map(const char* name, const Tensor& tensor, const Shape& shape) {
+  constexpr bool kIsHalf = std::is_same_v<typename Tile::Element, __half>;
+  constexpr auto kType = kIsHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return encode_tensor_map(name, tensor, shape, kType, Tile::kRows);
 }
 
 }  // namespace flash_attn_ext
