@@ -12,6 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 from flash_attn_ext.limits import TABLE
+from flash_attn_ext.options import Options
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -42,6 +43,10 @@ class Case:
         if self.softmax_scale is not None:
             words.append(f"scale{self.softmax_scale:g}")
         return "-".join(words)
+
+    @property
+    def options(self):
+        return Options(self.softmax_scale, self.causal)
 
     def inputs(self, device, seed=None):
         """q, k, v of the case's shapes, memory layout and dtype; normal values, the same at every call."""

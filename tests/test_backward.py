@@ -113,12 +113,12 @@ def fixed_seed():
 @pytest.mark.quick
 @pytest.mark.parametrize("case", BACKWARD_SMOKE, ids=str)
 def test_smoke(case):
-    both_passes_and_check(*case.inputs("cuda"), case.softmax_scale, case.causal)
+    both_passes_and_check(*case.inputs("cuda"), *case.options)
 
 
 @pytest.mark.parametrize("case", BACKWARD, ids=str)
 def test_table(case):
-    both_passes_and_check(*case.inputs("cuda"), case.softmax_scale, case.causal)
+    both_passes_and_check(*case.inputs("cuda"), *case.options)
 
 
 @seed(SEED)
@@ -126,7 +126,7 @@ def test_table(case):
 @given(case=random_cases(TRAINING_HEAD_DIMS), values=st.integers(0, 2**32 - 1))
 def test_random_shapes(case, values):
     torch.manual_seed(values)
-    both_passes_and_check(*case.inputs("cuda", seed=values), case.softmax_scale, case.causal)
+    both_passes_and_check(*case.inputs("cuda", seed=values), *case.options)
 
 
 @each_head_dim

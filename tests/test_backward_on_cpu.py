@@ -36,18 +36,18 @@ def fixed_seed():
 def arguments_of(case, dtype=None):
     """(dout, q, k, v, out, lse)."""
     q, k, v = (x if dtype is None else x.to(dtype) for x in case.inputs("cpu"))
-    return torch.randn_like(q), q, k, v, *flash_attn_ext.forward(q, k, v, case.softmax_scale, case.causal)
+    return torch.randn_like(q), q, k, v, *flash_attn_ext.forward(q, k, v, *case.options)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cpu_tensors_meet_the_rule_of_the_gpu(case):
     arguments = arguments_of(case)
-    gradients = flash_attn_ext.backward(*arguments, case.softmax_scale, case.causal)
-    check_gradients(gradients, *arguments, case.softmax_scale, case.causal)
+    gradients = flash_attn_ext.backward(*arguments, *case.options)
+    check_gradients(gradients, *arguments, *case.options)
     assert [x.stride() for x in gradients] == [torch.empty_like(x).stride() for x in arguments[1:4]]
 
     leaves = [x.detach().requires_grad_() for x in arguments[1:4]]
-    out = flash_attn_func(*leaves, case.softmax_scale, case.causal)
+    out = flash_attn_func(*leaves, *case.options)
     by_autograd = torch.autograd.grad(out, leaves, arguments[0])
     assert all(same_bits(a, b) for a, b in zip(by_autograd, gradients, strict=True))
 

@@ -25,15 +25,15 @@ each_head_dim = pytest.mark.parametrize("head_dim", HEAD_DIMS)
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"d{row['head_dim']}")
 
 
-def attend(q, k, v, softmax_scale=None, causal=False):
+def attend(q, k, v, *options, **options_by_name):
     """out and lse, in memory that held NaN before."""
     gpu.poison(q, q.new_empty(q.shape[:3], dtype=torch.float32))
-    return flash_attn_ext.forward(q, k, v, softmax_scale, causal)
+    return flash_attn_ext.forward(q, k, v, *options, **options_by_name)
 
 
-def attend_and_check(q, k, v, softmax_scale=None, causal=False, lse_slack=1.0):
-    out, lse = attend(q, k, v, softmax_scale, causal)
-    check(out, lse, q, k, v, softmax_scale, causal, lse_slack)
+def attend_and_check(q, k, v, *options, lse_slack=1.0, **options_by_name):
+    out, lse = attend(q, k, v, *options, **options_by_name)
+    check(out, lse, q, k, v, *options, lse_slack=lse_slack, **options_by_name)
     return out, lse
 
 
@@ -57,19 +57,19 @@ def fixed_seed():
 @pytest.mark.quick
 @pytest.mark.parametrize("case", SMOKE, ids=str)
 def test_smoke(case):
-    attend_and_check(*case.inputs("cuda"), case.softmax_scale, case.causal)
+    attend_and_check(*case.inputs("cuda"), *case.options)
 
 
 @pytest.mark.parametrize("case", FORWARD, ids=str)
 def test_table(case):
-    attend_and_check(*case.inputs("cuda"), case.softmax_scale, case.causal)
+    attend_and_check(*case.inputs("cuda"), *case.options)
 
 
 @seed(SEED)
 @settings(max_examples=60, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck))
 @given(case=random_cases(HEAD_DIMS), values=st.integers(0, 2**32 - 1))
 def test_random_shapes(case, values):
-    attend_and_check(*case.inputs("cuda", seed=values), case.softmax_scale, case.causal)
+    attend_and_check(*case.inputs("cuda", seed=values), *case.options)
 
 
 # The public function -------------------------------------------------------------------------------------------------

@@ -150,8 +150,8 @@ CPU_CASES += [Case(128, "bf16", 70, 70, True, 2, 6, 2, layout) for layout in LAY
 @pytest.mark.parametrize("case", CPU_CASES, ids=str)
 def test_cpu_tensors_meet_the_rule_of_the_gpu(case):
     q, k, v = case.inputs("cpu")
-    out, lse = flash_attn_func(q, k, v, case.softmax_scale, case.causal, return_lse=True)
-    check(out, lse, q, k, v, case.softmax_scale, case.causal)
+    out, lse = flash_attn_func(q, k, v, *case.options, return_lse=True)
+    check(out, lse, q, k, v, *case.options)
     assert out.stride() == torch.empty_like(q).stride() and lse.is_contiguous()
 
 
