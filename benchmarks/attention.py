@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Speed of attention on one GPU beside its peers, on the grid of the FlashAttention papers.
+"""Speed of attention on one GPU beside its peers, on the grid of the FlashAttention papers or on shapes of models.
 
     python benchmarks/attention.py --dry-run                      the cells, without a GPU
-    python benchmarks/attention.py --name h200 --plots            the whole grid, both passes, every peer
+    python benchmarks/attention.py --name h200 --plots            the papers' grid, both passes, every peer
+    python benchmarks/attention.py --name h200 --grid models      grouped-query shapes that people train
     python benchmarks/attention.py --pass backward --peers ours fa3 --head-dims 128 --seqlens 16384
     python benchmarks/attention.py --overhead --no-grid           CPU time of one call
 
@@ -13,7 +14,6 @@ turns, round after round, and each figure is the median of its rounds. docs/perf
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import platform
@@ -21,43 +21,47 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tables import MASK_NAMES, PEER_NAMES, RESULTS, by_pass, csrc_sha256, ratio, summary
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from peers import BINDERS, Call, usable_peers
+from screen import reason, say, show, with_progress
+from tables import GRID_NAMES, MASK_NAMES, PEER_NAMES, RESULTS, by_pass, csrc_sha256, ratio, shape, summary
 
 from flash_attn_ext.cli.options import positive_int  # `tables` put this checkout on the path
-
-try:
-    from rich.console import Console
-    from rich.progress import Progress
-    from rich.table import Table
-
-    terminal = sys.stdout.isatty()
-    console = Console(width=None if terminal else 120, highlight=False, markup=False)
-except ImportError:  # plain text then
-    console = None
 
 HIDDEN_SIZE, TOKENS = 2048, 16384  # heads = HIDDEN_SIZE / head_dim, batch = TOKENS / seqlen
 HEAD_DIMS = {"forward": (64, 128, 256), "backward": (64, 128)}  # of each pass: those that ours has
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
+TOKENS_8K = ((1, 8192), (2, 4096), (4, 2048))
+# Shapes that people train, all causal: (heads, KV heads, head dim) -> (batch, seqlen) of each cell.
+MODELS = {
+    (32, 8, 128): ((1, 512), (1, 2048), *TOKENS_8K, (1, 32768)),  # Llama 3 8B; one short sequence may leave SMs idle
+    (64, 8, 128): (*TOKENS_8K, (1, 32768)),  # Llama 3 70B
+    (28, 4, 128): ((1, 8192),),  # Qwen2.5 7B
+    (40, 8, 128): ((1, 8192),),  # Qwen2.5 14B and 32B
+    (32, 1, 128): ((1, 8192),),  # multi-query: all heads on one KV head
+    (64, 8, 64): TOKENS_8K,  # gpt-oss
+    (8, 4, 256): ((1, 8192), (2, 4096)),  # Gemma 2 2B
+    (16, 8, 256): ((1, 8192), (2, 4096)),  # Gemma 2 9B
+}
 MASKS = {"full": False, "causal": True}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 HEAT_SECONDS = 1.5  # of matrix products before the first cell, so that no cell has a cold chip to itself
 MEASURE_MS = 7.0  # GPU time of one measurement: long beside an event's resolution, short beside a change of clock
 MIN_ROUNDS = 3  # even where the time budget is used up
+# Calls this short, so many to a measurement, may end before the CPU has queued the next ones. The GPU then waits ahead
+# of the clock until all are queued: 2 million cycles are about a millisecond.
+SHORT_CALLS = 100
+WAIT_CYCLES = round(2 * MEASURE_MS * 2e6)
 # Two right kernels differ by their roundings, 1 % or less in the worst of the parts that are compared: a row of out, or
 # 64 rows of a gradient, since a single row of dq or dk can be all cancellation, and so all rounding.
 MAX_ERROR = 0.03
 COMPARED_ROWS = {"forward": 1, "backward": 64}
-
-Call = Callable[[], tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -85,127 +89,64 @@ class Cell:
         return every / 2 if self.causal else every
 
     def inputs(self) -> list[torch.Tensor]:
-        """q, k, v and dout as (batch, seqlen, heads, head_dim). 64 MiB each: L2 never holds those of a whole call."""
-        shape_q = (self.batch, self.seqlen_q, self.heads, self.head_dim)
-        shape_kv = (self.batch, self.seqlen_k, self.kv_heads, self.head_dim)
-        shapes = (shape_q, shape_kv, shape_kv, shape_q)
-        return [torch.randn(shape, device="cuda", dtype=DTYPES[self.dtype]) for shape in shapes]
+        """q, k, v and dout as (batch, seqlen, heads, head_dim).
+
+        On the papers' grid they have 64 MiB each: L2 never holds those of a whole call.
+        """
+        size_q = (self.batch, self.seqlen_q, self.heads, self.head_dim)
+        size_kv = (self.batch, self.seqlen_k, self.kv_heads, self.head_dim)
+        sizes = (size_q, size_kv, size_kv, size_q)
+        return [torch.randn(size, device="cuda", dtype=DTYPES[self.dtype]) for size in sizes]
 
     def record(self) -> dict:
         fields = asdict(self)
         return {"pass": fields.pop("pass_name"), **fields}
 
 
-def grid(name: str, head_dims: Iterable[int], masks: Iterable[str], seqlens: Iterable[int], dtype: str) -> list[Cell]:
-    """The cells of one pass."""
+def paper_grid(
+    pass_name: str,
+    dtype: str,
+    head_dims: Iterable[int] | None = None,
+    seqlens: Iterable[int] | None = None,
+    masks: Iterable[str] = tuple(MASKS),
+) -> list[Cell]:
+    """One pass on the papers' grid. Any head dim and sequence length will do: the rest of a shape follows from them."""
     return [
-        Cell(name, dim, MASKS[mask], max(1, TOKENS // s), s, s, HIDDEN_SIZE // dim, HIDDEN_SIZE // dim, dtype)
-        for dim in head_dims
+        Cell(pass_name, dim, MASKS[mask], max(1, TOKENS // s), s, s, HIDDEN_SIZE // dim, HIDDEN_SIZE // dim, dtype)
+        for dim in head_dims or HEAD_DIMS[pass_name]
         for mask in masks
-        for s in seqlens
+        for s in seqlens or SEQLENS
     ]
 
 
-# ---- the peers: a name -> a function that binds (q, k, v, dout, causal) to a call without arguments, for each pass.
-# A call returns out, or dq, dk and dv. The forward that a backward needs is done while binding.
+def models_grid(
+    pass_name: str,
+    dtype: str,
+    head_dims: Iterable[int] | None = None,
+    seqlens: Iterable[int] | None = None,
+    masks: Iterable[str] = tuple(MASKS),
+) -> list[Cell]:
+    """One pass on the shapes of models: those cells that have such a head dim, sequence length and mask."""
+    return [
+        Cell(pass_name, dim, True, batch, s, s, heads, kv_heads, dtype)
+        for (heads, kv_heads, dim), sizes in MODELS.items()
+        for batch, s in sizes
+        if dim in HEAD_DIMS[pass_name] and dim in (head_dims or [dim]) and s in (seqlens or [s]) and "causal" in masks
+    ]
 
 
-def bind_ours(q, k, v, dout, causal: bool) -> Call:
-    from flash_attn_ext import flash_attn_func
-
-    return lambda: (flash_attn_func(q, k, v, causal=causal),)
-
-
-def bind_ours_backward(q, k, v, dout, causal: bool) -> Call:
-    from flash_attn_ext import backward, forward
-
-    out, lse = forward(q, k, v, causal=causal)
-    return lambda: backward(dout, q, k, v, out, lse, causal=causal)
-
-
-def bind_fa3(q, k, v, dout, causal: bool) -> Call:
-    forward = torch.ops.flash_attn_3.fwd
-    return lambda: (forward(q, k, v, is_causal=causal)[0],)
-
-
-def bind_fa3_backward(q, k, v, dout, causal: bool) -> Call:
-    out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, is_causal=causal)
-    gradients = tuple(torch.empty_like(x) for x in (q, k, v))
-    backward = torch.ops.flash_attn_3.bwd
-
-    def call():
-        backward(dout, q, k, v, out, lse, *gradients, is_causal=causal)
-        return gradients
-
-    return call
-
-
-def sdpa_binders(backend: SDPBackend) -> dict[str, Callable[..., Call]]:
-    """torch's attention, whose order is (batch, heads, seqlen, head_dim): it gets transposed views."""
-
-    def attend(q, k, v, causal: bool) -> torch.Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-    def bind(q, k, v, dout, causal: bool) -> Call:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return lambda: (attend(q, k, v, causal).transpose(1, 2),)
-
-    def bind_backward(q, k, v, dout, causal: bool) -> Call:
-        inputs = [x.transpose(1, 2).requires_grad_() for x in (q, k, v)]
-        dout = dout.transpose(1, 2)
-        with torch.enable_grad():
-            out = attend(*inputs, causal)
-        gradients = partial(torch.autograd.grad, out, inputs, dout, retain_graph=True)
-        return lambda: tuple(x.transpose(1, 2) for x in gradients())
-
-    return {"forward": bind, "backward": bind_backward}
-
-
-BINDERS = {
-    "ours": {"forward": bind_ours, "backward": bind_ours_backward},
-    "fa3": {"forward": bind_fa3, "backward": bind_fa3_backward},
-    "cudnn": sdpa_binders(SDPBackend.CUDNN_ATTENTION),
-    "fa2": sdpa_binders(SDPBackend.FLASH_ATTENTION),
-}
-assert list(BINDERS) == list(PEER_NAMES)
-
-
-def load_fa3(library: Path | None) -> None:
-    """Registers torch.ops.flash_attn_3, from a library file or else from the installed package."""
-    if library is None:
-        import flash_attn_interface  # noqa: F401
-
-        return
-    for runtime in library.resolve().parent.glob("libcudart.so.*"):  # one beside the library is the one it links
-        ctypes.CDLL(str(runtime))
-    torch.ops.load_library(str(library.resolve()))
-
-
-def usable_peers(names: list[str], library: Path | None) -> list[str]:
-    """The named peers that are installed; says why the others are not."""
-    usable = []
-    for name in names:
-        try:
-            if name == "ours":
-                from flash_attn_ext.limits import why_unavailable
-
-                if why := why_unavailable():
-                    raise RuntimeError(why)
-            elif name == "fa3":
-                load_fa3(library)
-            usable.append(name)
-        except Exception as error:  # whatever an import may raise: the other peers still run
-            say(f"{name} is left out: {reason(error)}")
-    return usable
+GRIDS = {"paper": paper_grid, "models": models_grid}
+assert tuple(GRIDS) == GRID_NAMES
 
 
 # ---- measuring ----
 
 
-def milliseconds(call: Callable[[], object], calls: int) -> float:
+def milliseconds(call: Callable[[], object], calls: int, wait: bool = False) -> float:
     """GPU time of one call. One more goes ahead of the clock, so that the GPU is busy while the CPU queues the rest."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if wait:
+        torch.cuda._sleep(WAIT_CYCLES)
     call()
     start.record()
     for _ in range(calls):
@@ -227,6 +168,8 @@ def worst_error(result: torch.Tensor, expected: torch.Tensor, rows: int) -> floa
         squares = F.pad(squares, (0, 0, 0, -squares.shape[1] % rows))
         return squares.unflatten(1, (-1, rows)).sum(2).sqrt()
 
+    if result.shape != expected.shape:  # they might still broadcast: the gradient of a single KV head, for one
+        raise ArithmeticError(f"wrong results: shape {tuple(result.shape)} in place of {tuple(expected.shape)}")
     expected = expected.float()
     return (norms(result.float() - expected) / norms(expected)).max().item()
 
@@ -279,13 +222,14 @@ def measure_cell(cell: Cell, peers: list[str], rounds: int, seconds: float) -> d
             calls[peer] = call
         except Exception as failure:  # a peer that cannot run this cell is a missing figure, not the end of the run
             say(f"{PEER_NAMES[peer]}, {label(cell)}: {reason(failure)}")
+    wait = any(count > SHORT_CALLS for count in counts.values())  # all or none: a wait cools the chip
     speeds: dict[str, list[float]] = {peer: [] for peer in calls}
     for done in range(rounds):
         if done >= MIN_ROUNDS and time.monotonic() > stop:
             break
         # There and back (A B C, C B A, ...), so that nobody always follows a peer that leaves the chip hot or cool.
         for peer in list(calls)[:: -1 if done % 2 else 1]:
-            speeds[peer].append(cell.flops / milliseconds(calls[peer], counts[peer]) / 1e9)
+            speeds[peer].append(cell.flops / milliseconds(calls[peer], counts[peer], wait) / 1e9)
     return speeds
 
 
@@ -354,30 +298,8 @@ def environment() -> dict[str, str]:
 # ---- showing ----
 
 
-def say(text: str) -> None:
-    console.print(text, soft_wrap=True) if console else print(text, flush=True)
-
-
-def reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else '(no text)'}"
-
-
 def label(cell: Cell) -> str:
-    return f"{cell.pass_name}, head dim {cell.head_dim}, {MASK_NAMES[cell.causal]}, {cell.seqlen_q}"
-
-
-def with_progress(cells: list[Cell]) -> Iterator[Cell]:
-    """The cells, under a progress bar where there is a terminal to draw it on."""
-    if console is None or not console.is_terminal:
-        yield from cells
-        return
-    with Progress(console=console, auto_refresh=False) as bar:  # no thread that draws while launches are timed
-        task = bar.add_task("", total=len(cells))
-        for cell in cells:
-            bar.update(task, description=label(cell), refresh=True)
-            yield cell
-            bar.advance(task)
+    return f"{cell.pass_name}, {shape(cell.record())}, {MASK_NAMES[cell.causal]}"
 
 
 def spread(speeds: list[float]) -> float:
@@ -388,20 +310,6 @@ def spread(speeds: list[float]) -> float:
     return 100 * (high - low) / middle
 
 
-def show(header: list[str], rows: list[list[str]]) -> None:
-    if console is None:
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        for row in [header, *rows]:
-            print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
-        return
-    table = Table()
-    for name in header:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
 def show_speeds(cells: list[dict], spreads: list[dict[str, float]], peers: list[str]) -> None:
     """TFLOP/s of every cell with the spread of its rounds, and our speed over FA3's."""
     rows = []
@@ -410,9 +318,8 @@ def show_speeds(cells: list[dict], spreads: list[dict[str, float]], peers: list[
             f"{cell['tflops'][peer]:.0f} ({of_peer[peer]:.1f} %)" if cell["tflops"][peer] else "–" for peer in peers
         ]
         beside = f"{ratio(cell):.3f}" if ratio(cell) else "–"
-        place = [cell["pass"], str(cell["head_dim"]), MASK_NAMES[cell["causal"]], str(cell["seqlen_q"])]
-        rows.append([*place, *figures, beside])
-    show(["pass", "head dim", "mask", "seqlen", *(PEER_NAMES[peer] for peer in peers), "ours / FA3"], rows)
+        rows.append([cell["pass"], shape(cell), MASK_NAMES[cell["causal"]], *figures, beside])
+    show(["pass", "shape", "mask", *(PEER_NAMES[peer] for peer in peers), "ours / FA3"], rows)
     for name, of_pass in by_pass(cells).items():
         for peer in ("fa3", "cudnn", "fa2"):
             for line in summary(of_pass, peer) if peer in peers else []:
@@ -426,9 +333,16 @@ def parse_args() -> argparse.Namespace:
     option = parser.add_argument
     passes = list(HEAD_DIMS)
     option("--pass", dest="passes", nargs="+", choices=passes, default=passes, help="what to time (default: both)")
+    option(
+        "--grid",
+        choices=list(GRIDS),
+        default="paper",
+        help="paper (default), or models: shapes that people train, grouped-query and causal. There the next three "
+        "options only select cells, where on the papers' grid they may name other head dims and lengths",
+    )
     option("--head-dims", nargs="+", type=positive_int, metavar="D", help="default: those that ours has in the pass")
-    option("--seqlens", nargs="+", type=positive_int, default=list(SEQLENS), metavar="S")
-    option("--masks", nargs="+", choices=list(MASKS), default=list(MASKS))
+    option("--seqlens", nargs="+", type=positive_int, metavar="S", help="default: all of the grid")
+    option("--masks", nargs="+", choices=list(MASKS), default=list(MASKS), help="default: both; models has causal only")
     option(
         "--peers",
         dest="chosen_peers",
@@ -452,15 +366,16 @@ def parse_args() -> argparse.Namespace:
 
 def results_path(args: argparse.Namespace, cells: list[Cell]) -> Path:
     """A part of the grid never overwrites the results of the whole."""
-    every = {cell for name, dims in HEAD_DIMS.items() for cell in grid(name, dims, MASKS, SEQLENS, args.dtype)}
+    every = {cell for name in HEAD_DIMS for cell in GRIDS[args.grid](name, args.dtype)}
     whole = set(cells) == every and set(args.chosen_peers) == set(BINDERS)
-    return args.output or RESULTS / f"{args.name}-{'paper' if whole else 'part'}-{args.dtype}.json"
+    return args.output or RESULTS / f"{args.name}-{args.grid if whole else 'part'}-{args.dtype}.json"
 
 
 def dry_run(cells: list[Cell], peers: list[str]) -> None:
     rows = [
         [
-            *map(str, (c.pass_name, c.head_dim, MASK_NAMES[c.causal], c.batch, c.seqlen_q, c.heads)),
+            *map(str, (c.pass_name, c.head_dim, MASK_NAMES[c.causal], c.batch, c.seqlen_q)),
+            f"{c.heads}/{c.kv_heads}",
             f"{c.flops / 1e12:.3f}",
         ]
         for c in cells
@@ -475,8 +390,11 @@ def main() -> int:
     cells = [
         cell
         for name in ([] if args.no_grid else dict.fromkeys(args.passes))
-        for cell in grid(name, args.head_dims or HEAD_DIMS[name], args.masks, args.seqlens, args.dtype)
+        for cell in GRIDS[args.grid](name, args.dtype, args.head_dims, args.seqlens, args.masks)
     ]
+    if not cells and not args.no_grid:
+        say(f"the grid has no such cell; --grid {args.grid} --dry-run shows all of them")
+        return 2
     if args.dry_run:
         dry_run(cells, args.chosen_peers)
         return 0
@@ -512,7 +430,7 @@ def main() -> int:
     ceiling = Ceiling(args.dtype)
     ceiling.heat(HEAT_SECONDS)
     spreads = []
-    for index, cell in enumerate(with_progress(cells)):
+    for index, cell in enumerate(with_progress(cells, label)):
         left = args.time_budget - (time.monotonic() - begin)
         speeds = measure_cell(cell, peers, args.rounds, left / (len(cells) - index))
         ceiling.measure()

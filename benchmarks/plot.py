@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Plots of a results file of benchmarks/attention.py: one figure per pass, a panel per head dim and mask.
+"""Plots of a results file of benchmarks/attention.py.
 
+The papers' grid: a figure per pass, with a panel per head dim and mask. Shapes of models: one figure, a panel per pass.
 `python benchmarks/plot.py benchmarks/results/h200-paper-bf16.json` writes into docs/images/.
 """
 
@@ -11,7 +12,7 @@ import json
 from pathlib import Path
 
 import matplotlib
-from tables import MASK_NAMES, PEER_NAMES, ROOT, by_pass, peers_of
+from tables import MASK_NAMES, PEER_NAMES, ROOT, by_pass, by_shape, is_models, peers_of, plots
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -24,29 +25,41 @@ def seqlen_label(seqlen: int) -> str:
     return f"{seqlen // 1024}k" if seqlen % 1024 == 0 else str(seqlen)
 
 
-def draw_panel(axis, cells: list[dict], peers: list[str], ceiling: float | None) -> None:
-    """Bars of one head dim and mask, grouped by sequence length; our own carry their figure."""
-    cells = sorted(cells, key=lambda cell: cell["seqlen_q"])
+def draw_panel(axis, tflops: list[dict], labels: list[str], peers: list[str], ceiling: float | None) -> None:
+    """A group of bars for each label, a bar for each peer; our own carry their figure."""
     width = 0.84 / len(peers)
     for place, peer in enumerate(peers):
         middle = (place - (len(peers) - 1) / 2) * width
-        speeds = [cell["tflops"].get(peer) or 0 for cell in cells]
-        bars = axis.bar([i + middle for i in range(len(cells))], speeds, width, color=COLOURS[peer], zorder=2)
+        speeds = [of_peer.get(peer) or 0 for of_peer in tflops]
+        bars = axis.bar([i + middle for i in range(len(tflops))], speeds, width, color=COLOURS[peer], zorder=2)
         if peer == "ours":
             shown = [f"{speed:.0f}" if speed else "" for speed in speeds]
             axis.bar_label(bars, shown, fontsize=8, padding=-20, color="white", rotation=90)
     if ceiling:
         axis.axhline(ceiling, color="#444444", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-    axis.set_xticks(range(len(cells)), [seqlen_label(cell["seqlen_q"]) for cell in cells])
+    axis.set_xticks(range(len(tflops)), labels)
     axis.grid(axis="y", color="#E6E6E6", zorder=0)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(length=0)
 
 
-def draw(results: dict, name: str) -> plt.Figure:
-    """The figure of one pass."""
+def finish(figure: plt.Figure, title: str, peers: list[str], results: dict) -> None:
+    """Title and legend."""
+    ceiling = results["ceiling_tflops"]
+    marks = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[peer]) for peer in peers]
+    labels = [PEER_NAMES[peer] for peer in peers]
+    if ceiling:
+        marks.append(plt.Line2D([], [], color="#444444", linewidth=0.9, linestyle=(0, (4, 3))))
+        labels.append(f"cuBLAS 8192³ ({ceiling:.0f})")
+    dtype, gpu = results["cells"][0]["dtype"], results["environment"]["gpu"]
+    figure.suptitle(f"{title}, {dtype}, {gpu}", fontsize=12)
+    figure.legend(marks, labels, loc="outside lower center", ncols=len(marks), frameon=False)
+
+
+def draw_pass(results: dict, name: str) -> plt.Figure:
+    """The figure of one pass on the papers' grid."""
     cells = by_pass(results["cells"])[name]
-    peers, ceiling = peers_of(cells), results["ceiling_tflops"]
+    peers = peers_of(cells)
     rows = sorted({cell["causal"] for cell in cells})
     columns = sorted({cell["head_dim"] for cell in cells})
     size = (1.2 + 4.4 * len(columns), 1.4 + 2.7 * len(rows))
@@ -54,33 +67,49 @@ def draw(results: dict, name: str) -> plt.Figure:
     for row, causal in zip(axes, rows, strict=True):
         for axis, head_dim in zip(row, columns, strict=True):
             panel = [cell for cell in cells if (cell["causal"], cell["head_dim"]) == (causal, head_dim)]
-            draw_panel(axis, panel, peers, ceiling)
+            panel.sort(key=lambda cell: cell["seqlen_q"])
+            labels = [seqlen_label(cell["seqlen_q"]) for cell in panel]
+            draw_panel(axis, [cell["tflops"] for cell in panel], labels, peers, results["ceiling_tflops"])
             axis.set_title(f"head dim {head_dim}, {MASK_NAMES[causal]}", fontsize=10, loc="left")
         row[0].set_ylabel("TFLOP/s")
     for axis in axes[-1]:
         axis.set_xlabel("sequence length")
-    marks = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[peer]) for peer in peers]
-    labels = [PEER_NAMES[peer] for peer in peers]
-    if ceiling:
-        marks.append(plt.Line2D([], [], color="#444444", linewidth=0.9, linestyle=(0, (4, 3))))
-        labels.append(f"cuBLAS 8192³ ({ceiling:.0f})")
-    figure.suptitle(f"Attention {name}, {cells[0]['dtype']}, {results['environment']['gpu']}", fontsize=12)
-    figure.legend(marks, labels, loc="outside lower center", ncols=len(marks), frameon=False)
+    finish(figure, f"Attention {name}", peers, results)
+    return figure
+
+
+def draw_models(results: dict) -> plt.Figure:
+    """Both passes on the shapes of models, one above the other. A pass that a shape does not have leaves a gap."""
+    shapes, passes = by_shape(results["cells"]), list(by_pass(results["cells"]))
+    peers = peers_of(results["cells"])
+    size = (1.4 + 0.62 * len(shapes), 2.4 + 2.7 * len(passes))
+    figure, axes = plt.subplots(len(passes), figsize=size, sharex=True, squeeze=False, layout="constrained")
+    for axis, name in zip(axes[:, 0], passes, strict=True):
+        tflops = [of_pass[name]["tflops"] if name in of_pass else {} for of_pass in shapes.values()]
+        draw_panel(axis, tflops, list(shapes), peers, results["ceiling_tflops"])
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.set_ylabel("TFLOP/s")
+    axes[-1, 0].tick_params(axis="x", rotation=40)
+    for label in axes[-1, 0].get_xticklabels():
+        label.set(ha="right", rotation_mode="anchor")
+    axes[-1, 0].set_xlabel("heads/KV heads x head dim, batch x sequence length")
+    finish(figure, "Attention on shapes of models, causal", peers, results)
     return figure
 
 
 def plot(path: Path, folder: Path = ROOT / "docs" / "images") -> list[Path]:
-    """Writes the figures of a results file as NAME-PASS.png; returns their paths."""
+    """Writes the figures of a results file; returns their paths."""
     results = json.loads(Path(path).read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    images = []
-    for name in by_pass(results["cells"]):
-        image = folder / f"{Path(path).stem}-{name}.png"
-        figure = draw(results, name)
+    if is_models(results):
+        figures = [draw_models(results)]
+    else:
+        figures = [draw_pass(results, name) for name in by_pass(results["cells"])]
+    images = [folder / name for name in plots(path, results)]
+    for figure, image in zip(figures, images, strict=True):
         # Without the metadata, equal results give equal files whatever matplotlib drew them.
         figure.savefig(image, dpi=130, metadata={"Software": None})
         plt.close(figure)
-        images.append(image)
     return images
 
 

@@ -19,7 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PUBLISHED = {dtype: RESULTS / f"h200-paper-{dtype}.json" for dtype in ("bf16", "fp16")}
+CARDS = ("h200", "h100")  # whose results are published: of the first that has a file
+GRID_NAMES = ("paper", "models")
+DTYPES = ("bf16", "fp16")
 TRAIN_STEP = RESULTS / "h200-train-step.json"
 PEER_NAMES = {"ours": "flash_attn_ext", "fa3": "FA3", "cudnn": "cuDNN", "fa2": "FA2"}
 MASK_NAMES = {False: "full", True: "causal"}
@@ -40,6 +42,16 @@ def csrc_sha256(root: Path = ROOT) -> str:
     return digest.hexdigest()
 
 
+def published(grid: str, dtype: str) -> Path | None:
+    """The results file that the documents show, if there is one."""
+    paths = (RESULTS / f"{card}-{grid}-{dtype}.json" for card in CARDS)
+    return next(filter(Path.exists, paths), None)
+
+
+def all_published() -> list[Path]:
+    return [path for grid in GRID_NAMES for dtype in DTYPES if (path := published(grid, dtype))]
+
+
 def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
@@ -50,7 +62,24 @@ def ratio(cell: dict, peer: str = "fa3") -> float | None:
     return ours / theirs if ours and theirs else None
 
 
+def shape(cell: dict) -> str:
+    """Heads/KV heads x head dim, batch x sequence length."""
+    return f"{cell['heads']}/{cell['kv_heads']} x {cell['head_dim']}, {cell['batch']} x {cell['seqlen_q']}"
+
+
+def is_grouped(cell: dict) -> bool:
+    """Whether heads share KV heads: they do in every cell of the models' grid, and in none of the papers'."""
+    return cell["heads"] != cell["kv_heads"]
+
+
+def is_models(results: dict) -> bool:
+    return any(map(is_grouped, results["cells"]))
+
+
 def describe(cell: dict) -> str:
+    """A cell's place on its grid: the papers' batch and heads follow from the rest, and all models are causal."""
+    if is_grouped(cell):
+        return shape(cell)
     return f"head dim {cell['head_dim']} {MASK_NAMES[cell['causal']]} {cell['seqlen_q']}"
 
 
@@ -59,6 +88,14 @@ def by_pass(cells: list[dict]) -> dict[str, list[dict]]:
     return {
         name: [cell for cell in cells if cell["pass"] == name] for name in dict.fromkeys(cell["pass"] for cell in cells)
     }
+
+
+def by_shape(cells: list[dict]) -> dict[str, dict[str, dict]]:
+    """The cells of each shape, by their pass, in the order of the file."""
+    shapes: dict[str, dict[str, dict]] = {}
+    for cell in cells:
+        shapes.setdefault(shape(cell), {})[cell["pass"]] = cell
+    return shapes
 
 
 def summary(cells: list[dict], peer: str = "fa3") -> list[str]:
@@ -83,34 +120,70 @@ def peers_of(cells: list[dict]) -> list[str]:
     return [peer for peer in PEER_NAMES if any(cell["tflops"].get(peer) for cell in cells)]
 
 
+def figures(cell: dict | None, peers: list[str]) -> str:
+    """`a / b / ...` in TFLOP/s; a dash for a peer that did not run, and for a cell that is not on the grid."""
+    if cell is None:
+        return "–"
+    speeds = [cell["tflops"].get(peer) for peer in peers]
+    return " / ".join(f"{speed:.0f}" if speed else "–" for speed in speeds)
+
+
 def speed_grid(cells: list[dict], peers: list[str]) -> list[str]:
-    """Markdown: a row per head dim and mask, a column per sequence length, `a / b / ...` in TFLOP/s in each cell."""
+    """Markdown of one pass on the papers' grid: a row per head dim and mask, a column per sequence length."""
     seqlens = sorted({cell["seqlen_q"] for cell in cells})
     by_place = {(cell["head_dim"], cell["causal"], cell["seqlen_q"]): cell for cell in cells}
-
-    def figures(cell: dict | None) -> str:
-        speeds = [cell["tflops"].get(peer) if cell else None for peer in peers]
-        return " / ".join(f"{speed:.0f}" if speed else "–" for speed in speeds)
-
     lines = [
         "| head dim | mask | " + " | ".join(map(str, seqlens)) + " |",
         "|---|---|" + "---|" * len(seqlens),
     ]
     for head_dim, causal in sorted({place[:2] for place in by_place}):
-        row = [figures(by_place.get((head_dim, causal, seqlen))) for seqlen in seqlens]
+        row = [figures(by_place.get((head_dim, causal, seqlen)), peers) for seqlen in seqlens]
         lines.append(f"| {head_dim} | {MASK_NAMES[causal]} | " + " | ".join(row) + " |")
     return lines
 
 
-def speed_tables(results: dict, wanted: list[str], sentences: int | None = None) -> list[str]:
-    """The tables of every pass in one results file, restricted to the wanted peers, with so many sentences below."""
-    lines = []
-    for name, cells in by_pass(results["cells"]).items():
-        peers = [peer for peer in peers_of(cells) if peer in wanted]
-        named = " / ".join(PEER_NAMES[peer] for peer in peers)
-        lines += [f"{name.capitalize()}, {cells[0]['dtype']}, TFLOP/s: {named}", "", *speed_grid(cells, peers), ""]
-        lines += [f"- {line}" for line in summary(cells)[:sentences]] + [""]
+def shape_table(cells: list[dict], peers: list[str]) -> list[str]:
+    """Markdown of the models' grid: a row per shape, a column per pass."""
+    passes = list(by_pass(cells))
+    lines = [
+        "| heads/KV heads | head dim | batch x seqlen | " + " | ".join(passes) + " |",
+        "|---|---|---|" + "---|" * len(passes),
+    ]
+    for of_pass in by_shape(cells).values():
+        cell = next(iter(of_pass.values()))
+        row = [figures(of_pass.get(name), peers) for name in passes]
+        lines.append(
+            f"| {cell['heads']}/{cell['kv_heads']} | {cell['head_dim']} | {cell['batch']} x {cell['seqlen_q']} | "
+            + " | ".join(row)
+            + " |"
+        )
     return lines
+
+
+def paper_tables(cells: list[dict], wanted: list[str], sentences: int | None) -> list[str]:
+    lines = []
+    for name, of_pass in by_pass(cells).items():
+        peers = [peer for peer in peers_of(of_pass) if peer in wanted]
+        named = " / ".join(PEER_NAMES[peer] for peer in peers)
+        lines += [f"{name.capitalize()}, {cells[0]['dtype']}, TFLOP/s: {named}", "", *speed_grid(of_pass, peers), ""]
+        lines += [f"- {line}" for line in summary(of_pass)[:sentences]] + [""]
+    return lines
+
+
+def models_table(cells: list[dict], wanted: list[str], sentences: int | None) -> list[str]:
+    peers = [peer for peer in peers_of(cells) if peer in wanted]
+    named = " / ".join(PEER_NAMES[peer] for peer in peers)
+    title = f"Shapes of models, grouped-query and causal, {cells[0]['dtype']}, TFLOP/s: {named}"
+    lines = [title, "", *shape_table(cells, peers), ""]
+    for name, of_pass in by_pass(cells).items():
+        lines += [f"- {name}, {line}" for line in summary(of_pass)[:sentences]]
+    return lines + [""]
+
+
+def speed_tables(results: dict, wanted: list[str], sentences: int | None = None) -> list[str]:
+    """The tables of one results file, restricted to the wanted peers, with so many sentences on each pass below."""
+    write = models_table if is_models(results) else paper_tables
+    return write(results["cells"], wanted, sentences)
 
 
 def environment_line(results: dict) -> str:
@@ -137,26 +210,34 @@ def overhead_lines(results: dict) -> list[str]:
     return ["CPU time of one call, µs:", "", "| call | µs |", "|---|---|", *rows, ""] if rows else []
 
 
+def plots(path: Path, results: dict) -> dict[str, str]:
+    """The names of the plots of a results file, without folder, and what each shows."""
+    if is_models(results):
+        return {f"{path.stem}.png": "speed on shapes of models"}
+    return {f"{path.stem}-{name}.png": f"{name} speed" for name in by_pass(results["cells"])}
+
+
 def readme_block() -> str:
-    """The short form: bf16, ours beside FA3, with the plot."""
-    path = PUBLISHED["bf16"]
-    if not path.exists():
-        return NOT_MEASURED
-    results = json.loads(path.read_text())
-    lines = [*speed_tables(results, ["ours", "fa3"], sentences=1), environment_line(results), ""]
-    for name in by_pass(results["cells"]):
-        lines += [f"![{name} speed](docs/images/{path.stem}-{name}.png)", ""]
-    return "\n".join(lines).strip()
+    """The short form: bf16, ours beside FA3, with the plots of the papers' grid."""
+    parts = []
+    for grid in GRID_NAMES:
+        if path := published(grid, "bf16"):
+            results = json.loads(path.read_text())
+            parts += [*speed_tables(results, ["ours", "fa3"], sentences=1), environment_line(results), ""]
+            if grid == "paper":
+                for image, shown in plots(path, results).items():
+                    parts += [f"![{shown}](docs/images/{image})", ""]
+    return "\n".join(parts).strip() or NOT_MEASURED
 
 
 def full_block() -> str:
     """The long form: every published file, every peer, the CPU time of a call, and the plots."""
     parts = []
-    for path in filter(Path.exists, PUBLISHED.values()):
+    for path in all_published():
         results = json.loads(path.read_text())
         parts += [*speed_tables(results, list(PEER_NAMES)), environment_line(results), "", *overhead_lines(results)]
-        for name in by_pass(results["cells"]):
-            parts += [f"![{name} speed](images/{path.stem}-{name}.png)", ""]
+        for image, shown in plots(path, results).items():
+            parts += [f"![{shown}](images/{image})", ""]
     return "\n".join(parts).strip() or NOT_MEASURED
 
 
@@ -241,7 +322,7 @@ def main() -> int:
     args = parser.parse_args()
 
     stale = check()
-    for path in (*PUBLISHED.values(), TRAIN_STEP):
+    for path in (*all_published(), TRAIN_STEP):
         if path.exists() and json.loads(path.read_text())["csrc_sha256"] != csrc_sha256():
             print(f"note: {path.relative_to(ROOT)} was measured on other sources than csrc/ holds now")
     if args.check:

@@ -26,7 +26,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from attention import environment, reason, say, show, usable_peers
+from attention import environment
+from peers import usable_peers
+from screen import reason, say, show
 from tables import PEER_NAMES, RESULTS, csrc_sha256
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel

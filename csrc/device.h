@@ -1,13 +1,11 @@
-// What launches of kernels have in common on the host.
+// What launches share on the host: error checks, the device's properties, shared memory.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <array>
 #include <atomic>
-#include <climits>
 #include <cstdint>
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -23,18 +21,6 @@ inline void check_cuda(cudaError_t error, const char* what) {
 // What the blocks that run together want to find in L2: half of the 50 MB or 60 MB that Hoppers have.
 inline constexpr int64_t kL2Bytes = int64_t{32} << 20;
 
-// exp(x) = exp2(kLog2E * x)
-inline constexpr float kLog2E = 1.4426950408889634f;
-
-// Row and tile counts are int in the kernels (offsets are not), with room for one more round past the last.
-inline void check_counts(std::initializer_list<int64_t> counts) {
-  for (int64_t count : counts) {
-    if (count > INT_MAX / 2) {
-      throw std::runtime_error("more rows or tiles than 2^30 in one call: split the batch or the heads over several");
-    }
-  }
-}
-
 inline int current_device() {
   int device = 0;
   check_cuda(cudaGetDevice(&device), "asking for the current device");
@@ -47,10 +33,13 @@ inline int multiprocessors(int device) {
   return count;
 }
 
+// What a thread block can have at most.
+inline constexpr int kSharedMemoryBytes = 227 * 1024;
+
 // Allows a kernel its shared memory, once for each device: it is a property of the device's copy of the kernel.
 template <auto kKernel, int kBytes>
 void allow_shared_memory(int device) {
-  static_assert(kBytes <= 227 * 1024, "the tile needs more shared memory than a Hopper thread block can have");
+  static_assert(kBytes <= kSharedMemoryBytes, "the plan needs more shared memory than a Hopper thread block can have");
   static std::array<std::atomic<bool>, 64> allowed{};
   if (device < 64 && allowed[device].load(std::memory_order_acquire)) return;
   check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),

@@ -1,5 +1,5 @@
-// What may be called without knowing the kernels. The launches enqueue work on `stream` of the current device and return
-// at once; they throw std::runtime_error when CUDA or the driver refuses.
+// What may be called without knowing the kernels. The launches enqueue work on `stream` of the current device and
+// return at once; they throw std::runtime_error when CUDA or the driver refuses.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -43,8 +43,8 @@ struct BackwardParams {
 // current device must be of compute capability 9.0.
 void launch_forward(const ForwardParams& params, cudaStream_t stream);
 
-// Attention backward: writes those of params.dq, dk and dv that are asked for. The head dim must have a backward plan in
-// limits.h, and the current device must be of compute capability 9.0.
+// Attention backward: writes those of params.dq, dk and dv that are asked for. The head dim must have a backward plan
+// in limits.h, and the current device must be of compute capability 9.0.
 void launch_backward(const BackwardParams& params, cudaStream_t stream);
 
 // Bytes of params.workspace that launch_backward needs on the current device; reads the problem and which gradients are

@@ -1,9 +1,10 @@
-// THE TABLE: which head dimensions run, which train, and with which tiles.
+// THE TABLE: which head dimensions run, which train, and with which plans: sizes of blocks, and how they are walked.
 //
 // One row per head dimension. Everything that needs to know a limit reads it from here: the kernels' dispatch and
 // static_asserts, _C.limits() and through it Python's checks and every refusal's text, the test cases, and the support
-// table in README.md. Adding a head dimension is adding a row (and a wgmma wrapper in ptx/wgmma.cuh if its shape is
-// new).
+// table in README.md. A head dimension that the kernels' structure fits is added by its row (and a wgmma wrapper in
+// ptx/wgmma.cuh if its shape is new). Some it does not fit: the backward of 256 needs another kernel, since dK and dV
+// of a consumer's 64 keys alone would take 256 registers a thread.
 #pragma once
 
 #include <cstddef>
@@ -13,26 +14,26 @@
 namespace flash_attn_ext {
 
 // {} means "not built".
-struct ForwardTile {
-  int block_q = 0;     // query rows of one thread block: 64 per consumer warpgroup
+struct ForwardPlan {
+  int block_q = 0;     // query rows of one work item: 64 per consumer warpgroup
   int block_kv = 0;    // keys of one step of the main loop
-  int stages = 0;      // K tiles, and as many V tiles, in flight
+  int stages = 0;      // K blocks, and as many V blocks, in flight
   bool turns = false;  // consumers take turns at issuing products ("ping-pong")
   constexpr bool built() const { return block_q > 0; }
   constexpr int consumers() const { return block_q / 64; }  // warpgroups; wgmma's M is 64
 };
 
-struct BackwardTile {
+struct BackwardPlan {
   int block_q = 0;   // query rows of one step of the main loop
-  int block_kv = 0;  // keys of one thread block: 64 per consumer warpgroup
-  int stages = 0;    // Q tiles, and as many dO tiles, in flight
+  int block_kv = 0;  // keys of one work item: 64 per consumer warpgroup
+  int stages = 0;    // Q blocks, and as many dO blocks, in flight
   constexpr bool built() const { return block_q > 0; }
 };
 
 struct HeadDimLimits {
   int head_dim;
-  ForwardTile forward;
-  BackwardTile backward;
+  ForwardPlan forward;
+  BackwardPlan backward;
 };
 
 inline constexpr HeadDimLimits kLimits[] = {

@@ -56,10 +56,11 @@ struct Problem {
 
   Sequences sequences() const {
     check_counts({batch, seqlen_q, seqlen_k, heads});
-    return {static_cast<int>(batch), {.rows = static_cast<int>(seqlen_q),
-                                      .keys = static_cast<int>(seqlen_k),
-                                      .left = Sequence::kUnbounded,
-                                      .right = options.causal ? 0 : Sequence::kUnbounded}};
+    return {static_cast<int>(batch),
+            {.rows = static_cast<int>(seqlen_q),
+             .keys = static_cast<int>(seqlen_k),
+             .left = Sequence::kUnbounded,
+             .right = options.causal ? 0 : Sequence::kUnbounded}};
   }
 };
 

@@ -12,10 +12,16 @@
 
 namespace flash_attn_ext {
 
-// Row of accumulator registers i within the thread's two rows: 0 for lane / 4, 1 for lane / 4 + 8.
+// The first of the thread's two rows; the other one is 8 below.
+__device__ __forceinline__ int own_row() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
+
+// The first of the thread's columns: of every 8 it has this one and the next.
+__device__ __forceinline__ int own_column() { return threadIdx.x % 4 * 2; }
+
+// Row of accumulator register i among the thread's two: 0 for own_row(), 1 for own_row() + 8.
 __device__ __forceinline__ constexpr int fragment_row(int i) { return i % 4 / 2; }
 
-// Column of accumulator register i, less the thread's own 2 * (lane % 4).
+// Column of accumulator register i, counted from own_column().
 __device__ __forceinline__ constexpr int fragment_column(int i) { return i / 4 * 8 + i % 2; }
 
 // Two floats rounded to nearest and packed, the first in the lower half.
@@ -61,19 +67,24 @@ __device__ __forceinline__ void to_operand(uint32_t (&a)[kSteps][4], const float
   }
 }
 
+// Stores columns 16 j .. 16 j + 15 of 64 rows from `first_row` on into a swizzled tile. They come as an A operand.
+template <class Tile>
+__device__ __forceinline__ void store_columns(Tile& tile, int first_row, int j, const uint32_t (&a)[4]) {
+  const int lane = threadIdx.x % 32, row = first_row + threadIdx.x / 32 % 4 * 16 + lane % 16;
+  ptx::stmatrix_x4(tile.chunk_address(j / 4, row, j % 4 * 2 + lane / 16), a[0], a[1], a[2], a[3]);
+}
+
 // Stores a 64-row accumulator, each of the thread's two rows scaled, as T into a swizzled tile.
 template <class T, int kColumns>
 __device__ __forceinline__ void store_fragment(SmemTile<T, 64, kColumns>& tile, const float (&acc)[kColumns / 2],
                                                const float (&row_scale)[2]) {
-  int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  int row = warp * 16 + lane % 16;
 #pragma unroll
   for (int j = 0; j < kColumns / 16; ++j) {
     const float* x = acc + 8 * j;
-    ptx::stmatrix_x4(
-        tile.chunk_address(j / 4, row, j % 4 * 2 + lane / 16), pack<T>(x[0] * row_scale[0], x[1] * row_scale[0]),
-        pack<T>(x[2] * row_scale[1], x[3] * row_scale[1]), pack<T>(x[4] * row_scale[0], x[5] * row_scale[0]),
-        pack<T>(x[6] * row_scale[1], x[7] * row_scale[1]));
+    const uint32_t a[4] = {
+        pack<T>(x[0] * row_scale[0], x[1] * row_scale[0]), pack<T>(x[2] * row_scale[1], x[3] * row_scale[1]),
+        pack<T>(x[4] * row_scale[0], x[5] * row_scale[0]), pack<T>(x[6] * row_scale[1], x[7] * row_scale[1])};
+    store_columns(tile, 0, j, a);
   }
 }
 

@@ -41,13 +41,19 @@ struct Ring {
     }
   }
 
+  // Producer: waits until the stage is free.
+  __device__ __forceinline__ void wait_empty(RingPosition<kStages> at) { wait_phase(&empty[at.stage], at.phase ^ 1); }
+
   // Producer: waits until the stage is free and announces how many bytes will be copied into it.
   __device__ __forceinline__ uint64_t* begin_fill(RingPosition<kStages> at, uint32_t bytes) {
-    wait_phase(&empty[at.stage], at.phase ^ 1);
+    wait_empty(at);
     cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared,
                                          &full[at.stage], bytes);
     return &full[at.stage];
   }
+
+  // Producer: says that what it wrote by ordinary stores is there.
+  __device__ __forceinline__ void end_fill(RingPosition<kStages> at) { cuda::ptx::mbarrier_arrive(&full[at.stage]); }
 
   // Consumers: wait for the bytes; hand the stage back (one thread of each warp counts for the warp).
   __device__ __forceinline__ void wait_full(RingPosition<kStages> at) { wait_phase(&full[at.stage], at.phase); }

@@ -34,7 +34,8 @@ struct Sequences {
   HOST_DEVICE int first_block(int sequence, int block) const { return sequence * blocks_each(block); }
   HOST_DEVICE Block locate(int index, int block) const {
     const int blocks = blocks_each(block);
-    return {index / blocks, index % blocks};
+    const int sequence = quotient(index, blocks);
+    return {sequence, index - sequence * blocks};
   }
 
   // Where a sequence's first row stands in a (batch, heads, rows) array such as lse.

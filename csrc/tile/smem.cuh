@@ -16,8 +16,10 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-template <class T, int kRows, int kColumns>
+template <class T, int kTileRows, int kTileColumns>
 struct alignas(1024) SmemTile {
+  using Element = T;
+  static constexpr int kRows = kTileRows, kColumns = kTileColumns;
   static_assert(sizeof(T) == 2 && kRows % 8 == 0 && kColumns % kSlabColumns == 0);
   static constexpr int kSlabs = kColumns / kSlabColumns;
   static constexpr int kSlabBytes = kRows * kRowBytes;
@@ -32,37 +34,5 @@ struct alignas(1024) SmemTile {
     return smem_address(data) + slab_index * kSlabBytes + row * kRowBytes + ((chunk ^ (row % 8)) << 4);
   }
 };
-
-// wgmma's matrix descriptor (PTX ISA, "Asynchronous warpgroup matrix: shared memory matrix descriptor"): start address,
-// leading and stride byte offsets, each in units of 16 bytes, and the 128-byte swizzle.
-__device__ __forceinline__ uint64_t make_descriptor(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes) {
-  constexpr uint64_t kSwizzle128B = 1;
-  return (address >> 4) | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
-         static_cast<uint64_t>(stride_bytes >> 4) << 32 | kSwizzle128B << 62;
-}
-
-constexpr uint32_t kEightRows = 8 * kRowBytes;
-
-// The tile as a K-major operand (rows are M or N, columns are K): A in Q K^T, and B in it.
-template <class Tile>
-__device__ __forceinline__ uint64_t k_major_descriptor(const Tile& tile) {
-  return make_descriptor(smem_address(tile.data), 0, kEightRows);
-}
-// What to add to it for the k-th step of 16 columns: 32 bytes within a slab, then the next slab.
-template <class Tile>
-__device__ __forceinline__ constexpr uint64_t k_major_step(int k) {
-  return (k / 4 * Tile::kSlabBytes + k % 4 * 32) >> 4;
-}
-
-// The tile as an MN-major operand (rows are K, columns are N): B in P V.
-template <class Tile>
-__device__ __forceinline__ uint64_t mn_major_descriptor(const Tile& tile) {
-  return make_descriptor(smem_address(tile.data), Tile::kSlabBytes, kEightRows);
-}
-// What to add to it for the k-th step of 16 rows.
-template <class Tile>
-__device__ __forceinline__ constexpr uint64_t mn_major_step(int k) {
-  return (k * 16 * kRowBytes) >> 4;
-}
 
 }  // namespace flash_attn_ext

@@ -1,0 +1,134 @@
+// What the backward's files share: the config of a plan, and the workspace through which its kernels hand each other
+// rows' statistics and float32 sums.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "device.h"
+#include "launch.h"
+#include "limits.h"
+#include "tile/schedule.h"
+#include "tile/sequences.h"
+#include "tile/smem.cuh"
+
+namespace flash_attn_ext {
+
+// ---------------------------------------------------------------------------------------------------------- config
+
+template <int kRow, class Type>
+struct BackwardConfig {
+  using T = Type;
+  static constexpr BackwardPlan kPlan = kLimits[kRow].backward;
+  static constexpr int kHeadDim = kLimits[kRow].head_dim;
+  static constexpr int kBlockQ = kPlan.block_q;
+  static constexpr int kBlockKv = kPlan.block_kv;
+  static constexpr int kStages = kPlan.stages;
+  static constexpr int kConsumers = 2;
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+
+  // The SM's 65536 registers, shared out by setmaxnreg in multiples of 8: 24 + 2 * 240 <= 504.
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+
+  static_assert(kPlan.built() && kBlockKv == 64 * kConsumers && kHeadDim % kSlabColumns == 0);
+  // The consumers share dQ's product by rows where there are 128 of them, else by halves of the head dim.
+  static constexpr bool kDqByRows = kBlockQ == 128;
+  static_assert(kBlockQ * kHeadDim == 2 * 64 * 64 && (kBlockQ == 64 || kDqByRows), "each consumer's dQ is 64 x 64");
+};
+
+// Calls f with the config of the problem's head dim and type.
+template <class F>
+void with_backward_config(const Problem& problem, F&& f) {
+  const bool found = with_limits(static_cast<int>(problem.head_dim), [&]<std::size_t row>() {
+    if constexpr (kLimits[row].backward.built()) {
+      if (problem.dtype == DType::kFloat16) {
+        f.template operator()<BackwardConfig<row, __half>>();
+      } else {
+        f.template operator()<BackwardConfig<row, __nv_bfloat16>>();
+      }
+    }
+  });
+  if (!found) throw std::runtime_error("no backward kernel for head_dim " + std::to_string(problem.head_dim));
+}
+
+// -------------------------------------------------------------------------------------------------------- workspace
+
+// What the exponent and dS need of each query row of a Q block, as `prepare` leaves it.
+template <int kBlockQ>
+struct alignas(16) RowStats {
+  float lse_log2[kBlockQ];  // lse * log2(e); +inf for rows past the end or that see nothing: their P is 0
+  float delta[kBlockQ];     // sum of dO * O
+};
+
+// 64 x 64 float32 sums in the order in which a consumer's threads hold them: quads of registers, quad by quad for all
+// 128 threads, so that what a warp writes is contiguous. Registers 4 q .. 4 q + 3 of thread t are (row, column),
+// (row, column + 1), (row + 8, column), (row + 8, column + 1) with row = 16 (t / 32) + t % 32 / 4 and
+// column = 8 q + 2 (t % 4).
+struct SumTile {
+  static constexpr int kQuads = 8;
+  float4 quad[kQuads][128];
+};
+
+// The sums of one gradient: blocks of rows, tiled 64 x 64 row by row; those of a head follow each other in the order of
+// Sequences. A gradient that is summed in parts has as many copies of it all.
+struct Sums {
+  SumTile* tiles = nullptr;  // null: there are none
+  int copies = 1;
+  int64_t copy_tiles = 0;
+};
+
+template <class Config>
+struct Workspace {
+  static constexpr int kQTiles = Config::kBlockQ / 64 * Config::kHeadDim / 64;    // of a Q block
+  static constexpr int kKvTiles = Config::kBlockKv / 64 * Config::kHeadDim / 64;  // of a KV block
+  using Stats = RowStats<Config::kBlockQ>;
+
+  Sequences sequences;
+  int64_t q_blocks, kv_blocks;  // of all heads
+  int parts;                    // in which dK and dV are summed; 1: they never leave a block's registers
+  Stats* stats;                 // [q_blocks]
+  Sums dq, dk, dv;
+  int64_t bytes;
+
+  explicit Workspace(const BackwardParams& p)
+      : sequences(p.problem.sequences()),
+        q_blocks(sequences.block_count(Config::kBlockQ) * p.problem.heads),
+        kv_blocks(sequences.transposed().block_count(Config::kBlockKv) * p.problem.kv_heads) {
+    const int most_parts = p.problem.heads_per_kv_head();
+    check_counts({q_blocks, kv_blocks * most_parts});
+    parts = head_parts(kv_blocks, most_parts, sequences.blocks_each(Config::kBlockQ), p.problem.options.causal,
+                       multiprocessors(current_device()));
+    char* end = static_cast<char*>(p.workspace);
+    const auto take = [&](int64_t size) {
+      char* begin = end;
+      end += size;
+      return begin;
+    };
+    const auto take_sums = [&](const Tensor& gradient, int copies, int64_t tiles) -> Sums {
+      if (gradient.data == nullptr || copies == 0) return {};
+      return {reinterpret_cast<SumTile*>(take(copies * tiles * sizeof(SumTile))), copies, tiles};
+    };
+    const int copies = parts > 1 ? parts : 0;
+    dq = take_sums(p.dq, 1, q_blocks * kQTiles);
+    dk = take_sums(p.dk, copies, kv_blocks * kKvTiles);
+    dv = take_sums(p.dv, copies, kv_blocks * kKvTiles);
+    stats = reinterpret_cast<Stats*>(take(q_blocks * sizeof(Stats)));
+    bytes = end - static_cast<char*>(p.workspace);
+  }
+};
+
+// --------------------------------------------------------------------------------------- before and after the products
+
+// delta and lse of every row into the workspace, and zeros where dQ will be summed.
+void launch_prepare(const BackwardParams& params, cudaStream_t stream);
+
+// What was summed in the workspace, scaled, as 16-bit gradients.
+void launch_convert(const BackwardParams& params, cudaStream_t stream);
+
+}  // namespace flash_attn_ext

@@ -1,0 +1,179 @@
+// What the backward does for every row by itself, before and after its products: delta and lse before them, and 16-bit
+// gradients out of float32 sums after them. Both are bound by memory.
+
+#include <cmath>
+
+#include "backward.cuh"
+#include "tile/fragment.cuh"
+
+namespace flash_attn_ext {
+namespace {
+
+constexpr int kRowThreads = 256;  // of a thread block, which handles one block of rows
+
+// Element (row, head, column) of a sequence whose rows begin at (batch, first_row) of a tensor.
+template <class T>
+__device__ __forceinline__ T* element(const Tensor& tensor, int batch, int64_t row, int head, int column) {
+  const Strides& strides = tensor.strides;
+  return static_cast<T*>(tensor.data) + batch * strides.batch + row * strides.row + head * strides.head + column;
+}
+
+// ---------------------------------------------------------------------------------------------------------- prepare
+
+template <class Config>
+struct PrepareArguments {
+  Tensor dout, out;
+  const float* lse;
+  RowStats<Config::kBlockQ>* stats;
+  SumTile* dq;  // null: dq is not needed
+  Sequences sequences;
+  int heads, blocks;  // blocks of a head
+};
+
+template <class Config>
+__global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_constant__ PrepareArguments<Config> args) {
+  using T = typename Config::T;
+  constexpr int kLanes = Config::kHeadDim / 8;  // a row's threads, 16 bytes each
+  constexpr int kDqTiles = Workspace<Config>::kQTiles;
+  const int head = quotient(blockIdx.x, args.blocks);
+  const Block block = args.sequences.locate(blockIdx.x - head * args.blocks, Config::kBlockQ);
+  const Place place = args.sequences.place(block.sequence);
+  const int rows = args.sequences.at(block.sequence).rows;
+  auto& stats = args.stats[blockIdx.x];
+
+#pragma unroll
+  for (int first = 0; first < Config::kBlockQ; first += kRowThreads / kLanes) {
+    const int index = first + threadIdx.x / kLanes, row = block.index * Config::kBlockQ + index;
+    const int lane = threadIdx.x % kLanes;
+    float delta = 0.f, lse = -INFINITY;
+    if (row < rows) {
+      const auto load = [&](const Tensor& from) {
+        return *reinterpret_cast<const uint4*>(element<const T>(from, place.batch, place.row + row, head, 8 * lane));
+      };
+      const uint4 a = load(args.dout), b = load(args.out);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = unpack<T>(reinterpret_cast<const uint32_t*>(&a)[i]),
+                     y = unpack<T>(reinterpret_cast<const uint32_t*>(&b)[i]);
+        delta += x.x * y.x + x.y * y.y;
+      }
+      lse = args.lse[args.sequences.first_value(block.sequence, head, args.heads) + row];
+    }
+#pragma unroll
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) delta += __shfl_xor_sync(~0u, delta, distance);
+    if (lane == 0) {
+      const bool empty = lse == -INFINITY;
+      stats.lse_log2[index] = empty ? INFINITY : lse * kLog2E;
+      stats.delta[index] = empty ? 0.f : delta;
+    }
+  }
+
+  if (args.dq != nullptr) {
+    auto* quads = reinterpret_cast<float4*>(args.dq + int64_t{blockIdx.x} * kDqTiles);
+    constexpr int kQuads = kDqTiles * sizeof(SumTile) / sizeof(float4);
+    for (int i = threadIdx.x; i < kQuads; i += kRowThreads) quads[i] = float4{};
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------- convert
+
+struct ConvertArguments {
+  Sums from;
+  Tensor to;
+  Sequences sequences;  // whose rows are the gradient's
+  int blocks;           // of a head
+  float scale;
+};
+
+template <class T, int kHeadDim, int kBlockRows>
+__global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_constant__ ConvertArguments args) {
+  constexpr int kColumnTiles = kHeadDim / 64, kTiles = kBlockRows / 64 * kColumnTiles;
+  const int head = quotient(blockIdx.x, args.blocks);
+  const Block block = args.sequences.locate(blockIdx.x - head * args.blocks, kBlockRows);
+  const Place place = args.sequences.place(block.sequence);
+  const int rows = args.sequences.at(block.sequence).rows;
+  const SumTile* tiles = args.from.tiles + int64_t{blockIdx.x} * kTiles;
+
+  // Four neighbouring threads of the product hold 8 columns of two rows: 16 bytes of each. Neighbouring threads here
+  // take neighbouring columns, so that rows are written whole.
+#pragma unroll
+  for (int item = threadIdx.x; item < kTiles * SumTile::kQuads * 32; item += kRowThreads) {
+    const int quad = item % SumTile::kQuads, group = item / SumTile::kQuads % 32, tile = item / (SumTile::kQuads * 32);
+    float4 sums[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] = tiles[tile].quad[quad][4 * group + i];
+    for (int copy = 1; copy < args.from.copies; ++copy) {  // in this order, so that the sum is the same in every run
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float4 x = tiles[copy * args.from.copy_tiles + tile].quad[quad][4 * group + i];
+        sums[i] = make_float4(sums[i].x + x.x, sums[i].y + x.y, sums[i].z + x.z, sums[i].w + x.w);
+      }
+    }
+    uint32_t bits[2][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      bits[0][i] = pack<T>(sums[i].x * args.scale, sums[i].y * args.scale);
+      bits[1][i] = pack<T>(sums[i].z * args.scale, sums[i].w * args.scale);
+    }
+    const int column = 64 * (tile % kColumnTiles) + 8 * quad;
+    const int first_row = block.index * kBlockRows + 64 * (tile / kColumnTiles) + group / 8 * 16 + group % 8;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = first_row + 8 * r;
+      if (row < rows) {
+        *reinterpret_cast<uint4*>(element<T>(args.to, place.batch, place.row + row, head, column)) =
+            make_uint4(bits[r][0], bits[r][1], bits[r][2], bits[r][3]);
+      }
+    }
+  }
+}
+
+template <class T, int kHeadDim, int kBlockRows>
+void convert(const Sums& from, const Tensor& to, const Sequences& sequences, int64_t heads, float scale,
+             cudaStream_t stream) {
+  if (from.tiles == nullptr) return;
+  const int blocks = static_cast<int>(sequences.block_count(kBlockRows)), grid = blocks * static_cast<int>(heads);
+  convert_kernel<T, kHeadDim, kBlockRows><<<grid, kRowThreads, 0, stream>>>({from, to, sequences, blocks, scale});
+  check_cuda(cudaGetLastError(), "launching the kernel after the backward's");
+}
+
+template <class Config>
+void prepare(const BackwardParams& params, cudaStream_t stream) {
+  const Workspace<Config> workspace(params);
+  const int heads = static_cast<int>(params.problem.heads), grid = static_cast<int>(workspace.q_blocks);
+  prepare_kernel<Config><<<grid, kRowThreads, 0, stream>>>({.dout = params.dout,
+                                                            .out = params.out,
+                                                            .lse = params.lse,
+                                                            .stats = workspace.stats,
+                                                            .dq = workspace.dq.tiles,
+                                                            .sequences = workspace.sequences,
+                                                            .heads = heads,
+                                                            .blocks = grid / heads});
+  check_cuda(cudaGetLastError(), "launching the kernel before the backward's");
+}
+
+template <class Config>
+void convert_all(const BackwardParams& params, cudaStream_t stream) {
+  using T = typename Config::T;
+  const Workspace<Config> workspace(params);
+  const Problem& problem = params.problem;
+  const float scale = problem.softmax_scale();
+  const Sequences queries = workspace.sequences, keys = queries.transposed();
+  convert<T, Config::kHeadDim, Config::kBlockQ>(workspace.dq, params.dq, queries, problem.heads, scale, stream);
+  convert<T, Config::kHeadDim, Config::kBlockKv>(workspace.dk, params.dk, keys, problem.kv_heads, scale, stream);
+  convert<T, Config::kHeadDim, Config::kBlockKv>(workspace.dv, params.dv, keys, problem.kv_heads, 1.f, stream);
+}
+
+}  // namespace
+
+// ----------------------------------------------------------------------------------------------------------- launch
+
+void launch_prepare(const BackwardParams& params, cudaStream_t stream) {
+  with_backward_config(params.problem, [&]<class Config>() { prepare<Config>(params, stream); });
+}
+
+void launch_convert(const BackwardParams& params, cudaStream_t stream) {
+  with_backward_config(params.problem, [&]<class Config>() { convert_all<Config>(params, stream); });
+}
+
+}  // namespace flash_attn_ext

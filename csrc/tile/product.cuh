@@ -1,0 +1,104 @@
+// Products of 64 rows by wgmma, over whole operands: acc = A B, or acc += A B. They are issued here, and run until
+// ptx::wgmma_wait_group says that they are done.
+#pragma once
+
+#include <cstdint>
+
+#include "../ptx/wgmma.cuh"
+#include "smem.cuh"
+
+namespace flash_attn_ext {
+
+// wgmma's matrix descriptor (PTX ISA, "Asynchronous warpgroup matrix: shared memory matrix descriptor"): start address,
+// leading and stride byte offsets, each in units of 16 bytes, and the 128-byte swizzle.
+__device__ __forceinline__ uint64_t make_descriptor(uint32_t address, uint32_t leading_bytes) {
+  constexpr uint64_t kSwizzle128B = 1;
+  constexpr uint64_t kEightRows = 8 * kRowBytes;
+  return (address >> 4) | static_cast<uint64_t>(leading_bytes >> 4) << 16 | (kEightRows >> 4) << 32 |
+         kSwizzle128B << 62;
+}
+
+// What an offset in bytes adds to a descriptor.
+__device__ __forceinline__ constexpr uint64_t descriptor_offset(int bytes) { return bytes >> 4; }
+
+// A tile as an operand whose columns are summed over: Q and K in Q K^T. It may be one of several like it in a row.
+template <class Tile>
+struct KMajor {
+  using Element = typename Tile::Element;
+  static constexpr bool kMnMajor = false;
+  static constexpr int kSteps = Tile::kColumns / 16;
+
+  uint64_t descriptor;
+
+  __device__ __forceinline__ explicit KMajor(const Tile& tile)
+      : descriptor(make_descriptor(smem_address(tile.data), 0)) {}
+
+  // The same of the i-th tile behind this one.
+  __device__ __forceinline__ KMajor at(int i) const { return KMajor(descriptor + i * descriptor_offset(Tile::kBytes)); }
+
+  // The descriptor of the k-th 16 columns: 32 bytes within a slab, then the next slab.
+  __device__ __forceinline__ uint64_t step(int k) const {
+    return descriptor + descriptor_offset(k / 4 * Tile::kSlabBytes + k % 4 * 32);
+  }
+
+ private:
+  __device__ __forceinline__ explicit KMajor(uint64_t descriptor) : descriptor(descriptor) {}
+};
+
+// A tile as an operand whose rows are summed over: V in P V. Where a product sums over more rows than the tile has, it
+// goes on with the next tile.
+template <class Tile>
+struct MnMajor {
+  using Element = typename Tile::Element;
+  static constexpr bool kMnMajor = true;
+  static constexpr int kSteps = Tile::kRows / 16;
+
+  uint64_t descriptor;
+
+  // From the tile's column 64 * slab on.
+  __device__ __forceinline__ explicit MnMajor(const Tile& tile, int slab = 0)
+      : descriptor(make_descriptor(smem_address(tile.data), Tile::kSlabBytes) +
+                   slab * descriptor_offset(Tile::kSlabBytes)) {}
+
+  __device__ __forceinline__ MnMajor at(int i) const {
+    return MnMajor(descriptor + i * descriptor_offset(Tile::kBytes));
+  }
+
+  // The descriptor of the k-th 16 rows.
+  __device__ __forceinline__ uint64_t step(int k) const {
+    return descriptor + descriptor_offset(k / kSteps * Tile::kBytes + k % kSteps * 16 * kRowBytes);
+  }
+
+ private:
+  __device__ __forceinline__ explicit MnMajor(uint64_t descriptor) : descriptor(descriptor) {}
+};
+
+// Issues acc = A B, both from shared memory.
+template <class A, class B, int kRegisters>
+__device__ __forceinline__ void product_ss(float (&acc)[kRegisters], const A& a, const B& b) {
+  using Product = ptx::Wgmma<2 * kRegisters>;
+  static_assert(A::kMnMajor == B::kMnMajor);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < A::kSteps; ++k) {
+    if constexpr (A::kMnMajor) {
+      Product::template ss_mn<typename A::Element>(acc, a.step(k), b.step(k), k > 0);
+    } else {
+      Product::template ss<typename A::Element>(acc, a.step(k), b.step(k), k > 0);
+    }
+  }
+  ptx::wgmma_commit_group();
+}
+
+// Issues acc += A B, A from registers.
+template <class B, int kRegisters, int kSteps>
+__device__ __forceinline__ void product_rs(float (&acc)[kRegisters], const uint32_t (&a)[kSteps][4], const B& b) {
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    ptx::Wgmma<2 * kRegisters>::template rs<typename B::Element>(acc, a[k], b.step(k), 1);
+  }
+  ptx::wgmma_commit_group();
+}
+
+}  // namespace flash_attn_ext

@@ -1,0 +1,200 @@
+"""The scripts of benchmarks/ as far as they go without a GPU: the grids, and what is written from a results file."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+import attention  # noqa: E402
+import peers  # noqa: E402
+import tables  # noqa: E402
+
+PASSES = ("forward", "backward")
+each_grid = pytest.mark.parametrize("grid", attention.GRIDS)
+
+
+def cells_of(grid, **chosen):
+    return [cell for name in PASSES for cell in attention.GRIDS[grid](name, "bf16", **chosen)]
+
+
+def call_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["attention.py", *arguments])
+    return attention.main()
+
+
+# ---- the grids ----
+
+
+@each_grid
+def test_dry_run(grid, monkeypatch, capsys):
+    assert call_main(monkeypatch, "--dry-run", "--grid", grid) == 0
+    out, cells = capsys.readouterr().out, cells_of(grid)
+    assert f"{len(cells)} cells" in out
+    assert all(f"{cell.heads}/{cell.kv_heads}" in out for cell in cells)
+
+
+def test_heads():
+    """The papers' grid has a KV head for every head, models share them: tables.py tells the two apart by that."""
+    assert all(cell.heads == cell.kv_heads for cell in cells_of("paper"))
+    assert all(cell.heads % cell.kv_heads == 0 and cell.heads > cell.kv_heads for cell in cells_of("models"))
+
+
+@each_grid
+def test_cells_can_be_told_apart(grid):
+    cells = cells_of(grid)
+    assert len({attention.label(cell) for cell in cells}) == len(cells)
+
+
+@each_grid
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_has_the_head_dims_that_ours_has(grid, name):
+    assert {cell.head_dim for cell in attention.GRIDS[grid](name, "bf16")} == set(attention.HEAD_DIMS[name])
+
+
+def test_options_select_cells_of_models():
+    every = cells_of("models")
+    assert cells_of("models", head_dims=[64], seqlens=[2048, 4096], masks=["causal"]) == [
+        cell for cell in every if cell.head_dim == 64 and cell.seqlen_q in (2048, 4096)
+    ]
+    assert cells_of("models", head_dims=[96]) == cells_of("models", masks=["full"]) == []
+
+
+def test_no_cell_is_left(monkeypatch, capsys):
+    assert call_main(monkeypatch, "--dry-run", "--grid", "models", "--masks", "full") == 2
+    assert "--grid models" in capsys.readouterr().out
+
+
+@each_grid
+def test_a_part_is_not_written_over_the_whole(grid, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["attention.py", "--name", "h100", "--grid", grid])
+    args = attention.parse_args()
+    assert attention.results_path(args, cells_of(grid)).name == f"h100-{grid}-bf16.json"
+    assert attention.results_path(args, cells_of(grid)[1:]).name == "h100-part-bf16.json"
+
+
+def test_flops():
+    """Of query heads: fewer KV heads are less memory, not fewer products."""
+    cell = attention.Cell("forward", 128, False, 2, 1024, 1024, 32, 8, "bf16")
+    assert cell.flops == 4 * 2 * 32 * 1024 * 1024 * 128
+
+
+# ---- the judge ----
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("name", PASSES)
+def test_the_judge_compares_grouped_heads(name, kv_heads):
+    """On CPU tensors: ours is its reference there, and torch's own path stands in for the judge."""
+    q, dout = (torch.randn(2, 96, 4, 16) for _ in range(2))
+    k, v = (torch.randn(2, 96, kv_heads, 16) for _ in range(2))
+    judge = peers.sdpa_binders(SDPBackend.MATH)
+    with torch.no_grad():
+        results = peers.BINDERS["ours"][name](q, k, v, dout, True)()
+        expected = judge[name](q, k, v, dout, True)()
+    assert [x.shape for x in expected] == [x.shape for x in ([q] if name == "forward" else [q, k, v])]
+    rows = attention.COMPARED_ROWS[name]
+    for result, right in zip(results, expected, strict=True):
+        assert attention.worst_error(result, right, rows) < 1e-4
+        wrong = result.clone()
+        wrong[:, -rows:, -1] = 0
+        assert attention.worst_error(wrong, right, rows) > attention.MAX_ERROR
+        with pytest.raises(ArithmeticError, match="shape"):
+            attention.worst_error(result.repeat(1, 1, 2, 1), right, rows)
+
+
+# ---- what is written from a results file ----
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A function that publishes made-up results of a grid, in a folder of their own."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+
+    def write(card, grid, dtype="bf16"):
+        cells = [
+            {**cell.record(), "tflops": {"ours": 500.0 + index, "fa3": 500.0, "cudnn": 400.0, "fa2": None}}
+            for index, cell in enumerate(cells_of(grid))
+        ]
+        environment = {"gpu": card.upper(), **dict.fromkeys(("driver", "cuda", "cudnn", "torch", "python"), "1.0")}
+        results = {"environment": environment, "csrc_sha256": tables.csrc_sha256(), "ceiling_tflops": 700.0}
+        path = tmp_path / f"{card}-{grid}-{dtype}.json"
+        path.write_text(json.dumps({**results, "cells": cells}))
+        return path
+
+    return write
+
+
+def rows(block):
+    return [line for line in block.splitlines() if line.startswith("| ")]
+
+
+def test_nothing_is_published(published):
+    assert tables.readme_block() == tables.full_block() == tables.NOT_MEASURED
+
+
+def test_the_table_of_models(published):
+    published("h100", "models")
+    readme, full = tables.readme_block(), tables.full_block()
+    shapes = {tables.shape(cell.record()) for cell in cells_of("models")}
+    assert len(rows(readme)) == len(rows(full)) == 1 + len(shapes)
+    assert "| 32/8 | 128 | 1 x 512 | 500 / 500 | 520 / 500 |" in readme
+    assert "| 32/8 | 128 | 1 x 512 | 500 / 500 / 400 | 520 / 500 / 400 |" in full
+    assert "| 8/4 | 256 | 1 x 8192 | 516 / 500 | – |" in readme, "no backward at this head dim"
+    for text in ("forward, flash_attn_ext / FA3, 20 cells", "least 1.000 (32/8 x 128, 1 x 512)", "H100, driver"):
+        assert text in readme and text in full
+    assert "h100-models-bf16.png" in full and ".png" not in readme
+
+
+def test_each_grid_has_its_card(published):
+    """Of two cards the first is shown, for every grid and type by itself; a grid without results is left out."""
+    paper = published("h200", "paper")
+    alone = tables.readme_block()
+    assert "Shapes of models" not in alone and "head dim 64 full 512" in alone and f"{paper.stem}-backward.png" in alone
+    published("h100", "models")
+    published("h100", "models", "fp16")
+    assert [path.name for path in tables.all_published()] == [
+        "h200-paper-bf16.json",
+        "h100-models-bf16.json",
+        "h100-models-fp16.json",
+    ]
+    assert tables.readme_block().startswith(alone) and "H100, driver" in tables.readme_block()
+    published("h200", "models")
+    assert "H100, driver" not in tables.readme_block()
+
+
+def test_documents_are_rewritten_and_checked(published, tmp_path, monkeypatch, capsys):
+    document = tmp_path / "README.md"
+    document.write_text("before\n<!-- speed-table:begin -->\n<!-- speed-table:end -->\nafter\n")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "TRAIN_STEP", tmp_path / "h200-train-step.json")
+    monkeypatch.setattr(tables, "BLOCKS", {document: {"speed-table": tables.readme_block}})
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tables.py", *arguments])
+        return tables.main()
+
+    for publish in (lambda: None, lambda: published("h200", "paper"), lambda: published("h100", "models")):
+        publish()
+        assert run("--check") == 1
+        assert run() == run("--check") == 0
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "| 32/8 | 128 | 1 x 512 |" in text
+
+
+@pytest.mark.parametrize(
+    "grid, names",
+    [("paper", ["h100-paper-bf16-forward.png", "h100-paper-bf16-backward.png"]), ("models", ["h100-models-bf16.png"])],
+)
+def test_plots(published, grid, names, tmp_path):
+    pytest.importorskip("matplotlib")
+    import plot
+
+    images = plot.plot(published("h100", grid), tmp_path / "images")
+    assert [image.name for image in images] == names
+    assert all(image.read_bytes().startswith(b"\x89PNG") for image in images)
+    assert all(f"(images/{name})" in tables.full_block() for name in names)
