@@ -298,7 +298,7 @@ def test_tensor_map_that_cannot_be_encoded(faults):
 @settings(max_examples=200, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_calls_run_or_say_what_explain_says(data):
-    """The compiled module says yes by itself, Python says no: together they run what `explain` finds nothing against."""
+    """The compiled module and Python decide together; what runs is what `explain` finds nothing against."""
     draw = data.draw
     sizes = {name: [2, 5, 4, D] for name in "qkv"}
     for _ in range(draw(st.integers(0, 3))):  # sizes to spoil, of one tensor or of all three
