@@ -8,6 +8,7 @@ import itertools
 import zlib
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -15,6 +16,8 @@ from flash_attn_ext.limits import TABLE
 from flash_attn_ext.options import Options
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+both_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 
 ROWS = [row for row in TABLE if row["forward"]]
 HEAD_DIMS = [row["head_dim"] for row in ROWS]

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, Case
+from cases import DTYPES, LAYOUTS, Case, both_masks
 from oracle import check_gradients, same_bits
 from torch import library
 
@@ -14,7 +14,6 @@ import flash_attn_ext
 from flash_attn_ext import attention_reference, flash_attn_func
 
 backward_operator = torch.ops.flash_attn_ext.backward.default
-both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 
 CASES = [
     Case(head_dim, dtype, seqlen_q, seqlen_k, causal, 2, heads, kv_heads)
@@ -26,11 +25,6 @@ CASES = [
     )
 ]
 CASES += [Case(16, "bf16", 33, 33, True, 2, 6, 2, layout) for layout in LAYOUTS]
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
 
 
 def arguments_of(case, dtype=None):

@@ -7,8 +7,9 @@ import threading
 import gpu
 import pytest
 import torch
-from cases import DTYPES, FORWARD, HEAD_DIMS, LAYOUTS, ROWS, SMOKE, Case, extreme_logits, random_cases
+from cases import FORWARD, HEAD_DIMS, LAYOUTS, ROWS, SMOKE, Case, both_dtypes, both_masks, extreme_logits, random_cases
 from conftest import SEED
+from gpu import normal
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from oracle import check, same_bits
@@ -19,8 +20,6 @@ from flash_attn_ext import flash_attn_func
 
 pytestmark = gpu.needs_hopper
 
-both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-both_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 each_head_dim = pytest.mark.parametrize("head_dim", HEAD_DIMS)
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"d{row['head_dim']}")
 
@@ -37,18 +36,9 @@ def attend_and_check(q, k, v, *options, lse_slack=1.0, **options_by_name):
     return out, lse
 
 
-def normal(*shape, dtype=torch.bfloat16):
-    return torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype)
-
-
 def assert_same(results, expected, what=""):
     for name, a, b in zip(("out", "lse"), results, expected, strict=True):
         assert same_bits(a, b), f"{name} differs {what}"
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
 
 
 # The table -----------------------------------------------------------------------------------------------------------

@@ -5,13 +5,12 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, Case
+from cases import DTYPES, LAYOUTS, Case, both_masks
 from oracle import check, same_bits
 
 import flash_attn_ext
 from flash_attn_ext import attention_reference, flash_attn_func
 
-both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 shapes = pytest.mark.parametrize(
     "seqlen_q, seqlen_k, heads, kv_heads, head_dim",
     [(1, 1, 1, 1, 1), (17, 17, 4, 4, 64), (23, 41, 6, 2, 40), (41, 23, 6, 2, 16), (1, 37, 5, 1, 128), (30, 1, 4, 2, 8)],
@@ -20,11 +19,6 @@ shapes = pytest.mark.parametrize(
 
 def normal(*shape, dtype=torch.float64):
     return torch.randn(shape, dtype=torch.float64).to(dtype)
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
 
 
 def visible(seqlen_q, seqlen_k, causal):
