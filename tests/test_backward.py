@@ -121,7 +121,7 @@ def test_autograd_is_the_low_level_pair(seqlen_k):
     }
     for name, call in calls.items():
         assert_same(by_autograd(call, dout, *inputs), expected, f"through {name}", seqlen_k)
-    results = backward_operator(*arguments, 0.1, True, [True] * 3)
+    results = backward_operator(*arguments, 0.1, True)
     assert_same(results, expected, "through the operator backward", seqlen_k)
     with_names = flash_attn_ext.backward(dout, q, k, v, out, lse, softmax_scale=0.1, causal=True)
     assert_same(with_names, expected, "with named arguments", seqlen_k)
@@ -154,17 +154,17 @@ def test_only_the_gradients_asked_for(head_dim, wanted):
 
     gpu.poison(*inputs, workspace(inputs[0]))
     needs = [name in wanted for name in "qkv"]
-    results = backward_operator(*arguments, None, True, needs)
+    results = backward_operator(*arguments, causal=True, needs=needs)
     assert [x.numel() > 0 for x in results] == needs
     assert_same([x if need else None for x, need in zip(results, needs, strict=True)], expected, "by the operator")
 
 
 def test_gradients_not_asked_for_take_no_memory():
     arguments, (dq, dk, dv) = both_passes(*(normal(1, 1024, 8, 128) for _ in range(3)))
-    every = extra_memory(lambda: backward_operator(*arguments, None, False, [True] * 3))
+    every = extra_memory(lambda: backward_operator(*arguments, needs=[True] * 3))
     for needs in ([True, False, False], [False, True, False], [False, False, True]):
         saved = sum(x.nbytes for x, need in zip((dq, dk, dv), needs, strict=True) if not need)
-        assert extra_memory(lambda needs=needs: backward_operator(*arguments, None, False, needs)) <= every - saved
+        assert extra_memory(lambda needs=needs: backward_operator(*arguments, needs=needs)) <= every - saved
 
 
 def extra_memory(call):
@@ -558,5 +558,5 @@ def test_opcheck(causal, layout):
     """Keys fit into one block here: opcheck compares runs, and dq would differ by the order of its sum."""
     inputs = Case(128, "bf16", 130, ONE_BLOCK, causal, heads=6, kv_heads=2, layout=layout).inputs("cuda")
     arguments, _ = both_passes(*inputs, causal=causal)
-    library.opcheck(backward_operator, (*arguments, None, causal, [True] * 3))
+    library.opcheck(backward_operator, arguments, {"causal": causal, "needs": [True] * 3})
     library.opcheck(forward_operator, (*(x.detach().requires_grad_() for x in inputs), None, causal))

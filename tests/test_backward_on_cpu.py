@@ -12,6 +12,7 @@ from torch import library
 
 import flash_attn_ext
 from flash_attn_ext import attention_reference, flash_attn_func
+from flash_attn_ext.options import Options
 
 backward_operator = torch.ops.flash_attn_ext.backward.default
 
@@ -86,7 +87,7 @@ def test_only_the_gradients_asked_for(wanted):
     arguments = arguments_of(Case(16, "bf16", 9, 13, True, heads=4, kv_heads=2))
     every = flash_attn_ext.backward(*arguments, causal=True)
     needs = [name in wanted for name in "qkv"]
-    for x, expected, need in zip(backward_operator(*arguments, None, True, needs), every, needs, strict=True):
+    for x, expected, need in zip(backward_operator(*arguments, causal=True, needs=needs), every, needs, strict=True):
         assert same_bits(x, expected) if need else x.numel() == 0
 
 
@@ -116,14 +117,13 @@ def test_changes_in_place_are_noticed():
 @both_masks
 def test_opcheck(causal):
     arguments = arguments_of(Case(16, "bf16", 9, 13, causal, heads=4, kv_heads=2), torch.float32)
-    library.opcheck(backward_operator, (*arguments, 0.3, causal, [True] * 3))
+    library.opcheck(backward_operator, (*arguments, 0.3), {"causal": causal, "needs": [True] * 3})
 
 
 def test_signature():
     """The forward's arguments after dout, then its results, then its options."""
     parameters = inspect.signature(flash_attn_ext.backward).parameters
-    assert list(parameters) == ["dout", "q", "k", "v", "out", "lse", "softmax_scale", "causal"]
-    assert (parameters["softmax_scale"].default, parameters["causal"].default) == (None, False)
+    assert list(parameters) == ["dout", "q", "k", "v", "out", "lse", *Options._fields]
 
 
 WRONG = {

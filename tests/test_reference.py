@@ -10,6 +10,7 @@ from oracle import check, same_bits
 
 import flash_attn_ext
 from flash_attn_ext import attention_reference, flash_attn_func
+from flash_attn_ext.options import Options
 
 shapes = pytest.mark.parametrize(
     "seqlen_q, seqlen_k, heads, kv_heads, head_dim",
@@ -160,16 +161,17 @@ def test_wide_dtypes(dtype):
 def test_signatures():
     """Positional order as FlashAttention-3's; what is ours is keyword-only."""
     parameters = inspect.signature(flash_attn_func).parameters.values()
-    defaults = {parameter.name: parameter.default for parameter in parameters}
-    required = inspect.Parameter.empty
-    assert list(defaults.items()) == [
-        *((name, required) for name in "qkv"),
-        ("softmax_scale", None),
-        ("causal", False),
-        ("return_lse", False),
-    ]
-    assert [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY] == ["return_lse"]
-    assert list(inspect.signature(flash_attn_ext.forward).parameters) == ["q", "k", "v", "softmax_scale", "causal"]
+    assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == ["q", "k", "v", "softmax_scale", "causal"]
+    assert list(inspect.signature(flash_attn_ext.forward).parameters) == ["q", "k", "v", *Options._fields]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["flash_attn_func", "forward", "backward", "explain", "attention_reference", "attention_reference_backward"],
+)
+def test_every_function_takes_every_option(name):
+    parameters = inspect.signature(getattr(flash_attn_ext, name)).parameters
+    assert {option: parameters[option].default for option in Options._fields} == Options()._asdict()
 
 
 def test_public_function_is_the_low_level_pair():

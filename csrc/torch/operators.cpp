@@ -14,6 +14,7 @@
 #include <array>
 #include <limits>
 #include <optional>
+#include <string>
 
 #include "checks.h"
 #include "python.h"
@@ -25,7 +26,7 @@ namespace {
 using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dq, dk, dv
 using Needs = std::array<bool, 3>;                                      // which of them
 
-// The dispatcher's functions have each option as an argument of its own; ours have them as one value.
+// Torch has each option by itself, the dispatcher as an argument; our functions have them as one value.
 template <class Types>
 struct OneByOne;
 
@@ -40,6 +41,19 @@ struct OneByOne<std::tuple<Option...>> {
   static BackwardResult backward(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                  const at::Tensor& out, const at::Tensor& lse, Option... options, Needs needs) {
     return function(dout, q, k, v, out, lse, {options...}, needs);
+  }
+
+  // Each under its number in autograd's dictionary, from which compiled autograd takes what it can trace.
+  using Dictionary = decltype(torch::autograd::AutogradContext::saved_data);
+
+  static void save(const std::tuple<Option...>& options, Dictionary& to) {
+    int i = 0;
+    std::apply([&](const auto&... option) { ((to[std::to_string(i++)] = option), ...); }, options);
+  }
+
+  static std::tuple<Option...> load(const Dictionary& from) {
+    int i = 0;
+    return {from.at(std::to_string(i++)).template to<Option>()...};
   }
 };
 using Flat = OneByOne<Options::Types>;
@@ -95,7 +109,7 @@ struct Attention : torch::autograd::Function<Attention> {
     at::Tensor out;
     std::tie(out, *lse) = call_forward(q, k, v, options);
     context->save_for_backward({q, k, v, out, *lse});
-    context->saved_data["options"] = options;
+    Flat::save(options, context->saved_data);
     return out;
   }
 
@@ -103,7 +117,7 @@ struct Attention : torch::autograd::Function<Attention> {
                                                  const torch::autograd::variable_list& gradients) {
     const auto saved = context->get_saved_variables();
     const at::Tensor &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3], &lse = saved[4];
-    const auto options = context->saved_data["options"].to<Options::Types>();
+    const Options::Types options = Flat::load(context->saved_data);
     const Needs needs{context->needs_input_grad(0), context->needs_input_grad(1), context->needs_input_grad(2)};
     // The operator's autograd only stands for second derivatives, and is Python's.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
