@@ -10,9 +10,9 @@
 //             through shared memory, and dQ is added to float32 sums in global memory, where all blocks of a head meet.
 //   convert   (backward_rows.cu) float32 sums, scaled, as 16-bit gradients
 // With grouped queries a block walks the query heads of its KV head one after the other, and dK and dV never leave its
-// registers before they are complete. Only where so few blocks would leave multiprocessors idle, several blocks share
-// the query heads, and `convert` adds their parts. Either way dK and dV are summed in one order and are the same in
-// every run. docs/backward.md has the barriers, the shared-memory plan and the cycle budget.
+// registers before they are complete. Where several blocks share these query heads (KeySchedule says when), `convert`
+// adds what each of them summed. Either way dK and dV are summed in one order, and are the same in every run.
+// docs/backward.md has the barriers, the shared-memory plan and the cycle budget.
 
 #include <cuda/ptx>
 
@@ -66,32 +66,32 @@ template <class Config>
 struct BackwardArguments {
   CUtensorMap q, k, v, dout, dk, dv;
   const RowStats<Config::kBlockQ>* stats;
-  SumTile *dq_sums, *dk_sums, *dv_sums;  // those of dk and dv only where their heads are shared out in parts
-  Schedule schedule;                     // of KV blocks; each part of a KV head's query heads is a head of it
+  SumTile* dq_sums;
+  KvSums coarse_sums, fine_sums;
+  KeySchedule schedule;
   Sequences sequences;
-  int heads, heads_per_kv_head, parts;
+  int heads;
   float scale, scale_log2;
   bool needs_dk, needs_dv;
 };
 
 // One thread block's work: a KV block, and for some query heads of its KV head the Q blocks that see it.
 template <class Config>
-struct Item {
-  int sequence, kv_head, part, first_head, end_head, key_block;
+struct Item : KeyItem {
+  int first_key;
+  // The Q blocks that see some of the keys; from `full_block` on they see all of them.
   Range q_blocks;
+  int full_block;
 
-  __device__ __forceinline__ Item(const BackwardArguments<Config>& args, int index) {
-    const WorkItem item = args.schedule.item(index);
-    sequence = item.sequence;
-    kv_head = quotient(item.head, args.parts);
-    part = item.head - kv_head * args.parts;
-    first_head = kv_head * args.heads_per_kv_head + quotient(part * args.heads_per_kv_head, args.parts);
-    end_head = kv_head * args.heads_per_kv_head + quotient((part + 1) * args.heads_per_kv_head, args.parts);
-    key_block = item.block;  // under a causal mask the first keys, which most queries see, cost most
-    q_blocks = keys(args).blocks(first_key(), Config::kBlockKv, Config::kBlockQ);
+  __device__ __forceinline__ Item(const BackwardArguments<Config>& args, int index)
+      : KeyItem(args.schedule.item(index)) {
+    // The schedule takes later blocks for the costlier ones; here the first keys are those that most queries see.
+    first_key = (args.schedule.coarse.blocks - 1 - block) * Config::kBlockKv;
+    // The same for both consumers, so that they meet at a barrier from the same place in the code. What rows past the
+    // end would add is 0 by their lse, so that the last block needs no mask for them.
+    q_blocks = keys(args).blocks(first_key, Config::kBlockKv, Config::kBlockQ);
+    full_block = keys(args).full_blocks(first_key, Config::kBlockKv, Config::kBlockQ).begin;
   }
-
-  __device__ __forceinline__ int first_key() const { return key_block * Config::kBlockKv; }
 
   // The sequence from the keys' side: keys are its rows, and query rows are what they see.
   __device__ __forceinline__ Sequence keys(const BackwardArguments<Config>& args) const {
@@ -99,15 +99,16 @@ struct Item {
   }
 
   // The number of a head's first Q block in the workspace.
-  __device__ __forceinline__ int64_t head_blocks(const BackwardArguments<Config>& args, int head) const {
-    return head * args.sequences.block_count(Config::kBlockQ) + args.sequences.first_block(sequence, Config::kBlockQ);
+  __device__ __forceinline__ int64_t first_q_block(const BackwardArguments<Config>& args, int head) const {
+    return args.sequences.first_block(sequence, head, args.heads, Config::kBlockQ);
   }
 
-  // The number of the KV block in the workspace, in this part's copy.
-  __device__ __forceinline__ int64_t kv_block(const BackwardArguments<Config>& args) const {
-    const Sequences keys = args.sequences.transposed();
-    const int64_t pair = static_cast<int64_t>(part) * (args.heads / args.heads_per_kv_head) + kv_head;
-    return pair * keys.block_count(Config::kBlockKv) + keys.first_block(sequence, Config::kBlockKv) + key_block;
+  // Where the item's sums of dK or dV begin, in its copy of the KV block.
+  __device__ __forceinline__ SumTile* own_tiles(const Sums& sums, const BackwardArguments<Config>& args) const {
+    const int kv_heads = quotient(args.heads, args.schedule.group), kv_block = first_key / Config::kBlockKv;
+    const int head_block = args.sequences.transposed().first_block(sequence, kv_head, kv_heads, Config::kBlockKv);
+    const int64_t block = int64_t{copy} * sums.blocks + head_block + kv_block - sums.first_block;
+    return sums.tiles + block * Workspace<Config>::kKvTiles;
   }
 };
 
@@ -121,15 +122,17 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
   const Place place = args.sequences.place(item.sequence);
   auto load_keys = [&](typename Smem::KvTile(&to)[Config::kConsumers], const CUtensorMap& from, uint64_t* full) {
     for (int i = 0; i < Config::kConsumers; ++i) {
-      load_tile(to[i], from, place.key + item.first_key() + 64 * i, item.kv_head, place.batch, full);
+      load_tile(to[i], from, place.key + item.first_key + 64 * i, item.kv_head, place.batch, full);
     }
   };
 
   uint32_t key_bytes = sizeof smem.k;  // of K, which comes with the first Q, and of V, which comes with the first dO
   RingPosition<Config::kStages> at;
   for (int head = item.first_head; head < item.end_head; ++head) {
-    const Stats* stats = args.stats + item.head_blocks(args, head);
-    for (int block = item.q_blocks.begin; block < item.q_blocks.end; ++block) {
+    const Stats* stats = args.stats + item.first_q_block(args, head);
+    for (int i = item.q_blocks.begin; i < item.q_blocks.end; ++i) {
+      // As the consumers do: those that need a mask, then the others from the last one down.
+      const int block = i < item.full_block ? i : item.q_blocks.end - 1 - (i - item.full_block);
       const int row = place.row + block * Config::kBlockQ;
       uint64_t* full = smem.q_ring.begin_fill(at, Smem::QTile::kBytes + sizeof(Stats) + key_bytes);
       if (key_bytes > 0) load_keys(smem.k, args.k, full);
@@ -228,13 +231,13 @@ struct Consumer {
     }
   }
 
-  // Writes my 64 rows of a part of dK or dV to their copy of the sums.
-  __device__ __forceinline__ void write_part(const float (&part)[kHeadDim / 2], SumTile* sums) {
+  // Writes my 64 rows of dK or dV to sums in global memory.
+  __device__ __forceinline__ void write_sums(const float (&rows)[kHeadDim / 2], SumTile* sums) {
     sums += index * (kHeadDim / 64);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i) {
       sums[i / SumTile::kQuads].quad[i % SumTile::kQuads][threadIdx.x % 128] =
-          make_float4(part[4 * i], part[4 * i + 1], part[4 * i + 2], part[4 * i + 3]);
+          make_float4(rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]);
     }
   }
 
@@ -299,7 +302,7 @@ struct Consumer {
     ptx::bar_sync(kStoreBarrier + index, 128);
     if (threadIdx.x % 128 == 0) {
       const Place place = args.sequences.place(item.sequence);
-      const int row = place.key + item.first_key() + 64 * index;
+      const int row = place.key + item.first_key + 64 * index;
       if (args.needs_dv) store_tile(args.dv, smem.v[index], row, item.kv_head, place.batch);
       if (args.needs_dk) store_tile(args.dk, smem.k[index], row, item.kv_head, place.batch);
       cuda::ptx::cp_async_bulk_commit_group();
@@ -307,41 +310,38 @@ struct Consumer {
     }
   }
 
-  // A part of them goes to its copy of the float32 sums.
-  __device__ __forceinline__ void store_part(const Item<Config>& item) {
-    constexpr int kTiles = Workspace<Config>::kKvTiles;
-    const int64_t first_tile = item.kv_block(args) * kTiles;
-    if (args.needs_dv) write_part(dv, args.dv_sums + first_tile);
-    if (args.needs_dk) write_part(dk, args.dk_sums + first_tile);
+  // What other items have a share in goes to the item's copy of the float32 sums.
+  __device__ __forceinline__ void store_share(const Item<Config>& item) {
+    const KvSums& sums = item.coarse ? args.coarse_sums : args.fine_sums;
+    if (args.needs_dv) write_sums(dv, item.own_tiles(sums.dv, args));
+    if (args.needs_dk) write_sums(dk, item.own_tiles(sums.dk, args));
   }
 
   __device__ __forceinline__ void run(const Item<Config>& item) {
     const Sequence keys = item.keys(args);
-    const int own_key = item.first_key() + 64 * index + own_row();
-    // The same for both consumers, so that they meet at a barrier from the same place in the code. What rows past the
-    // end would add is 0 by their lse, so that the last block needs no mask for them.
-    const int first_full_block = keys.full_blocks(item.first_key(), Config::kBlockKv, kBlockQ).begin;
+    const int own_key = item.first_key + 64 * index + own_row();
 #pragma unroll
     for (int r = 0; r < 2; ++r) first_seeing[r] = keys.first_key(own_key + 8 * r);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.f;
 
     for (int head = item.first_head; head < item.end_head; ++head) {
-      SumTile* sums = args.dq_sums + item.head_blocks(args, head) * Workspace<Config>::kQTiles;
-      for (int block = item.q_blocks.begin; block < item.q_blocks.end; ++block) {
-        SumTile* block_sums = sums + block * Workspace<Config>::kQTiles;
-        if (block < first_full_block) {
-          step<true>(block * kBlockQ, block_sums);
-        } else {
-          step<false>(block * kBlockQ, block_sums);
-        }
+      SumTile* sums = args.dq_sums + item.first_q_block(args, head) * Workspace<Config>::kQTiles;
+      int block = item.q_blocks.begin;
+      for (; block < item.full_block; ++block) {
+        step<true>(block * kBlockQ, sums + block * Workspace<Config>::kQTiles);
+      }
+      // From the last one down, since there all blocks of the head are at the same rows, which L2 then holds.
+      // What keys see ends with the sequence: item.q_blocks.end says the same, and costs a register that there is not.
+      for (block = args.sequences.blocks_each(kBlockQ) - 1; block >= item.full_block; --block) {
+        step<false>(block * kBlockQ, sums + block * Workspace<Config>::kQTiles);
       }
     }
     if constexpr (kNeedsDkv) {
-      if (args.parts == 1) {
+      if (item.coarse && args.schedule.copies == 1) {
         store(item);
       } else {
-        store_part(item);
+        store_share(item);
       }
     }
   }
@@ -380,11 +380,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 template <class Config>
 BackwardArguments<Config> make_arguments(const BackwardParams& params) {
   using Smem = BackwardSmem<Config>;
-  constexpr int64_t kRowBytesPerColumn = 2 + 2 + 4;  // Q, dO and the sums of dQ
   const Problem& problem = params.problem;
   const Shape q_shape = problem.q_shape(), k_shape = problem.k_shape();
   const Workspace<Config> workspace(params);
-  const Sequences keys = workspace.sequences.transposed();
 
   BackwardArguments<Config> args;
   args.q = make_tensor_map<typename Smem::QTile>("q", params.q, q_shape);
@@ -397,23 +395,13 @@ BackwardArguments<Config> make_arguments(const BackwardParams& params) {
   if (args.needs_dv) args.dv = make_tensor_map<typename Smem::KvTile>("dv", params.dv, k_shape);
   args.stats = workspace.stats;
   args.dq_sums = workspace.dq.tiles;
-  args.dk_sums = workspace.dk.tiles;
-  args.dv_sums = workspace.dv.tiles;
+  args.coarse_sums = workspace.coarse;
+  args.fine_sums = workspace.fine;
+  args.schedule = workspace.schedule;
   args.sequences = workspace.sequences;
-  args.parts = workspace.parts;
   args.heads = static_cast<int>(problem.heads);
-  args.heads_per_kv_head = problem.heads_per_kv_head();
   args.scale = problem.softmax_scale();
   args.scale_log2 = problem.softmax_scale() * kLog2E;
-  args.schedule = Schedule::make(
-      {.blocks = keys.blocks_each(Config::kBlockKv),
-       .heads = static_cast<int>(problem.kv_heads) * args.parts,
-       .sequences = keys.count,
-       .by_cost = problem.options.causal,
-       .heads_together = args.parts,
-       .bytes_together = problem.seqlen_q * args.heads_per_kv_head * Config::kHeadDim * kRowBytesPerColumn,
-       .l2_bytes = kL2Bytes,
-       .multiprocessors = multiprocessors(current_device())});
   return args;
 }
 

@@ -13,9 +13,9 @@
 #include "device.h"
 #include "launch.h"
 #include "limits.h"
-#include "tile/schedule.h"
 #include "tile/sequences.h"
 #include "tile/smem.cuh"
+#include "work.h"
 
 namespace flash_attn_ext {
 
@@ -75,12 +75,17 @@ struct SumTile {
   float4 quad[kQuads][128];
 };
 
-// The sums of one gradient: blocks of rows, tiled 64 x 64 row by row; those of a head follow each other in the order of
-// Sequences. A gradient that is summed in parts has as many copies of it all.
+// Sums of a gradient, in the order in which Sequences counts its blocks; each block is tiled 64 x 64, row by row of
+// tiles. Where a gradient is summed in several copies, these follow each other.
 struct Sums {
   SumTile* tiles = nullptr;  // null: there are none
+  int first_block = 0;       // of the gradient's blocks
+  int blocks = 0;
   int copies = 1;
-  int64_t copy_tiles = 0;
+};
+
+struct KvSums {
+  Sums dk, dv;
 };
 
 template <class Config>
@@ -90,35 +95,38 @@ struct Workspace {
   using Stats = RowStats<Config::kBlockQ>;
 
   Sequences sequences;
-  int64_t q_blocks, kv_blocks;  // of all heads
-  int parts;                    // in which dK and dV are summed; 1: they never leave a block's registers
-  Stats* stats;                 // [q_blocks]
-  Sums dq, dk, dv;
+  KeySchedule schedule;
+  int q_blocks;  // of all heads
+  Sums dq;
+  KvSums coarse, fine;  // of dK and dV, where several items share a KV head's query heads: a copy for each
+  Stats* stats;         // of every Q block
   int64_t bytes;
 
   explicit Workspace(const BackwardParams& p)
       : sequences(p.problem.sequences()),
-        q_blocks(sequences.block_count(Config::kBlockQ) * p.problem.heads),
-        kv_blocks(sequences.transposed().block_count(Config::kBlockKv) * p.problem.kv_heads) {
-    const int most_parts = p.problem.heads_per_kv_head();
-    check_counts({q_blocks, kv_blocks * most_parts});
-    parts = head_parts(kv_blocks, most_parts, sequences.blocks_each(Config::kBlockQ), p.problem.options.causal,
-                       multiprocessors(current_device()));
+        schedule(backward_schedule(p.problem, Config::kPlan, multiprocessors(current_device()))),
+        q_blocks(static_cast<int>(sequences.block_count(static_cast<int>(p.problem.heads), Config::kBlockQ))) {
     char* end = static_cast<char*>(p.workspace);
     const auto take = [&](int64_t size) {
       char* begin = end;
       end += size;
       return begin;
     };
-    const auto take_sums = [&](const Tensor& gradient, int copies, int64_t tiles) -> Sums {
-      if (gradient.data == nullptr || copies == 0) return {};
-      return {reinterpret_cast<SumTile*>(take(copies * tiles * sizeof(SumTile))), copies, tiles};
+    const auto take_sums = [&](const Tensor& gradient, Sums sums, int tiles) {
+      const int64_t size = int64_t{sums.blocks} * sums.copies * tiles * sizeof(SumTile);
+      if (gradient.data == nullptr || size == 0) return Sums{};
+      sums.tiles = reinterpret_cast<SumTile*>(take(size));
+      return sums;
     };
-    const int copies = parts > 1 ? parts : 0;
-    dq = take_sums(p.dq, 1, q_blocks * kQTiles);
-    dk = take_sums(p.dk, copies, kv_blocks * kKvTiles);
-    dv = take_sums(p.dv, copies, kv_blocks * kKvTiles);
-    stats = reinterpret_cast<Stats*>(take(q_blocks * sizeof(Stats)));
+    const auto take_kv_sums = [&](Sums sums) -> KvSums {
+      return {take_sums(p.dk, sums, kKvTiles), take_sums(p.dv, sums, kKvTiles)};
+    };
+    const int coarse_blocks = schedule.copies == 1 ? 0 : schedule.coarse.items() / schedule.copies;
+    const int fine_blocks = schedule.fine.items() / schedule.group;
+    dq = take_sums(p.dq, {nullptr, 0, q_blocks, 1}, kQTiles);
+    coarse = take_kv_sums({nullptr, 0, coarse_blocks, schedule.copies});
+    fine = take_kv_sums({nullptr, schedule.coarse.items() / schedule.copies, fine_blocks, schedule.group});
+    stats = reinterpret_cast<Stats*>(take(int64_t{q_blocks} * sizeof(Stats)));
     bytes = end - static_cast<char*>(p.workspace);
   }
 };

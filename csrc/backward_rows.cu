@@ -27,7 +27,7 @@ struct PrepareArguments {
   RowStats<Config::kBlockQ>* stats;
   SumTile* dq;  // null: dq is not needed
   Sequences sequences;
-  int heads, blocks;  // blocks of a head
+  int heads;
 };
 
 template <class Config>
@@ -35,8 +35,7 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_const
   using T = typename Config::T;
   constexpr int kLanes = Config::kHeadDim / 8;  // a row's threads, 16 bytes each
   constexpr int kDqTiles = Workspace<Config>::kQTiles;
-  const int head = quotient(blockIdx.x, args.blocks);
-  const Block block = args.sequences.locate(blockIdx.x - head * args.blocks, Config::kBlockQ);
+  const Block block = args.sequences.locate(blockIdx.x, args.heads, Config::kBlockQ);
   const Place place = args.sequences.place(block.sequence);
   const int rows = args.sequences.at(block.sequence).rows;
   auto& stats = args.stats[blockIdx.x];
@@ -48,7 +47,8 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_const
     float delta = 0.f, lse = -INFINITY;
     if (row < rows) {
       const auto load = [&](const Tensor& from) {
-        return *reinterpret_cast<const uint4*>(element<const T>(from, place.batch, place.row + row, head, 8 * lane));
+        return *reinterpret_cast<const uint4*>(
+            element<const T>(from, place.batch, place.row + row, block.head, 8 * lane));
       };
       const uint4 a = load(args.dout), b = load(args.out);
 #pragma unroll
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_const
                      y = unpack<T>(reinterpret_cast<const uint32_t*>(&b)[i]);
         delta += x.x * y.x + x.y * y.y;
       }
-      lse = args.lse[args.sequences.first_value(block.sequence, head, args.heads) + row];
+      lse = args.lse[args.sequences.first_value(block.sequence, block.head, args.heads) + row];
     }
 #pragma unroll
     for (int distance = kLanes / 2; distance > 0; distance /= 2) delta += __shfl_xor_sync(~0u, delta, distance);
@@ -81,15 +81,14 @@ struct ConvertArguments {
   Sums from;
   Tensor to;
   Sequences sequences;  // whose rows are the gradient's
-  int blocks;           // of a head
+  int heads;
   float scale;
 };
 
 template <class T, int kHeadDim, int kBlockRows>
 __global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_constant__ ConvertArguments args) {
   constexpr int kColumnTiles = kHeadDim / 64, kTiles = kBlockRows / 64 * kColumnTiles;
-  const int head = quotient(blockIdx.x, args.blocks);
-  const Block block = args.sequences.locate(blockIdx.x - head * args.blocks, kBlockRows);
+  const Block block = args.sequences.locate(args.from.first_block + blockIdx.x, args.heads, kBlockRows);
   const Place place = args.sequences.place(block.sequence);
   const int rows = args.sequences.at(block.sequence).rows;
   const SumTile* tiles = args.from.tiles + int64_t{blockIdx.x} * kTiles;
@@ -105,7 +104,7 @@ __global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_const
     for (int copy = 1; copy < args.from.copies; ++copy) {  // in this order, so that the sum is the same in every run
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float4 x = tiles[copy * args.from.copy_tiles + tile].quad[quad][4 * group + i];
+        const float4 x = tiles[int64_t{copy} * args.from.blocks * kTiles + tile].quad[quad][4 * group + i];
         sums[i] = make_float4(sums[i].x + x.x, sums[i].y + x.y, sums[i].z + x.z, sums[i].w + x.w);
       }
     }
@@ -121,7 +120,7 @@ __global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_const
     for (int r = 0; r < 2; ++r) {
       const int row = first_row + 8 * r;
       if (row < rows) {
-        *reinterpret_cast<uint4*>(element<T>(args.to, place.batch, place.row + row, head, column)) =
+        *reinterpret_cast<uint4*>(element<T>(args.to, place.batch, place.row + row, block.head, column)) =
             make_uint4(bits[r][0], bits[r][1], bits[r][2], bits[r][3]);
       }
     }
@@ -132,23 +131,22 @@ template <class T, int kHeadDim, int kBlockRows>
 void convert(const Sums& from, const Tensor& to, const Sequences& sequences, int64_t heads, float scale,
              cudaStream_t stream) {
   if (from.tiles == nullptr) return;
-  const int blocks = static_cast<int>(sequences.block_count(kBlockRows)), grid = blocks * static_cast<int>(heads);
-  convert_kernel<T, kHeadDim, kBlockRows><<<grid, kRowThreads, 0, stream>>>({from, to, sequences, blocks, scale});
+  convert_kernel<T, kHeadDim, kBlockRows>
+      <<<from.blocks, kRowThreads, 0, stream>>>({from, to, sequences, static_cast<int>(heads), scale});
   check_cuda(cudaGetLastError(), "launching the kernel after the backward's");
 }
 
 template <class Config>
 void prepare(const BackwardParams& params, cudaStream_t stream) {
   const Workspace<Config> workspace(params);
-  const int heads = static_cast<int>(params.problem.heads), grid = static_cast<int>(workspace.q_blocks);
-  prepare_kernel<Config><<<grid, kRowThreads, 0, stream>>>({.dout = params.dout,
-                                                            .out = params.out,
-                                                            .lse = params.lse,
-                                                            .stats = workspace.stats,
-                                                            .dq = workspace.dq.tiles,
-                                                            .sequences = workspace.sequences,
-                                                            .heads = heads,
-                                                            .blocks = grid / heads});
+  prepare_kernel<Config>
+      <<<workspace.q_blocks, kRowThreads, 0, stream>>>({.dout = params.dout,
+                                                        .out = params.out,
+                                                        .lse = params.lse,
+                                                        .stats = workspace.stats,
+                                                        .dq = workspace.dq.tiles,
+                                                        .sequences = workspace.sequences,
+                                                        .heads = static_cast<int>(params.problem.heads)});
   check_cuda(cudaGetLastError(), "launching the kernel before the backward's");
 }
 
@@ -160,8 +158,10 @@ void convert_all(const BackwardParams& params, cudaStream_t stream) {
   const float scale = problem.softmax_scale();
   const Sequences queries = workspace.sequences, keys = queries.transposed();
   convert<T, Config::kHeadDim, Config::kBlockQ>(workspace.dq, params.dq, queries, problem.heads, scale, stream);
-  convert<T, Config::kHeadDim, Config::kBlockKv>(workspace.dk, params.dk, keys, problem.kv_heads, scale, stream);
-  convert<T, Config::kHeadDim, Config::kBlockKv>(workspace.dv, params.dv, keys, problem.kv_heads, 1.f, stream);
+  for (const KvSums* sums : {&workspace.coarse, &workspace.fine}) {
+    convert<T, Config::kHeadDim, Config::kBlockKv>(sums->dk, params.dk, keys, problem.kv_heads, scale, stream);
+    convert<T, Config::kHeadDim, Config::kBlockKv>(sums->dv, params.dv, keys, problem.kv_heads, 1.f, stream);
+  }
 }
 
 }  // namespace

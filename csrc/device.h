@@ -18,9 +18,6 @@ inline void check_cuda(cudaError_t error, const char* what) {
   }
 }
 
-// What the blocks that run together want to find in L2: half of the 50 MB or 60 MB that Hoppers have.
-inline constexpr int64_t kL2Bytes = int64_t{32} << 20;
-
 inline int current_device() {
   int device = 0;
   check_cuda(cudaGetDevice(&device), "asking for the current device");

@@ -29,6 +29,7 @@
 #include "tile/sequences.h"
 #include "tile/smem.cuh"
 #include "tile/softmax.cuh"
+#include "work.h"
 
 namespace flash_attn_ext {
 namespace {
@@ -122,8 +123,7 @@ struct Item {
     const WorkItem item = args.schedule.item(index);
     sequence = item.sequence;
     head = item.head;
-    first_row =
-        (args.schedule.blocks - 1 - item.block) * Config::kBlockQ;  // under a causal mask the last rows cost most
+    first_row = item.block * Config::kBlockQ;
     blocks = args.sequences.at(sequence).blocks(first_row, Config::kBlockQ, Config::kBlockKv).end;
   }
 };
@@ -430,7 +430,6 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
   using Smem = ForwardSmem<Config>;
   const Problem& problem = params.problem;
   const Shape q_shape = problem.q_shape(), k_shape = problem.k_shape();
-  const int device = current_device();
 
   ForwardArguments args;
   args.q = make_tensor_map<typename Smem::QTile>("q", params.q, q_shape);
@@ -443,18 +442,10 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
   args.heads = static_cast<int>(problem.heads);
   args.heads_per_kv_head = problem.heads_per_kv_head();
   args.scale_log2 = problem.softmax_scale() * kLog2E;
-  check_counts({args.sequences.block_count(Config::kBlockQ) * args.heads});
-  args.schedule =
-      Schedule::make({.blocks = args.sequences.blocks_each(Config::kBlockQ),
-                      .heads = args.heads,
-                      .sequences = args.sequences.count,
-                      .by_cost = problem.options.causal,
-                      .heads_together = args.heads_per_kv_head,
-                      .bytes_together = 2 * problem.seqlen_k * Config::kHeadDim * int{sizeof(typename Config::T)},
-                      .l2_bytes = kL2Bytes,
-                      .multiprocessors = multiprocessors(device)});
+  args.schedule = forward_schedule(problem, Config::kPlan);
 
   constexpr int kBytes = sizeof(Smem);
+  const int device = current_device();
   allow_shared_memory<forward_kernel<Config>, kBytes>(device);
   const int blocks = std::min(multiprocessors(device), args.schedule.items());
   forward_kernel<Config><<<blocks, Config::kThreads, kBytes, stream>>>(args);

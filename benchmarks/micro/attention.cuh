@@ -12,7 +12,8 @@ namespace micro {
 
 using flash_attn_ext::DType;
 using flash_attn_ext::HeadDimLimits;
-using flash_attn_ext::Strides;
+using flash_attn_ext::Problem;
+using flash_attn_ext::Tensor;
 
 constexpr int kTokens = 16384, kHidden = 2048;  // as in the papers
 
@@ -25,8 +26,22 @@ struct Cell {
   int batch() const { return kTokens / seqlen; }
   // Of one product, over all heads; a causal mask halves what is counted.
   double product_flops() const { return (causal ? 1. : 2.) * kTokens * seqlen * kHidden; }
-  float softmax_scale() const { return 1.f / std::sqrt(float(head_dim)); }
-  Strides strides() const { return {.batch = int64_t{seqlen} * kHidden, .seqlen = kHidden, .heads = head_dim}; }
+  Problem problem() const {
+    return {.batch = batch(),
+            .seqlen_q = seqlen,
+            .seqlen_k = seqlen,
+            .heads = heads(),
+            .kv_heads = heads(),
+            .head_dim = head_dim,
+            .dtype = dtype,
+            .options = {.causal = causal}};
+  }
+  float softmax_scale() const { return problem().softmax_scale(); }
+  // A contiguous (batch, seqlen, heads, head_dim) tensor.
+  template <class T>
+  Tensor tensor(const DeviceArray<T>& array) const {
+    return {array.data, {.batch = int64_t{seqlen} * kHidden, .row = kHidden, .head = head_dim}};
+  }
   std::string name() const {
     return std::to_string(head_dim) + "," + std::to_string(seqlen) + "," + (causal ? "causal" : "full") +
            (dtype == DType::kFloat16 ? ",fp16" : ",bf16");
@@ -114,36 +129,24 @@ struct Forward {
   Cell cell;
   DeviceArray<T> q{kCount}, k{kCount}, v{kCount}, out{kCount};
   DeviceArray<float> lse{size_t{kTokens} * cell.heads()};
-  DeviceArray<int> tile_counter{1};
+  DeviceArray<int> item_counter{1};
 
   explicit Forward(const Cell& cell) : cell(cell) {
-    tile_counter.zero();
+    item_counter.zero();
     fill_normal(q, 0);
     fill_normal(k, 1);
     fill_normal(v, 2);
   }
 
   void operator()() const {
-    const flash_attn_ext::ForwardParams params{.q = q.data,
-                                               .k = k.data,
-                                               .v = v.data,
-                                               .out = out.data,
-                                               .lse = lse.data,
-                                               .tile_counter = tile_counter.data,
-                                               .q_strides = cell.strides(),
-                                               .k_strides = cell.strides(),
-                                               .v_strides = cell.strides(),
-                                               .out_strides = cell.strides(),
-                                               .batch = cell.batch(),
-                                               .seqlen_q = cell.seqlen,
-                                               .seqlen_k = cell.seqlen,
-                                               .heads = cell.heads(),
-                                               .kv_heads = cell.heads(),
-                                               .head_dim = cell.head_dim,
-                                               .dtype = cell.dtype,
-                                               .softmax_scale = cell.softmax_scale(),
-                                               .causal = cell.causal};
-    flash_attn_ext::launch_forward(params, nullptr);
+    flash_attn_ext::launch_forward({.problem = cell.problem(),
+                                    .q = cell.tensor(q),
+                                    .k = cell.tensor(k),
+                                    .v = cell.tensor(v),
+                                    .out = cell.tensor(out),
+                                    .lse = lse.data,
+                                    .item_counter = item_counter.data},
+                                   nullptr);
   }
 };
 

@@ -58,33 +58,17 @@ micro::Timing time_cell(const micro::Session& session, const Cell& cell, double 
   DeviceArray<T> dout(kCount), dq(kCount), dk(kCount), dv(kCount);
   micro::fill_normal(dout, 3);
 
-  flash_attn_ext::BackwardParams params{.dout = dout.data,
-                                        .q = forward.q.data,
-                                        .k = forward.k.data,
-                                        .v = forward.v.data,
-                                        .out = forward.out.data,
+  flash_attn_ext::BackwardParams params{.problem = cell.problem(),
+                                        .dout = cell.tensor(dout),
+                                        .q = cell.tensor(forward.q),
+                                        .k = cell.tensor(forward.k),
+                                        .v = cell.tensor(forward.v),
+                                        .out = cell.tensor(forward.out),
                                         .lse = forward.lse.data,
-                                        .dq = dq.data,
-                                        .dk = dk.data,
-                                        .dv = dv.data,
-                                        .workspace = nullptr,
-                                        .dout_strides = cell.strides(),
-                                        .q_strides = cell.strides(),
-                                        .k_strides = cell.strides(),
-                                        .v_strides = cell.strides(),
-                                        .out_strides = cell.strides(),
-                                        .dq_strides = cell.strides(),
-                                        .dk_strides = cell.strides(),
-                                        .dv_strides = cell.strides(),
-                                        .batch = cell.batch(),
-                                        .seqlen_q = cell.seqlen,
-                                        .seqlen_k = cell.seqlen,
-                                        .heads = cell.heads(),
-                                        .kv_heads = cell.heads(),
-                                        .head_dim = cell.head_dim,
-                                        .dtype = cell.dtype,
-                                        .softmax_scale = cell.softmax_scale(),
-                                        .causal = cell.causal};
+                                        .dq = cell.tensor(dq),
+                                        .dk = cell.tensor(dk),
+                                        .dv = cell.tensor(dv),
+                                        .workspace = nullptr};
   DeviceArray<char> workspace(flash_attn_ext::backward_workspace_bytes(params));
   params.workspace = workspace.data;
   const auto call = [&] { flash_attn_ext::launch_backward(params, nullptr); };

@@ -2,6 +2,7 @@
 // kernels load K and V.
 #include "../../csrc/ptx/tma.cuh"
 #include "../../csrc/tensor_map.h"
+#include "../../csrc/tile/copy.cuh"
 #include "../../csrc/tile/ring.cuh"
 #include "../../csrc/tile/smem.cuh"
 #include "micro.cuh"
@@ -83,9 +84,7 @@ __global__ void __launch_bounds__(kReaders + 32, 1)
   if (threadIdx.x == kReaders) {
     for (int i = 0; i < count; ++i, at.next(), walk.next(tensor)) {
       uint64_t* full = smem.ring.begin_fill(at, Tile::kBytes);
-      const int32_t coordinates[4] = {0, walk.tile * kTileRows, walk.head, 0};
-      cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, smem.tiles[at.stage].slab(0),
-                                      &map, coordinates, full);
+      flash_attn_ext::load_tile(smem.tiles[at.stage], map, walk.tile * kTileRows, walk.head, 0, full);
     }
   } else if (threadIdx.x < kReaders) {
     const int row = threadIdx.x, word = (threadIdx.x * 5) % kWordsPerRow;
@@ -172,10 +171,9 @@ void measure(micro::Session& session) {
       micro::check(cudaGetLastError(), "launching a kernel");
       const int64_t rows = place.tensor.rows();
       const flash_attn_ext::Strides strides{.batch = rows * kHeads * kColumns,
-                                            .seqlen = place.tensor.by_token ? kHeads * kColumns : kColumns,
-                                            .heads = place.tensor.by_token ? kColumns : rows * kColumns};
-      map = flash_attn_ext::make_tensor_map("the tensor", data, flash_attn_ext::DType::kBFloat16, 1, rows, kHeads,
-                                            kColumns, strides, kTileRows);
+                                            .row = place.tensor.by_token ? kHeads * kColumns : kColumns,
+                                            .head = place.tensor.by_token ? kColumns : rows * kColumns};
+      map = flash_attn_ext::make_tensor_map<Tile>("the tensor", {data, strides}, {1, rows, kHeads, kColumns});
     }
     measure_stages<2>(session, place, map, memory_bytes);
     measure_stages<4>(session, place, map, memory_bytes);

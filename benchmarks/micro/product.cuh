@@ -6,6 +6,7 @@
 
 #include "../../csrc/ptx/wgmma.cuh"
 #include "../../csrc/tile/fragment.cuh"
+#include "../../csrc/tile/product.cuh"
 #include "../../csrc/tile/smem.cuh"
 
 namespace micro {
@@ -24,24 +25,17 @@ struct Product {
                                    flash_attn_ext::SmemTile<T, kN, kDepth>>;
 
   float d[kN / 2];
-  uint32_t a_operand[kSteps][4];  // where a comes from registers
-  uint64_t a_descriptor, b_descriptor;
+  uint32_t a_registers[kSteps][4];  // where a comes from registers
+  const flash_attn_ext::KMajor<ATile> a;
+  const std::conditional_t<kFromRegisters, flash_attn_ext::MnMajor<BTile>, flash_attn_ext::KMajor<BTile>> b;
 
-  // `a` and `b` row by row in global memory; the tiles have been filled from them and a barrier passed.
-  __device__ __forceinline__ Product(const T* a, const ATile& a_tile, const BTile& b_tile) {
+  // `a_rows` row by row in global memory; the tiles have been filled and a barrier passed.
+  __device__ __forceinline__ Product(const T* a_rows, const ATile& a_tile, const BTile& b_tile) : a(a_tile), b(b_tile) {
     if constexpr (kFromRegisters) {
-      const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
       float fragment[kDepth / 2];
 #pragma unroll
-      for (int i = 0; i < kDepth / 2; ++i) {
-        fragment[i] = static_cast<float>(
-            a[(row + 8 * flash_attn_ext::fragment_row(i)) * kDepth + column + flash_attn_ext::fragment_column(i)]);
-      }
-      flash_attn_ext::to_operand<T>(a_operand, fragment);
-      b_descriptor = flash_attn_ext::mn_major_descriptor(b_tile);
-    } else {
-      a_descriptor = flash_attn_ext::k_major_descriptor(a_tile);
-      b_descriptor = flash_attn_ext::k_major_descriptor(b_tile);
+      for (int i = 0; i < kDepth / 2; ++i) fragment[i] = static_cast<float>(a_rows[place(i, kDepth)]);
+      flash_attn_ext::to_operand<T>(a_registers, fragment);
     }
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) d[i] = 0.f;
@@ -51,17 +45,14 @@ struct Product {
     using namespace flash_attn_ext;
 #pragma unroll 1
     for (int i = 0; i < iterations; ++i) {
-      ptx::wgmma_fence();
+      if constexpr (kFromRegisters) {
+        ptx::wgmma_fence();
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        const uint64_t b = b_descriptor + (kFromRegisters ? mn_major_step<BTile>(step) : k_major_step<BTile>(step));
-        if constexpr (kFromRegisters) {
-          ptx::Wgmma<kN>::template rs<T>(d, a_operand[step], b, step > 0);
-        } else {
-          ptx::Wgmma<kN>::template ss<T>(d, a_descriptor + k_major_step<ATile>(step), b, step > 0);
-        }
+        for (int k = 0; k < kSteps; ++k) ptx::Wgmma<kN>::template rs<T>(d, a_registers[k], b.step(k), k > 0);
+        ptx::wgmma_commit_group();
+      } else {
+        product_ss(d, a, b);
       }
-      ptx::wgmma_commit_group();
       // One product stays in flight, so that the tensor cores never wait for the loop. d is not readable yet: what is
       // named as readable is none of it.
       float none[1] = {0.f};
@@ -72,11 +63,15 @@ struct Product {
 
   // d (64 x N) row by row.
   __device__ __forceinline__ void store(float* to) const {
-    const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < kN / 2; ++i) {
-      to[(row + 8 * flash_attn_ext::fragment_row(i)) * kN + column + flash_attn_ext::fragment_column(i)] = d[i];
-    }
+    for (int i = 0; i < kN / 2; ++i) to[place(i, kN)] = d[i];
+  }
+
+ private:
+  // Where register i of the thread's fragment stands in a row-by-row matrix.
+  static __device__ __forceinline__ int place(int i, int columns) {
+    using namespace flash_attn_ext;
+    return (own_row() + 8 * fragment_row(i)) * columns + own_column() + fragment_column(i);
   }
 };
 

@@ -19,7 +19,7 @@ __device__ __forceinline__ uint64_t make_descriptor(uint32_t address, uint32_t l
 }
 
 // What an offset in bytes adds to a descriptor.
-__device__ __forceinline__ constexpr uint64_t descriptor_offset(int bytes) { return bytes >> 4; }
+__device__ __forceinline__ constexpr uint32_t descriptor_offset(int bytes) { return bytes >> 4; }
 
 // A tile as an operand whose columns are summed over: Q and K in Q K^T. It may be one of several like it in a row.
 template <class Tile>

@@ -1,11 +1,10 @@
 // The order in which work is handed out.
 //
-// A work item is one block of rows of one head of one sequence: query rows in the forward, keys in the backward. Items
-// of a head, and of heads that share keys or queries, read the same memory, so heads are taken in sections that find
-// theirs in L2 together. Under a causal mask some blocks cost more than others: a section hands out its costliest
-// blocks first, so that what is left when multiprocessors run dry is short (longest processing time first, Graham
-// 1969). That needs a last section that is large beside its longest item; the sections before it end while the next
-// begins.
+// A work item is one block of rows of one head of one sequence: query rows in the forward, keys in the backward. All
+// items of a (sequence, head) pair read the same memory, so pairs are taken in sections that find theirs in L2
+// together. Under a causal mask some blocks cost more than others: a section hands out its costliest blocks first, so
+// that what is left for the end, when some multiprocessors have run dry, is short (longest processing time first,
+// Graham 1969).
 #pragma once
 
 #include <cstdint>
@@ -19,76 +18,107 @@ struct WorkItem {
 };
 
 struct Schedule {
-  int blocks;        // of a head
-  int heads;         // of a sequence
-  int pairs;         // sequences * heads
-  int section;       // pairs of each section but the last
-  int last_section;  // pairs of the last
-  bool by_cost;      // block 0 costs most, and every next one less
+  int blocks;      // of a pair
+  int heads;       // of a sequence
+  int first_pair;  // pairs are counted sequence by sequence
+  int pairs;       // from the first on
+  int section;     // pairs of a section
+  bool by_cost;    // every block costs more than the one before it
 
-  struct Call {
-    int blocks, heads, sequences;
-    bool by_cost;
-    int heads_together;      // so many neighbouring heads read the same memory
-    int64_t bytes_together;  // which has so many bytes
-    int64_t l2_bytes;
-    int multiprocessors;
-  };
-
-  static HOST_DEVICE Schedule make(const Call& call) {
-    const int64_t pairs = static_cast<int64_t>(call.sequences) * call.heads;
-    const auto limited = [&](int64_t n) { return static_cast<int>(n < 1 ? 1 : n < pairs ? n : pairs); };
-    const int64_t groups = call.bytes_together > 0 ? call.l2_bytes / call.bytes_together : 1;
-    const int section = limited((groups < 1 ? 1 : groups) * call.heads_together);
-    // The mean item costs half of the longest: with four of them a multiprocessor gets twice the longest.
-    const int tail = call.by_cost ? limited((4 * call.multiprocessors - 1) / call.blocks + 1) : 1;
-    const int last = tail > section ? tail : section;
-    // What does not fill a section of its own goes to the last.
-    const int before = (static_cast<int>(pairs) - last) / section * section;
-    return {call.blocks, call.heads, static_cast<int>(pairs), section, static_cast<int>(pairs) - before, call.by_cost};
+  // The pairs of a section: a whole number of `group` neighbours, which share their memory of so many bytes.
+  static HOST_DEVICE int section_pairs(int64_t group_bytes, int group, int64_t l2_bytes) {
+    const int64_t groups = l2_bytes / (group_bytes < 1 ? 1 : group_bytes), pairs = (groups < 1 ? 1 : groups) * group;
+    return pairs < INT32_MAX ? static_cast<int>(pairs) : INT32_MAX;
   }
 
   HOST_DEVICE int items() const { return blocks * pairs; }
 
   // The item that is handed out as number `index`.
   HOST_DEVICE WorkItem item(int index) const {
-    const int before = pairs - last_section;  // pairs of the sections before the last
-    const int items_before = before * blocks;
-    int first_pair = before, width = last_section, rank = index - items_before;
-    if (index < items_before) {
-      const int number = quotient(index, section * blocks);
-      first_pair = number * section;
-      width = section;
-      rank = index - first_pair * blocks;
-    }
-    const int inner = by_cost ? width : blocks;
-    const int outer_rank = quotient(rank, inner), inner_rank = rank - outer_rank * inner;
-    const int pair = first_pair + (by_cost ? inner_rank : outer_rank);
-    const int block = by_cost ? outer_rank : inner_rank;
+    // The first pair of the item's section, and how many pairs this section has: the last may have fewer.
+    const int begin = section < pairs ? quotient(index, section * blocks) * section : 0;
+    const int width = section < pairs - begin ? section : pairs - begin;
+    const int rank = index - begin * blocks;
+    const int inner = by_cost ? width : blocks, outer_rank = quotient(rank, inner),
+              inner_rank = rank - outer_rank * inner;
+    const int pair = first_pair + begin + (by_cost ? inner_rank : outer_rank);
     const int sequence = quotient(pair, heads);
-    return {block, pair - sequence * heads, sequence};
+    return {by_cost ? blocks - 1 - outer_rank : inner_rank, pair - sequence * heads, sequence};
   }
 };
 
-// How many thread blocks share the query heads of a KV head in the backward, where there are fewer KV heads' blocks
-// than keep the multiprocessors busy. `items` is their number; the longest takes `steps` steps for each of its `group`
-// query heads and, where costs differ, the mean item half as many. Of the numbers of parts it is the one with the
-// shortest estimated time, in steps, that a launch takes.
-HOST_DEVICE int head_parts(int64_t items, int group, int64_t steps, bool by_cost, int multiprocessors) {
-  int best = 1;
-  int64_t best_time = INT64_MAX;
-  for (int parts = 1; parts <= group; ++parts) {
-    // An item also has a beginning and an end; parts of a sum are written in float32 and met afterwards.
-    const int64_t fixed = parts == 1 ? 1 : 2, longest = fixed + (group - 1) / parts * steps + steps;
-    const int64_t rounds = (items * parts - 1) / multiprocessors + 1;
-    const int64_t share = items * (2 * parts * fixed + group * steps) / (2 * multiprocessors);
-    const int64_t time = !by_cost ? rounds * longest : share > longest ? share : longest;
-    if (time < best_time) {
-      best = parts;
-      best_time = time;
-    }
+// A work item of the backward: a block of keys with some of the query heads of its KV head.
+struct KeyItem {
+  int block, sequence, kv_head, first_head, end_head;
+  bool coarse;
+  int copy;  // which of the items that share the KV head's query heads
+};
+
+// The backward's order of work. An item walks its query heads one after the other, so that dK and dV are summed in
+// registers; but not more than kMostHeads, since under a causal mask the blocks of a KV head drift apart with every
+// head, until L2 no longer holds what they share. These are the coarse items. Where there are few of them beside the
+// multiprocessors, the last KV heads' query heads are shared out, an item a query head: the fine items, which fill what
+// would be idle at the end.
+struct KeySchedule {
+  static constexpr int kMostHeads = 4;
+
+  Schedule coarse, fine;
+  int group;   // query heads of a KV head
+  int copies;  // coarse items that share them
+
+  // A query head's rows, and what is added to for them, are `head_bytes`.
+  static HOST_DEVICE KeySchedule make(int blocks, int kv_heads, int sequences, int group, bool by_cost,
+                                      int64_t head_bytes, int64_t l2_bytes, int multiprocessors) {
+    const int copies = (group - 1) / kMostHeads + 1, most_heads = (group - 1) / copies + 1;
+    const int pairs = sequences * kv_heads;
+    const int fine = fine_pairs(blocks, pairs, group, most_heads, copies, by_cost, multiprocessors);
+    const int coarse_section = Schedule::section_pairs(most_heads * head_bytes, 1, l2_bytes);
+    // Sections of one width, so that the last one is no smaller than the others.
+    const int fine_sections = quotient(fine * group, Schedule::section_pairs(head_bytes, 1, l2_bytes));
+    const int fine_section = fine_sections > 1 ? quotient(fine * group - 1, fine_sections) + 1 : fine * group;
+    return {{blocks, kv_heads * copies, 0, (pairs - fine) * copies, coarse_section, by_cost},
+            {blocks, kv_heads * group, (pairs - fine) * group, fine * group, fine_section, by_cost},
+            group,
+            copies};
   }
-  return best;
-}
+
+  HOST_DEVICE int items() const { return coarse.items() + fine.items(); }
+
+  HOST_DEVICE KeyItem item(int index) const {
+    const bool is_coarse = index < coarse.items();
+    const WorkItem at = is_coarse ? coarse.item(index) : fine.item(index - coarse.items());
+    const int shares = is_coarse ? copies : group, kv_head = quotient(at.head, shares),
+              copy = at.head - kv_head * shares;
+    const int first = kv_head * group;
+    return {at.block,
+            at.sequence,
+            kv_head,
+            first + quotient(copy * group, shares),
+            first + quotient((copy + 1) * group, shares),
+            is_coarse,
+            copy};
+  }
+
+ private:
+  // How many of the last (sequence, KV head) pairs are shared out.
+  static HOST_DEVICE int fine_pairs(int blocks, int pairs, int group, int most_heads, int copies, bool by_cost,
+                                    int multiprocessors) {
+    const int64_t items = int64_t{pairs} * copies * blocks;
+    if (group == 1 || items > 20 * multiprocessors) return 0;  // what is lost at the end is little beside so many
+    int64_t wanted;
+    if (by_cost) {
+      // The longest items of the last coarse pairs end while multiprocessors that took the short ones are idle: about
+      // as much as one coarse item each. So many pairs become fine items, rounded up from a fifth, and at least one.
+      wanted = (int64_t{5} * multiprocessors * most_heads + 4 * blocks * group) / (int64_t{5} * blocks * group);
+      if (wanted == 0) wanted = 1;
+    } else {
+      // Items cost the same: a last round that leaves a tenth of the multiprocessors idle.
+      const int64_t last_round = items % multiprocessors;
+      wanted = 10 * last_round < 9 * multiprocessors ? (last_round - 1) / (int64_t{blocks} * copies) + 1 : 0;
+      if (last_round == 0) wanted = 0;
+    }
+    return wanted < pairs ? static_cast<int>(wanted) : pairs;
+  }
+};
 
 }  // namespace flash_attn_ext

@@ -16,9 +16,9 @@ struct Place {
   int batch, row, key;
 };
 
-// A block of rows, and the sequence it is of.
+// A block of rows of a head of a sequence.
 struct Block {
-  int sequence, index;
+  int sequence, head, index;
 };
 
 struct Sequences {
@@ -28,14 +28,17 @@ struct Sequences {
   HOST_DEVICE Sequence at(int) const { return each; }
   HOST_DEVICE Place place(int sequence) const { return {sequence, 0, 0}; }
 
-  // The row blocks of all sequences are counted one sequence after the other.
+  // The row blocks of all heads are counted sequence by sequence, and within a sequence head by head.
   HOST_DEVICE int blocks_each(int block) const { return (each.rows - 1) / block + 1; }
-  HOST_DEVICE int64_t block_count(int block) const { return static_cast<int64_t>(count) * blocks_each(block); }
-  HOST_DEVICE int first_block(int sequence, int block) const { return sequence * blocks_each(block); }
-  HOST_DEVICE Block locate(int index, int block) const {
-    const int blocks = blocks_each(block);
-    const int sequence = quotient(index, blocks);
-    return {sequence, index - sequence * blocks};
+  HOST_DEVICE int64_t block_count(int heads, int block) const {
+    return static_cast<int64_t>(count) * heads * blocks_each(block);
+  }
+  HOST_DEVICE int first_block(int sequence, int head, int heads, int block) const {
+    return (sequence * heads + head) * blocks_each(block);
+  }
+  HOST_DEVICE Block locate(int index, int heads, int block) const {
+    const int blocks = blocks_each(block), pair = quotient(index, blocks), sequence = quotient(pair, heads);
+    return {sequence, pair - sequence * heads, index - pair * blocks};
   }
 
   // Where a sequence's first row stands in a (batch, heads, rows) array such as lse.

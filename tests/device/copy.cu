@@ -15,8 +15,10 @@ using T = __nv_bfloat16;
 constexpr int kColumns = 128, kTileRows = 64, kStages = 2;
 constexpr int kBatch = 2, kSeqlen = 150, kHeads = 3;  // 150 rows: the third tile is ragged
 
+using Tile = SmemTile<T, kTileRows, kColumns>;
+
 struct Smem {
-  SmemTile<T, kTileRows, kColumns> in[kStages], out;
+  Tile in[kStages], out;
   Ring<kStages> ring;
 };
 
@@ -35,17 +37,16 @@ __global__ void round_trip(const __grid_constant__ CUtensorMap from, const __gri
   RingPosition<kStages> at;
   if (threadIdx.x == 0) {
     for (int tile = 0; tile < tiles; ++tile, at.next()) {
-      uint64_t* full = smem.ring.begin_fill(at, sizeof smem.in[0]);
+      uint64_t* full = smem.ring.begin_fill(at, Tile::kBytes);
       load_tile(smem.in[at.stage], from, tile * kTileRows, head, batch, full);
     }
   } else if (threadIdx.x >= 128) {
-    const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
     for (int tile = 0; tile < tiles; ++tile, at.next()) {
       smem.ring.wait_full(at);
       float x[kColumns / 2];
 #pragma unroll
       for (int i = 0; i < kColumns / 2; ++i) {
-        const int r = row + 8 * fragment_row(i), c = column + fragment_column(i);
+        const int r = own_row() + 8 * fragment_row(i), c = own_column() + fragment_column(i);
         const uint32_t address = smem.in[at.stage].chunk_address(c / 64, r, c % 64 / 8) + c % 8 * 2;
         x[i] = static_cast<float>(*reinterpret_cast<const T*>(__cvta_shared_to_generic(address)));
         raw[((blockIdx.x * tiles + tile) * kTileRows + r) * kColumns + c] = x[i];
@@ -70,9 +71,9 @@ int main() {
   test::require_hopper();
   // Rows beyond the sequence belong to a guard that must neither be read nor written.
   constexpr int kGuard = 7, kRows = kSeqlen + kGuard;
-  const Strides strides{.batch = kRows * kHeads * kColumns, .seqlen = kHeads * kColumns, .heads = kColumns};
+  const Strides strides{.batch = kRows * kHeads * kColumns, .row = kHeads * kColumns, .head = kColumns};
   const auto offset = [&](int batch, int row, int head) {
-    return batch * strides.batch + row * strides.seqlen + head * strides.heads;
+    return batch * strides.batch + row * strides.row + head * strides.head;
   };
   std::mt19937 generator(1);
   std::vector<T> input(kBatch * strides.batch, T(NAN));
@@ -89,7 +90,7 @@ int main() {
   DeviceArray<T> in_device(input), out_device(input.size());
   DeviceArray<float> raw_device(kBatch * kHeads * tiles * kTileRows * kColumns);
   const auto map = [&](const char* name, T* data) {
-    return make_tensor_map(name, data, DType::kBFloat16, kBatch, kSeqlen, kHeads, kColumns, strides, kTileRows);
+    return make_tensor_map<Tile>(name, {data, strides}, {kBatch, kSeqlen, kHeads, kColumns});
   };
   test::launch(round_trip, kBatch * kHeads, 256, static_cast<int>(sizeof(Smem)), map("in", in_device.data),
                map("out", out_device.data), raw_device.data);

@@ -1,6 +1,7 @@
-// The online softmax and the mask on fragments, block by block, against a softmax in double on the CPU.
+// The online softmax and both masks on fragments, block by block, against a softmax in double on the CPU.
 #include <cmath>
 
+#include "../../csrc/tile/fragment.cuh"
 #include "../../csrc/tile/mask.cuh"
 #include "../../csrc/tile/softmax.cuh"
 #include "device.cuh"
@@ -11,9 +12,11 @@ using test::DeviceArray;
 constexpr int kRows = 64, kBlock = 32, kBlocks = 4, kKeys = kBlock * kBlocks;
 constexpr float kScale = 0.3f, kLog2e = 1.4426950408889634f;
 
-// O = softmax(scale * scores) 1, which is the sum of the probabilities: 1 where a row sees something. Also the lse.
-__global__ void online_softmax(const float* scores, const int* visible_keys, float* out, float* lse_out) {
-  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+// O = softmax(scale * scores) 1, which is the sum of the probabilities: 1 where a row sees something. Also the lse. Row
+// r sees the keys first_key[r] <= j < end_key[r].
+__global__ void online_softmax(const float* scores, const int* first_key, const int* end_key, float* out,
+                               float* lse_out) {
+  const int row = own_row(), column = own_column();
   OnlineSoftmax softmax(kScale * kLog2e);
   float o[2] = {0.f, 0.f};
   for (int block = 0; block < kBlocks; ++block) {
@@ -22,8 +25,10 @@ __global__ void online_softmax(const float* scores, const int* visible_keys, flo
     for (int i = 0; i < kBlock / 2; ++i) {
       s[i] = scores[(row + 8 * fragment_row(i)) * kKeys + block * kBlock + column + fragment_column(i)];
     }
-    const int visible[2] = {visible_keys[row] - block * kBlock, visible_keys[row + 8] - block * kBlock};
-    mask_scores(s, visible);
+    const int first[2] = {first_key[row] - block * kBlock, first_key[row + 8] - block * kBlock};
+    const int end[2] = {end_key[row] - block * kBlock, end_key[row + 8] - block * kBlock};
+    mask_before(s, first);
+    mask_from(s, end);
     if (softmax.update(s, rescale)) {
       for (int r = 0; r < 2; ++r) o[r] *= rescale[r];
     }
@@ -35,7 +40,7 @@ __global__ void online_softmax(const float* scores, const int* visible_keys, flo
   for (int r = 0; r < 2; ++r) {
     o[r] += __shfl_xor_sync(~0u, o[r], 1);
     o[r] += __shfl_xor_sync(~0u, o[r], 2);
-    if (threadIdx.x % 4 == 0) {
+    if (column == 0) {
       out[row + 8 * r] = o[r] * row_scale[r];
       lse_out[row + 8 * r] = lse[r];
     }
@@ -47,9 +52,10 @@ int main() {
   std::mt19937 generator(1);
   std::normal_distribution<float> normal(0.f, 10.f);
   std::vector<float> scores(kRows * kKeys);
-  std::vector<int> visible(kRows);
+  std::vector<int> first(kRows), end(kRows);
   for (int row = 0; row < kRows; ++row) {
-    visible[row] = row == 0 ? 0 : row == 1 ? kKeys : static_cast<int>(generator() % (kKeys + 1));
+    end[row] = static_cast<int>(generator() % (kKeys + 1));
+    first[row] = row % 2 == 0 ? 0 : static_cast<int>(generator() % (end[row] + 1));
     for (int key = 0; key < kKeys; ++key) {
       float& score = scores[row * kKeys + key];
       score = normal(generator);
@@ -62,16 +68,22 @@ int main() {
       if (row == 8 && key == 40) score = INFINITY;
     }
   }
-  for (int row = 2; row < 9; ++row) visible[row] = kKeys;
+  for (int row = 1; row < 9; ++row) {
+    first[row] = 0;
+    end[row] = kKeys;
+  }
+  end[0] = 0;  // sees nothing
+  first[9] = end[9] = kKeys;
+  first[10] = kKeys;  // and begins after its end
   DeviceArray<float> scores_device(scores), out_device(kRows), lse_device(kRows);
-  DeviceArray<int> visible_device(visible);
-  online_softmax<<<1, 128>>>(scores_device.data, visible_device.data, out_device.data, lse_device.data);
+  DeviceArray<int> first_device(first), end_device(end);
+  online_softmax<<<1, 128>>>(scores_device.data, first_device.data, end_device.data, out_device.data, lse_device.data);
   const std::vector<float> out = out_device.host(), lse = lse_device.host();
 
   for (int row = 0; row < kRows; ++row) {
     double maximum = -INFINITY, sum = 0;
-    for (int key = 0; key < visible[row]; ++key) maximum = std::fmax(maximum, kScale * scores[row * kKeys + key]);
-    for (int key = 0; key < visible[row]; ++key) sum += std::exp(kScale * scores[row * kKeys + key] - maximum);
+    for (int key = first[row]; key < end[row]; ++key) maximum = std::fmax(maximum, kScale * scores[row * kKeys + key]);
+    for (int key = first[row]; key < end[row]; ++key) sum += std::exp(kScale * scores[row * kKeys + key] - maximum);
     const std::string name = "row " + std::to_string(row);
     if (row == 7 || row == 8) {
       test::check(std::isnan(out[row]) && !std::isfinite(lse[row]), name + " saw NaN or +inf");

@@ -1,8 +1,10 @@
-// Every wgmma wrapper and both operand layouts against a product on the CPU. Small integers: all sums are exact.
+// Every wgmma wrapper, through whole products with both kinds of operands, against a product on the CPU. Small
+// integers: all sums are exact.
 #include <cuda/ptx>
 
 #include "../../csrc/ptx/wgmma.cuh"
 #include "../../csrc/tile/fragment.cuh"
+#include "../../csrc/tile/product.cuh"
 #include "../../csrc/tile/smem.cuh"
 #include "device.cuh"
 
@@ -13,99 +15,103 @@ using test::launch;
 constexpr int kRows = 64, kDepth = 128;  // two slabs, so that a step from one to the next is tested
 
 template <class Tile, class T>
-__device__ void fill(Tile& tile, const T* source, int rows, int columns) {
-  for (int i = threadIdx.x; i < rows * columns; i += blockDim.x) {
-    const int row = i / columns, column = i % columns;
+__device__ void fill(Tile& tile, const T* source) {
+  for (int i = threadIdx.x; i < Tile::kRows * Tile::kColumns; i += blockDim.x) {
+    const int row = i / Tile::kColumns, column = i % Tile::kColumns;
     const uint32_t address = tile.chunk_address(column / 64, row, column % 64 / 8) + column % 8 * 2;
     *reinterpret_cast<T*>(__cvta_shared_to_generic(address)) = source[i];
   }
 }
 
-// d = previous + a b^T, a (64 x 128), b (N x 128) both K-major in shared memory.
-template <class T, int N>
-__global__ void product_ss(const T* a, const T* b, float* d) {
-  extern __shared__ __align__(1024) unsigned char raw[];
-  auto& a_tile = *reinterpret_cast<SmemTile<T, kRows, kDepth>*>(raw);
-  auto& b_tile = *reinterpret_cast<SmemTile<T, N, kDepth>*>(raw + sizeof a_tile);
-  fill(a_tile, a, kRows, kDepth);
-  fill(b_tile, b, N, kDepth);
+// What was filled in is there for wgmma to read.
+__device__ void end_fill() {
   cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
   __syncthreads();
-  float acc[N / 2];
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) acc[i] = 1000.f;  // the first step must ignore it
-  const uint64_t a_descriptor = k_major_descriptor(a_tile), b_descriptor = k_major_descriptor(b_tile);
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int k = 0; k < kDepth / 16; ++k) {
-    ptx::Wgmma<N>::template ss<T>(acc, a_descriptor + k_major_step<SmemTile<T, kRows, kDepth>>(k),
-                                  b_descriptor + k_major_step<SmemTile<T, N, kDepth>>(k), k > 0);
-  }
-  ptx::wgmma_commit_group();
-  ptx::wgmma_wait_group<0>(acc);
-  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) d[(row + 8 * fragment_row(i)) * N + column + fragment_column(i)] = acc[i];
 }
 
-// d = 1 + a b, a (64 x 128) from registers, b (128 x N) MN-major in shared memory.
+// Where register i of the thread's fragment stands in a row-by-row matrix.
+__device__ int place(int i, int columns) {
+  return (own_row() + 8 * fragment_row(i)) * columns + own_column() + fragment_column(i);
+}
+
+template <int N>
+__device__ void store(const float (&acc)[N / 2], float* d) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) d[place(i, N)] = acc[i];
+}
+
+template <int kRegisters>
+__device__ void set(float (&acc)[kRegisters], float value) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) acc[i] = value;
+}
+
 template <class T, int N>
-__global__ void product_rs(const T* a, const T* b, float* d) {
-  extern __shared__ __align__(1024) unsigned char raw[];
-  auto& b_tile = *reinterpret_cast<SmemTile<T, kDepth, N>*>(raw);
-  fill(b_tile, b, kDepth, N);
-  cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
-  __syncthreads();
-  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+struct SsSmem {
+  SmemTile<T, kRows, kDepth> a;
+  SmemTile<T, N, kDepth> b[2];
+};
+
+// d = a b^T, a (64 x 128) and b (N x 128), the second of two tiles, both K-major in shared memory.
+template <class T, int N>
+__global__ void multiply_ss(const T* a, const T* b, float* d) {
+  extern __shared__ __align__(1024) unsigned char dynamic_smem[];
+  auto& smem = *reinterpret_cast<SsSmem<T, N>*>(dynamic_smem);
+  fill(smem.a, a);
+  fill(smem.b[1], b);
+  end_fill();
+  float acc[N / 2];
+  set(acc, 1000.f);  // the product must ignore it
+  product_ss(acc, KMajor(smem.a), KMajor(smem.b[0]).at(1));
+  ptx::wgmma_wait_group<0>(acc);
+  store<N>(acc, d);
+}
+
+template <class T, int N>
+struct RsSmem {
+  SmemTile<T, kDepth, N> b[2];
+};
+
+// d = 1 + a b, a (64 x 128) from registers, b (128 x N), the second of two tiles, MN-major in shared memory.
+template <class T, int N>
+__global__ void multiply_rs(const T* a, const T* b, float* d) {
+  extern __shared__ __align__(1024) unsigned char dynamic_smem[];
+  auto& smem = *reinterpret_cast<RsSmem<T, N>*>(dynamic_smem);
+  fill(smem.b[1], b);
+  end_fill();
   float a_fragment[kDepth / 2], acc[N / 2];
 #pragma unroll
-  for (int i = 0; i < kDepth / 2; ++i) {
-    a_fragment[i] = static_cast<float>(a[(row + 8 * fragment_row(i)) * kDepth + column + fragment_column(i)]);
-  }
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) acc[i] = 1.f;  // every step must keep it
+  for (int i = 0; i < kDepth / 2; ++i) a_fragment[i] = static_cast<float>(a[place(i, kDepth)]);
   uint32_t operand[kDepth / 16][4];
   to_operand<T>(operand, a_fragment);
-  const uint64_t b_descriptor = mn_major_descriptor(b_tile);
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int k = 0; k < kDepth / 16; ++k) {
-    ptx::Wgmma<N>::template rs<T>(acc, operand[k], b_descriptor + mn_major_step<SmemTile<T, kDepth, N>>(k), 1);
-  }
-  ptx::wgmma_commit_group();
+  set(acc, 1.f);  // the product must keep it
+  product_rs(acc, operand, MnMajor(smem.b[0]).at(1));
   ptx::wgmma_wait_group<0>(acc);
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) d[(row + 8 * fragment_row(i)) * N + column + fragment_column(i)] = acc[i];
+  store<N>(acc, d);
 }
 
-// d = a^T b, a and b (128 x 64) both MN-major in shared memory: each the second slab of a tile of two.
+// a is one tile of 128 rows, b two of 64 rows each: the product over a's rows goes on from one to the next, as dQ's
+// does over the keys of two consumers.
 template <class T>
-__global__ void product_ss_mn(const T* a, const T* b, float* d) {
-  constexpr int N = 64;
-  using Tile = SmemTile<T, kDepth, 2 * kSlabColumns>;
-  extern __shared__ __align__(1024) unsigned char raw[];
-  auto& a_tile = *reinterpret_cast<Tile*>(raw);
-  auto& b_tile = *reinterpret_cast<Tile*>(raw + sizeof a_tile);
-  fill(a_tile, a, kDepth, 2 * kSlabColumns);
-  fill(b_tile, b, kDepth, 2 * kSlabColumns);
-  cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
-  __syncthreads();
-  float acc[N / 2];
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) acc[i] = 1000.f;  // the first step must ignore it
-  const uint64_t a_descriptor = mn_major_descriptor(a_tile) + (Tile::kSlabBytes >> 4);
-  const uint64_t b_descriptor = mn_major_descriptor(b_tile) + (Tile::kSlabBytes >> 4);
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int k = 0; k < kDepth / 16; ++k) {
-    ptx::Wgmma<N>::template ss_mn<T>(acc, a_descriptor + mn_major_step<Tile>(k), b_descriptor + mn_major_step<Tile>(k),
-                                     k > 0);
-  }
-  ptx::wgmma_commit_group();
+struct TransposedSmem {
+  SmemTile<T, kDepth, 2 * kSlabColumns> a;
+  SmemTile<T, kDepth / 2, 2 * kSlabColumns> b[2];
+};
+
+// d = a^T b of the second slabs of a and b (128 x 128), both MN-major in shared memory.
+template <class T>
+__global__ void multiply_transposed(const T* a, const T* b, float* d) {
+  extern __shared__ __align__(1024) unsigned char dynamic_smem[];
+  auto& smem = *reinterpret_cast<TransposedSmem<T>*>(dynamic_smem);
+  fill(smem.a, a);
+  fill(smem.b[0], b);
+  fill(smem.b[1], b + kDepth / 2 * 2 * kSlabColumns);
+  end_fill();
+  float acc[kSlabColumns / 2];
+  set(acc, 1000.f);  // the product must ignore it
+  product_ss(acc, MnMajor(smem.a, 1), MnMajor(smem.b[0], 1));
   ptx::wgmma_wait_group<0>(acc);
-  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) d[(row + 8 * fragment_row(i)) * N + column + fragment_column(i)] = acc[i];
+  store<kSlabColumns>(acc, d);
 }
 
 template <class T>
@@ -122,10 +128,11 @@ void check_product(const char* name) {
   DeviceArray<T> a_device(a), b_device(b);
   DeviceArray<float> d_device(kRows * N);
   if constexpr (kFromRegisters) {
-    launch(product_rs<T, N>, 1, 128, kDepth * N * 2, (const T*)a_device.data, (const T*)b_device.data, d_device.data);
+    launch(multiply_rs<T, N>, 1, 128, static_cast<int>(sizeof(RsSmem<T, N>)), (const T*)a_device.data,
+           (const T*)b_device.data, d_device.data);
   } else {
-    launch(product_ss<T, N>, 1, 128, (kRows + N) * kDepth * 2, (const T*)a_device.data, (const T*)b_device.data,
-           d_device.data);
+    launch(multiply_ss<T, N>, 1, 128, static_cast<int>(sizeof(SsSmem<T, N>)), (const T*)a_device.data,
+           (const T*)b_device.data, d_device.data);
   }
   const std::vector<float> d = d_device.host();
   for (int row = 0; row < kRows; ++row) {
@@ -142,12 +149,12 @@ void check_product(const char* name) {
 
 template <class T>
 void check_transposed_product(const char* name) {
-  constexpr int kColumns = 2 * kSlabColumns, N = 64;
+  constexpr int kColumns = 2 * kSlabColumns, N = kSlabColumns;
   const auto a = small_integers<T>(kDepth * kColumns, 1), b = small_integers<T>(kDepth * kColumns, 2);
   DeviceArray<T> a_device(a), b_device(b);
   DeviceArray<float> d_device(kRows * N);
-  launch(product_ss_mn<T>, 1, 128, 2 * kDepth * kColumns * 2, (const T*)a_device.data, (const T*)b_device.data,
-         d_device.data);
+  launch(multiply_transposed<T>, 1, 128, static_cast<int>(sizeof(TransposedSmem<T>)), (const T*)a_device.data,
+         (const T*)b_device.data, d_device.data);
   const std::vector<float> d = d_device.host();
   for (int row = 0; row < kRows; ++row) {
     for (int column = 0; column < N; ++column) {

@@ -1,58 +1,124 @@
-// Schedules: every tile once, K and V of a section within L2, and the load of a causal grid balanced.
+// Schedules: every item once, a section's memory within L2, and the work of real shapes shared out evenly.
 #include "../../csrc/tile/schedule.h"
 
 #include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <numeric>
 #include <queue>
 #include <vector>
 
-#include "../../csrc/tile/block_range.h"
+#include "../../csrc/limits.h"
+#include "../../csrc/problem.h"
+#include "../../csrc/work.h"
 #include "check.h"
 
-using flash_attn_ext::Sequence;
-using flash_attn_ext::TileCoord;
-using flash_attn_ext::TileSchedule;
+using namespace flash_attn_ext;
 
-static std::string describe(const TileSchedule& s) {
-  return std::to_string(s.row_blocks) + " row blocks, " + std::to_string(s.heads) + " heads, " +
-         std::to_string(s.pairs) + " pairs in sections of " + std::to_string(s.section_pairs) +
-         (s.by_cost ? " by cost" : "");
-}
+constexpr int kMultiprocessors = 132;
 
-static void check_every_tile_once(const TileSchedule& schedule) {
-  const std::string name = describe(schedule);
-  std::vector<int> visits(schedule.tiles());
-  for (int index = 0; index < schedule.tiles(); ++index) {
-    const TileCoord at = schedule.tile(index);
-    const bool inside = at.row_block >= 0 && at.row_block < schedule.row_blocks && at.head >= 0 &&
-                        at.head < schedule.heads && at.batch >= 0 && at.batch * schedule.heads < schedule.pairs;
-    test::check(inside, name + ": tile " + std::to_string(index) + " is outside");
-    if (inside) ++visits[(at.batch * schedule.heads + at.head) * schedule.row_blocks + at.row_block];
+// ------------------------------------------------------------------------------------------------------- small sizes
+
+static void check_every_item_once(const Schedule& schedule, int sequences, const std::string& name) {
+  std::vector<int> visits(sequences * schedule.heads * schedule.blocks);
+  for (int index = 0; index < schedule.items(); ++index) {
+    const WorkItem at = schedule.item(index);
+    const bool inside = at.block >= 0 && at.block < schedule.blocks && at.head >= 0 && at.head < schedule.heads &&
+                        at.sequence >= 0 && at.sequence < sequences;
+    test::check(inside, name + ": item " + std::to_string(index) + " is outside");
+    if (inside) ++visits[(at.sequence * schedule.heads + at.head) * schedule.blocks + at.block];
   }
-  test::check(std::ranges::all_of(visits, [](int n) { return n == 1; }), name + ": a tile is not visited once");
+  for (int i = 0; i < static_cast<int>(visits.size()); ++i) {
+    const int pair = i / schedule.blocks - schedule.first_pair;
+    const int expected = pair >= 0 && pair < schedule.pairs;
+    test::check(visits[i] == expected, name + ": block " + std::to_string(i) + " is not handed out once");
+  }
 }
 
-// Within a section of a causal schedule the cost never rises.
-static void check_order(const TileSchedule& schedule) {
-  const int section_tiles = schedule.section_pairs * schedule.row_blocks;
-  for (int index = 1; index < schedule.tiles(); ++index) {
-    if (index % section_tiles == 0) continue;
-    const bool falls = schedule.tile(index).row_block <= schedule.tile(index - 1).row_block;
-    test::check(falls, describe(schedule) + ": tile " + std::to_string(index) + " costs more than the one before");
+// Within a section the cost never rises.
+static void check_order(const Schedule& schedule, const std::string& name) {
+  const int section = std::min(schedule.section, schedule.pairs) * schedule.blocks;
+  for (int index = 1; schedule.by_cost && index < schedule.items(); ++index) {
+    if (index % section == 0) continue;
+    test::check(schedule.item(index).block <= schedule.item(index - 1).block, name + ": the cost rises");
   }
 }
 
 static void check_small_sizes() {
-  for (int row_blocks = 1; row_blocks <= 5; ++row_blocks) {
+  for (int blocks : {1, 2, 5}) {
     for (int heads : {1, 2, 6}) {
-      for (int batch : {1, 3}) {
-        for (bool causal : {false, true}) {
-          for (int group : {1, 2}) {
-            for (long long kv_heads_in_l2 : {0, 1, 2, 100}) {
-              const auto schedule =
-                  TileSchedule::make(row_blocks, heads, batch, causal, 1000, group, kv_heads_in_l2 * 1000);
-              test::check(schedule.section_pairs <= std::max(1ll, kv_heads_in_l2) * group, "a section fits L2");
-              check_every_tile_once(schedule);
-              if (causal) check_order(schedule);
+      for (int sequences : {1, 3}) {
+        for (int section : {1, 2, 7, 100}) {
+          for (bool by_cost : {false, true}) {
+            const int all = heads * sequences;
+            for (const Range pairs : {Range{0, all}, {0, all / 2}, {all / 2, all}}) {
+              const Schedule schedule{blocks, heads, pairs.begin, pairs.end - pairs.begin, section, by_cost};
+              const std::string name = std::to_string(blocks) + " blocks, " + std::to_string(heads) + " heads, " +
+                                       std::to_string(sequences) + " sequences, pairs " + std::to_string(pairs.begin) +
+                                       " to " + std::to_string(pairs.end) + " in sections of " +
+                                       std::to_string(section) + (by_cost ? ", by cost" : "");
+              check_every_item_once(schedule, sequences, name);
+              check_order(schedule, name);
+            }
+          }
+        }
+      }
+    }
+  }
+  test::check(Schedule::section_pairs(1000, 3, 2500) == 6, "two groups of three heads fit");
+  test::check(Schedule::section_pairs(1000, 3, 999) == 3, "a group that does not fit is a section");
+  test::check(Schedule::section_pairs(0, 1, 32 << 20) == 32 << 20, "nothing to read");
+  test::check(Schedule::section_pairs(1, 100, int64_t{1} << 40) == INT32_MAX, "more than an int holds");
+}
+
+// Each block of keys meets each query head of its KV head once; the copies are numbered from 0, and an item that has a
+// KV head to itself has all of its query heads.
+static void check_keys(int blocks, int kv_heads, int sequences, int group, bool by_cost, int multiprocessors) {
+  const KeySchedule schedule =
+      KeySchedule::make(blocks, kv_heads, sequences, group, by_cost, 1000, 5000, multiprocessors);
+  const std::string name = std::to_string(blocks) + " blocks, " + std::to_string(kv_heads) + " KV heads of " +
+                           std::to_string(group) + " query heads, " + std::to_string(sequences) + " sequences, " +
+                           std::to_string(multiprocessors) + " multiprocessors" + (by_cost ? ", by cost" : "");
+  const int heads = kv_heads * group;
+  std::vector<int> visits(sequences * heads * blocks);
+  std::vector<std::vector<int>> copies(sequences * kv_heads * blocks);
+  for (int index = 0; index < schedule.items(); ++index) {
+    const KeyItem at = schedule.item(index);
+    const int kv_block = (at.sequence * kv_heads + at.kv_head) * blocks + at.block;
+    const int walked = at.end_head - at.first_head;
+    const bool inside = at.block >= 0 && at.block < blocks && at.sequence >= 0 && at.sequence < sequences &&
+                        at.kv_head >= 0 && at.kv_head < kv_heads && at.first_head >= at.kv_head * group &&
+                        at.end_head <= (at.kv_head + 1) * group;
+    test::check(inside && walked >= 1 && walked <= KeySchedule::kMostHeads, name + ": an item is outside");
+    if (!inside) continue;
+    for (int head = at.first_head; head < at.end_head; ++head) {
+      ++visits[(at.sequence * heads + head) * blocks + at.block];
+    }
+    copies[kv_block].push_back(at.copy);
+    test::check(at.coarse || walked == 1, name + ": a fine item has one query head");
+    test::check(!at.coarse || schedule.copies > 1 || walked == group, name + ": an item has its KV head to itself");
+    // As the workspace counts them: coarse KV heads first, then fine ones.
+    const int coarse_blocks = schedule.coarse.items() / schedule.copies;
+    test::check(at.coarse == (kv_block / blocks < coarse_blocks / blocks), name + ": fine KV heads are the last");
+  }
+  test::check(std::ranges::all_of(visits, [](int n) { return n == 1; }), name + ": a head is not walked once");
+  for (auto& of_block : copies) {
+    std::ranges::sort(of_block);
+    bool numbered = of_block.size() == static_cast<size_t>(schedule.copies) ||
+                    of_block.size() == static_cast<size_t>(schedule.group);
+    for (size_t i = 0; i < of_block.size(); ++i) numbered &= of_block[i] == static_cast<int>(i);
+    test::check(numbered, name + ": copies are numbered");
+  }
+}
+
+static void check_small_key_schedules() {
+  for (int blocks : {1, 2, 5}) {
+    for (int kv_heads : {1, 3}) {
+      for (int sequences : {1, 2}) {
+        for (int group : {1, 2, 4, 5, 7, 8, 9, 32}) {
+          for (bool by_cost : {false, true}) {
+            for (int multiprocessors : {1, 7, 132}) {
+              check_keys(blocks, kv_heads, sequences, group, by_cost, multiprocessors);
             }
           }
         }
@@ -61,34 +127,122 @@ static void check_small_sizes() {
   }
 }
 
-// The paper's grid at head dim 128 on 132 multiprocessors, each taking the next tile when it is done with one: the last
-// to finish has little more than its share. A tile costs its KV blocks and one block's worth of prologue and epilogue.
-static void check_balance() {
-  constexpr int kMultiprocessors = 132, kHeadDim = 128, kBlockQ = 128, kBlockKv = 128;
-  for (int seqlen = 512; seqlen <= 16384; seqlen *= 2) {
-    const int batch = 16384 / seqlen, heads = 2048 / kHeadDim;
-    const Sequence sequence{seqlen, seqlen, true};
-    const auto schedule =
-        TileSchedule::make(seqlen / kBlockQ, heads, batch, true, 4ll * seqlen * kHeadDim, 1, 32 << 20);
-    std::priority_queue<long long, std::vector<long long>, std::greater<>> busy_until;
-    for (int i = 0; i < kMultiprocessors; ++i) busy_until.push(0);
-    long long total = 0, end = 0;
-    for (int index = 0; index < schedule.tiles(); ++index) {
-      const int row = schedule.tile(index).row_block * kBlockQ;
-      const int cost = 1 + sequence.visible_blocks(row, kBlockQ, kBlockKv);
-      const long long done = busy_until.top() + cost;
-      busy_until.pop();
-      busy_until.push(done);
-      total += cost;
-      end = std::max(end, done);
+// ------------------------------------------------------------------------------------------------------- real shapes
+
+// What an item costs, in steps of its main loop, in the order in which items are handed out. Its beginning and end take
+// about one more; with dK and dV in float32, two.
+using Costs = std::vector<int64_t>;
+
+static Costs forward_costs(const Problem& problem, const ForwardPlan& plan, const Schedule& schedule) {
+  Costs costs;
+  for (int index = 0; index < schedule.items(); ++index) {
+    const WorkItem item = schedule.item(index);
+    const Sequence sequence = problem.sequences().at(item.sequence);
+    costs.push_back(1 + sequence.blocks(item.block * plan.block_q, plan.block_q, plan.block_kv).end);
+  }
+  return costs;
+}
+
+static Costs backward_costs(const Problem& problem, const BackwardPlan& plan, const KeySchedule& schedule) {
+  Costs costs;
+  for (int index = 0; index < schedule.items(); ++index) {
+    const KeyItem item = schedule.item(index);
+    const Sequence keys = problem.sequences().transposed().at(item.sequence);
+    const int first_key = (schedule.coarse.blocks - 1 - item.block) * plan.block_kv;  // the first keys cost most
+    const Range blocks = keys.blocks(first_key, plan.block_kv, plan.block_q);
+    const bool complete = item.end_head - item.first_head == schedule.group;
+    costs.push_back((complete ? 1 : 2) + (item.end_head - item.first_head) * (blocks.end - blocks.begin));
+  }
+  return costs;
+}
+
+// The time until all is done, when each multiprocessor takes the next item as soon as it is done with one.
+static int64_t makespan(const Costs& costs) {
+  std::priority_queue<int64_t, Costs, std::greater<>> busy_until;
+  for (int i = 0; i < kMultiprocessors; ++i) busy_until.push(0);
+  int64_t end = 0;
+  for (int64_t cost : costs) {
+    const int64_t done = busy_until.top() + cost;
+    busy_until.pop();
+    busy_until.push(done);
+    end = std::max(end, done);
+  }
+  return end;
+}
+
+// No order is done before all multiprocessors have done their share, nor before the longest item is.
+static double ideal(const Costs& costs) {
+  const double share = static_cast<double>(std::accumulate(costs.begin(), costs.end(), int64_t{0})) / kMultiprocessors;
+  return std::max(share, static_cast<double>(*std::ranges::max_element(costs)));
+}
+
+static void check_balance(const std::string& name, const Costs& costs) {
+  const auto [shortest, longest] = std::ranges::minmax(costs);
+  const int64_t items = static_cast<int64_t>(costs.size()), time = makespan(costs);
+  int64_t limit = static_cast<int64_t>(1.03 * ideal(costs));
+  if (shortest == longest) {
+    // Items that all cost the same take so many rounds in any order.
+    limit = ((items - 1) / kMultiprocessors + 1) * longest;
+  } else {
+    // Items are whole, and so are steps: few items a multiprocessor, or few steps an item, are a few percent by
+    // themselves. When the last item, the shortest, is taken, all multiprocessors still do the others.
+    const int64_t others = std::accumulate(costs.begin(), costs.end(), int64_t{0}) - shortest;
+    limit = std::max(limit, others / kMultiprocessors + shortest);
+  }
+  test::check(time <= limit, name + ": takes " + std::to_string(time) + " steps of " + std::to_string(ideal(costs)));
+}
+
+static void check_shape(int64_t heads, int64_t kv_heads, int head_dim, int64_t batch, int64_t seqlen, bool causal) {
+  const Problem problem{batch,    seqlen,   seqlen,           heads,
+                        kv_heads, head_dim, DType::kBFloat16, {.softmax_scale = {}, .causal = causal}};
+  const std::string name = std::to_string(heads) + "/" + std::to_string(kv_heads) + " heads of " +
+                           std::to_string(head_dim) + ", " + std::to_string(batch) + " x " + std::to_string(seqlen) +
+                           (causal ? ", causal" : ", full");
+  const bool found = with_limits(head_dim, [&]<std::size_t row>() {
+    constexpr ForwardPlan kForward = kLimits[row].forward;
+    constexpr BackwardPlan kBackward = kLimits[row].backward;
+    check_balance(name + ", forward", forward_costs(problem, kForward, forward_schedule(problem, kForward)));
+    if constexpr (kBackward.built()) {
+      const KeySchedule backward = backward_schedule(problem, kBackward, kMultiprocessors);
+      check_balance(name + ", backward", backward_costs(problem, kBackward, backward));
+      test::check(heads != kv_heads || backward.fine.items() == 0, name + ": nothing to share out");
     }
-    const double efficiency = static_cast<double>(total) / kMultiprocessors / end;
-    test::check(efficiency > 0.98, "seqlen " + std::to_string(seqlen) + ": balanced to " + std::to_string(efficiency));
+  });
+  test::check(found, name + ": no such head dim");
+}
+
+static void check_real_shapes() {
+  struct Heads {
+    int64_t heads, kv_heads;
+  };
+  struct Tokens {
+    int64_t batch, seqlen;
+  };
+  constexpr Tokens kOneLong{1, 8192}, kTwo{2, 4096}, kFour{4, 2048}, kLongest{1, 32768};
+  for (const auto& [heads, kv_heads] : {Heads{32, 8}, {64, 8}, {28, 4}, {40, 8}, {32, 1}}) {
+    for (const auto& [batch, seqlen] : {kOneLong, kTwo, kFour, kLongest}) {
+      check_shape(heads, kv_heads, 128, batch, seqlen, true);
+    }
+  }
+  check_shape(32, 8, 128, 1, 2048, true);
+  check_shape(40, 10, 128, 1, 4096, true);  // 2.4 rounds of items: a split evens them out
+  for (const auto& [batch, seqlen] : {kOneLong, kTwo, kFour}) check_shape(64, 8, 64, batch, seqlen, true);
+  for (const auto& [heads, kv_heads] : {Heads{8, 4}, {16, 8}}) {
+    for (const auto& [batch, seqlen] : {kOneLong, kTwo}) check_shape(heads, kv_heads, 256, batch, seqlen, true);
+  }
+  // The papers' grid.
+  for (const HeadDimLimits& row : kLimits) {
+    for (int64_t seqlen = 512; seqlen <= 16384; seqlen *= 2) {
+      for (bool causal : {false, true}) {
+        check_shape(2048 / row.head_dim, 2048 / row.head_dim, row.head_dim, 16384 / seqlen, seqlen, causal);
+      }
+    }
   }
 }
 
 int main() {
   check_small_sizes();
-  check_balance();
+  check_small_key_schedules();
+  check_real_shapes();
   return test::finish("schedule");
 }

@@ -1,0 +1,39 @@
+// How a call's work is ordered, for each pass: plain functions of sizes, which the launches and the tests call alike.
+#pragma once
+
+#include "limits.h"
+#include "problem.h"
+#include "tile/schedule.h"
+
+namespace flash_attn_ext {
+
+// What the blocks that run together want to find in L2: half of the 50 MB or 60 MB that Hoppers have.
+inline constexpr int64_t kL2Bytes = int64_t{32} << 20;
+
+// Blocks of query rows. The query heads of a KV head read the same K and V.
+inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan) {
+  constexpr int kElementBytes = 2;
+  const Sequences sequences = problem.sequences();
+  const int heads = static_cast<int>(problem.heads);
+  check_counts({sequences.block_count(heads, plan.block_q)});
+  return {.blocks = sequences.blocks_each(plan.block_q),
+          .heads = heads,
+          .first_pair = 0,
+          .pairs = sequences.count * heads,
+          .section = Schedule::section_pairs(2 * problem.seqlen_k * problem.head_dim * kElementBytes,
+                                             problem.heads_per_kv_head(), kL2Bytes),
+          .by_cost = problem.options.causal};
+}
+
+// Blocks of keys. They read Q and dO of each query head, and add to its float32 dQ.
+inline KeySchedule backward_schedule(const Problem& problem, const BackwardPlan& plan, int multiprocessors) {
+  constexpr int kBytesPerElement = 2 + 2 + 4;
+  const Sequences sequences = problem.sequences(), keys = sequences.transposed();
+  const int heads = static_cast<int>(problem.heads), kv_heads = static_cast<int>(problem.kv_heads);
+  check_counts({sequences.block_count(heads, plan.block_q), keys.block_count(heads, plan.block_kv)});
+  return KeySchedule::make(keys.blocks_each(plan.block_kv), kv_heads, keys.count, problem.heads_per_kv_head(),
+                           problem.options.causal, problem.seqlen_q * problem.head_dim * kBytesPerElement, kL2Bytes,
+                           multiprocessors);
+}
+
+}  // namespace flash_attn_ext
