@@ -52,8 +52,8 @@ def forward_calls(draw):
     dtype = draw(st.sampled_from([*DTYPES.values(), torch.float32]))
     device = draw(st.sampled_from(["cuda", "cuda", "cuda", "cpu"]))
     tensors = [draw(tensors_like(shape, dtype, device)) for shape in (q_shape, kv_shape, kv_shape)]
-    options = Options(*(draw(st.sampled_from(VALUES)) if draw(rarely) else default for default in Options()))
-    return *tensors, options
+    values = (draw(st.sampled_from([default] * 4 * len(VALUES) + VALUES)) for default in Options())
+    return *tensors, Options(*values)
 
 
 @st.composite
