@@ -26,7 +26,8 @@ namespace {
 using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dq, dk, dv
 using Needs = std::array<bool, 3>;                                      // which of them
 
-// Torch has each option by itself, the dispatcher as an argument; our functions have them as one value.
+// Torch takes every option by itself: the dispatcher as an argument, autograd as an entry of its dictionary. Our
+// functions take them as one value.
 template <class Types>
 struct OneByOne;
 
@@ -43,7 +44,7 @@ struct OneByOne<std::tuple<Option...>> {
     return function(dout, q, k, v, out, lse, {options...}, needs);
   }
 
-  // Each under its number in autograd's dictionary, from which compiled autograd takes what it can trace.
+  // Under its number: compiled autograd cannot look into a tuple of them.
   using Dictionary = decltype(torch::autograd::AutogradContext::saved_data);
 
   static void save(const std::tuple<Option...>& options, Dictionary& to) {
