@@ -53,8 +53,11 @@ struct OneByOne<std::tuple<Option...>> {
   }
 
   static std::tuple<Option...> load(const Dictionary& from) {
+    std::tuple<Option...> options;
     int i = 0;
-    return {from.at(std::to_string(i++)).template to<Option>()...};
+    std::apply([&](Option&... option) { ((option = from.at(std::to_string(i++)).template to<Option>()), ...); },
+               options);
+    return options;
   }
 };
 using Flat = OneByOne<Options::Types>;

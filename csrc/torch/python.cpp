@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <concepts>
 #include <optional>
 #include <tuple>
 
@@ -41,7 +42,7 @@ void ask(py::object Registered::* check, const Options::Types& options, const Te
 
 // From Python objects ------------------------------------------------------------------------------------------------
 
-// What options are made of. False where the object is not exactly of the type.
+// Whatever an option may be made of; false where the object is not exactly of the type.
 bool unpack(PyObject* from, bool& to) {
   to = from == Py_True;
   return PyBool_Check(from);
@@ -53,7 +54,8 @@ bool unpack(PyObject* from, double& to) {
   return true;
 }
 
-bool unpack(PyObject* from, int64_t& to) {
+template <std::signed_integral Integer>
+bool unpack(PyObject* from, Integer& to) {
   if (!PyLong_CheckExact(from)) return false;
   int overflow;
   to = PyLong_AsLongLongAndOverflow(from, &overflow);
