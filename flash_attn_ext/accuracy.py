@@ -78,8 +78,8 @@ def largest_magnitude(q, k, options: Options) -> torch.Tensor:
 
 
 def _compare(name, result, exact, error, bound, mean_bound) -> Comparison:
-    share = (error / bound).nan_to_num(nan=0.0, posinf=math.inf)  # 0 / 0 is 0,
-    worst = share.masked_fill(error.isnan(), math.inf).argmax()  # and an error of NaN is the largest
+    share = (error / bound).nan_to_num_(nan=0.0, posinf=math.inf)  # 0 / 0 is 0,
+    worst = share.masked_fill_(error.isnan(), math.inf).argmax()  # and an error of NaN is the largest
     at_worst = [x.expand_as(error).take(worst) for x in (error, bound)]
     figures = torch.stack([*at_worst, error.mean(), mean_bound]).tolist()
     comparison = Comparison(name, *figures, where="")
