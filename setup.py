@@ -61,12 +61,13 @@ def with_binary() -> dict:
     os.environ.setdefault("MAX_JOBS", str(default_jobs()))
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
-    kernels = (ROOT / "csrc" / "kernels.txt").read_text().split()
+    sources = [f"csrc/torch/{path.name}" for path in sorted((ROOT / "csrc" / "torch").glob("*.cpp"))]
+    sources += [f"csrc/{kernel}" for kernel in (ROOT / "csrc" / "kernels.txt").read_text().split()]
     # setuptools starts no build at all unless one of these is newer than the module.
     depends = ["setup.py", "tools/nvcc.py", *(str(path) for path in (ROOT / "csrc").rglob("*") if path.is_file())]
     extension = CUDAExtension(
         "flash_attn_ext._C",
-        ["csrc/bindings.cpp", *(f"csrc/{kernel}" for kernel in kernels)],
+        sources,
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         # By its path: PyPI's toolkit has no libcudart.so to find with -lcudart.
         extra_link_args=[str(cuda.cudart), "-Wl,--as-needed", "-s"],

@@ -247,11 +247,12 @@ def measure_overhead(peers: list[str], dtype: str, calls: int = 1000, turn: int 
         bound["fa3"] = lambda forward=torch.ops.flash_attn_3.fwd: forward(q, k, v, is_causal=False)
     if "ours" in peers:
         from flash_attn_ext import _C, flash_attn_func
+        from flash_attn_ext.options import Options
 
-        scale = cell.head_dim**-0.5
+        options = Options(softmax_scale=cell.head_dim**-0.5)
         bound["ours"] = lambda: flash_attn_func(q, k, v)
         bound["ours_grad"] = lambda: flash_attn_func(qg, kg, vg)
-        bound["ours_raw"] = lambda: _C.forward(q, k, v, scale, False)
+        bound["ours_raw"] = lambda: _C.forward(q, k, v, options)
     times: dict[str, list[int]] = {}
     for name, call in bound.items():
         torch.set_grad_enabled(name.endswith("_grad"))

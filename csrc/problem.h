@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
@@ -24,6 +25,12 @@ struct Options {
   bool causal = false;                  // key j is seen by query i iff j <= i + seqlen_k - seqlen_q
 
   using Types = std::tuple<std::optional<double>, bool>;
+
+  // Whether the kernels take these values as they are. NaN is in no range.
+  bool are_in_range() const {
+    using Float = std::numeric_limits<float>;
+    return !softmax_scale || (*softmax_scale >= Float::min() && *softmax_scale <= Float::max());
+  }
 };
 
 // Of a (batch, seqlen, heads, head_dim) tensor.
@@ -32,9 +39,11 @@ struct Shape {
 };
 
 // Row and block counts are int in the kernels (offsets are not), with room for one more round past the last.
+inline constexpr int64_t kMaxCount = INT_MAX / 2;
+
 inline void check_counts(std::initializer_list<int64_t> counts) {
   for (int64_t count : counts) {
-    if (count > INT_MAX / 2) {
+    if (count > kMaxCount) {
       throw std::runtime_error("more rows or blocks than 2^30 in one call: split the batch or the heads over several");
     }
   }

@@ -1,9 +1,15 @@
 """Exact attention for Hopper GPUs."""
 
 from ._version import __version__
-from .interface import backward, flash_attn_func, forward
-from .limits import explain, is_available, supported
-from .reference import attention_reference, attention_reference_backward
+from .interface import (
+    attention_reference,
+    attention_reference_backward,
+    backward,
+    explain,
+    flash_attn_func,
+    forward,
+)
+from .limits import is_available, supported
 
 __all__ = [
     "__version__",

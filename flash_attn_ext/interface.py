@@ -3,8 +3,9 @@
 import torch
 from torch.overrides import has_torch_function_variadic
 
-from . import limits, ops
+from . import ops, reference, refusals
 from ._binary import _C
+from .options import Options
 
 
 def flash_attn_func(
@@ -63,9 +64,10 @@ def forward(
     causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`flash_attn_func` with return_lse=True: returns (out, lse)."""
+    options = Options(softmax_scale, causal)
     if torch.compiler.is_compiling() or has_torch_function_variadic(q, k, v):
-        return ops.forward(q, k, v, softmax_scale, causal)
-    return _forward(q, k, v, softmax_scale, causal)
+        return ops.forward(q, k, v, *options)
+    return _forward(q, k, v, options)
 
 
 def backward(
@@ -99,17 +101,94 @@ def backward(
         TypeError, ValueError, RuntimeError: as `flash_attn_func`, and ValueError if dout, out or lse do not fit q or
             the head_dim has no backward kernel.
     """
+    options = Options(softmax_scale, causal)
     if not torch.compiler.is_compiling():
-        limits.check_arguments(softmax_scale, causal, dout=dout, q=q, k=k, v=v, out=out, lse=lse)
-    return ops.backward(dout, q, k, v, out, lse, softmax_scale, causal)
+        refusals.check_arguments(options, dout=dout, q=q, k=k, v=v, out=out, lse=lse)
+    return ops.backward(dout, q, k, v, out, lse, *options)
 
 
-def forward_by_operator(q, k, v, softmax_scale, causal):
+def explain(q, k, v, softmax_scale=None, causal=False) -> str | None:
+    """Why `flash_attn_func` would refuse this call, or None if it would run. Makes no call.
+
+    The text names the argument, its value, what is accepted, and the way out. Where grad mode is on, gradients that the
+    inputs require count too.
+    """
+    refusal = refusals.of_forward(q, k, v, Options(softmax_scale, causal))
+    if refusal is None and torch.is_grad_enabled():
+        refusal = refusals.of_gradients(q, k, v)
+    return str(refusal) if refusal else None
+
+
+def attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(softmax_scale * q k^T) v, with every score in memory (Vaswani et al. 2017, section 3.2.1).
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim).
+        k, v: (batch, seqlen_k, kv_heads, head_dim). Query head h uses key and value head h // (heads // kv_heads).
+        softmax_scale: factor of the scores, default 1/sqrt(head_dim).
+        causal: query i sees key j iff j <= i + seqlen_k - seqlen_q (bottom-right aligned).
+        compute_dtype: default float64 for float64 inputs, else float32. The inputs' own low precision gives what plain
+            PyTorch attention in that precision would, which is the yardstick for a kernel's error.
+
+    Returns:
+        out: like q, in q's dtype. Rows that see no key, or only scores of -inf, are 0.
+        lse: (batch, heads, seqlen_q), natural logarithm of the sum of exp(score); float32, or float64 for float64
+            inputs or computations. -inf for the rows whose out is 0.
+
+    Both are differentiable; the rows that are 0 contribute no gradient and no NaN.
+    """
+    return reference.forward(q, k, v, Options(softmax_scale, causal), compute_dtype)
+
+
+def attention_reference_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of `attention_reference`'s out from out and lse as they are given (FlashAttention-2, Dao 2023,
+    section 3.1.2), with every score in memory: given those of a longer sequence of keys, of which k and v are a part,
+    dk and dv are this part's gradients, and the dq of all parts add up to q's.
+
+    Args:
+        dout, out: like q.
+        q, k, v, softmax_scale, causal: as in the forward.
+        lse: (batch, heads, seqlen_q), natural logarithm. Rows of -inf saw nothing and contribute nothing.
+
+    Returns:
+        dq, dk, dv: shapes and dtypes of q, k and v. Computed in float64 for float64 inputs, else in float32.
+    """
+    return reference.backward(dout, q, k, v, out, lse, Options(softmax_scale, causal))
+
+
+def _forward_by_operator(q, k, v, options: Options):
     """`forward` without the shortcut of the compiled module."""
-    limits.check_arguments(softmax_scale, causal, q=q, k=k, v=v)
-    limits.check_forward_mode(q, k, v)  # here too: the operator's own kernel no longer sees a tangent of torch.func.jvp
-    return ops.forward(q, k, v, softmax_scale, causal)
+    refusals.check_arguments(options, q=q, k=k, v=v)
+    refusals.check_forward_mode(q, k, v)  # here too: the operator's kernel no longer sees a tangent of torch.func.jvp
+    return ops.forward(q, k, v, *options)
 
 
-# The compiled module calls its kernel at once where the dispatcher would do nothing else, and the operator elsewhere.
-_forward = _C.forward if _C else forward_by_operator
+if _C:
+    # It calls its kernel at once where the dispatcher would do nothing else, and the operator elsewhere.
+    _forward = _C.forward
+    _C.register(
+        options=Options,
+        forward=_forward_by_operator,
+        check=refusals.check,
+        check_backward=refusals.check_backward,
+        check_derivatives=refusals.check_derivatives,
+    )
+else:
+    _forward = _forward_by_operator

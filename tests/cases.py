@@ -8,12 +8,16 @@ import itertools
 import zlib
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
 from flash_attn_ext.limits import TABLE
+from flash_attn_ext.options import Options
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+both_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 
 ROWS = [row for row in TABLE if row["forward"]]
 HEAD_DIMS = [row["head_dim"] for row in ROWS]
@@ -42,6 +46,10 @@ class Case:
         if self.softmax_scale is not None:
             words.append(f"scale{self.softmax_scale:g}")
         return "-".join(words)
+
+    @property
+    def options(self):
+        return Options(self.softmax_scale, self.causal)
 
     def inputs(self, device, seed=None):
         """q, k, v of the case's shapes, memory layout and dtype; normal values, the same at every call."""

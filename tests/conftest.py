@@ -1,4 +1,4 @@
-"""What every test file shares: markers, the hypothesis seed, and a guard against kernels that hang."""
+"""What every test file shares: markers, seeds, and a guard against kernels that hang."""
 
 import faulthandler
 import os
@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+import torch
 
 SEED = int(os.environ.get("FLASH_ATTN_EXT_SEED") or random.SystemRandom().randrange(2**32))
 HANG_SECONDS = 150  # far above any test here; a kernel that never ends cannot be interrupted, only the process can
@@ -38,3 +39,8 @@ def pytest_runtest_protocol(item):
         return (yield)
     finally:
         watchdog.cancel()
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)

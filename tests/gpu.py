@@ -31,3 +31,7 @@ def poison(*like):
     sizes = [max(x.numel() * x.element_size(), 1) for x in like]
     blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device=like[0].device) for size in sizes]
     del blocks
+
+
+def normal(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype)

@@ -6,15 +6,15 @@ from functools import partial
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, Case
+from cases import DTYPES, LAYOUTS, Case, both_masks
 from oracle import check_gradients, same_bits
 from torch import library
 
 import flash_attn_ext
 from flash_attn_ext import attention_reference, flash_attn_func
+from flash_attn_ext.options import Options
 
 backward_operator = torch.ops.flash_attn_ext.backward.default
-both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 
 CASES = [
     Case(head_dim, dtype, seqlen_q, seqlen_k, causal, 2, heads, kv_heads)
@@ -28,26 +28,21 @@ CASES = [
 CASES += [Case(16, "bf16", 33, 33, True, 2, 6, 2, layout) for layout in LAYOUTS]
 
 
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-
-
 def arguments_of(case, dtype=None):
     """(dout, q, k, v, out, lse)."""
     q, k, v = (x if dtype is None else x.to(dtype) for x in case.inputs("cpu"))
-    return torch.randn_like(q), q, k, v, *flash_attn_ext.forward(q, k, v, case.softmax_scale, case.causal)
+    return torch.randn_like(q), q, k, v, *flash_attn_ext.forward(q, k, v, *case.options)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cpu_tensors_meet_the_rule_of_the_gpu(case):
     arguments = arguments_of(case)
-    gradients = flash_attn_ext.backward(*arguments, case.softmax_scale, case.causal)
-    check_gradients(gradients, *arguments, case.softmax_scale, case.causal)
+    gradients = flash_attn_ext.backward(*arguments, *case.options)
+    check_gradients(gradients, *arguments, *case.options)
     assert [x.stride() for x in gradients] == [torch.empty_like(x).stride() for x in arguments[1:4]]
 
     leaves = [x.detach().requires_grad_() for x in arguments[1:4]]
-    out = flash_attn_func(*leaves, case.softmax_scale, case.causal)
+    out = flash_attn_func(*leaves, *case.options)
     by_autograd = torch.autograd.grad(out, leaves, arguments[0])
     assert all(same_bits(a, b) for a, b in zip(by_autograd, gradients, strict=True))
 
@@ -92,7 +87,7 @@ def test_only_the_gradients_asked_for(wanted):
     arguments = arguments_of(Case(16, "bf16", 9, 13, True, heads=4, kv_heads=2))
     every = flash_attn_ext.backward(*arguments, causal=True)
     needs = [name in wanted for name in "qkv"]
-    for x, expected, need in zip(backward_operator(*arguments, None, True, needs), every, needs, strict=True):
+    for x, expected, need in zip(backward_operator(*arguments, causal=True, needs=needs), every, needs, strict=True):
         assert same_bits(x, expected) if need else x.numel() == 0
 
 
@@ -122,14 +117,13 @@ def test_changes_in_place_are_noticed():
 @both_masks
 def test_opcheck(causal):
     arguments = arguments_of(Case(16, "bf16", 9, 13, causal, heads=4, kv_heads=2), torch.float32)
-    library.opcheck(backward_operator, (*arguments, 0.3, causal, [True] * 3))
+    library.opcheck(backward_operator, (*arguments, 0.3), {"causal": causal, "needs": [True] * 3})
 
 
 def test_signature():
     """The forward's arguments after dout, then its results, then its options."""
     parameters = inspect.signature(flash_attn_ext.backward).parameters
-    assert list(parameters) == ["dout", "q", "k", "v", "out", "lse", "softmax_scale", "causal"]
-    assert (parameters["softmax_scale"].default, parameters["causal"].default) == (None, False)
+    assert list(parameters) == ["dout", "q", "k", "v", "out", "lse", *Options._fields]
 
 
 WRONG = {

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import flash_attn_ext
-from flash_attn_ext import explain, flash_attn_func
+from flash_attn_ext import explain, flash_attn_func, refusals
 from flash_attn_ext.limits import TABLE
 
 operator = torch.ops.flash_attn_ext.forward.default
@@ -98,6 +98,10 @@ WRONG_ON_CUDA = {
     "k on the cpu": (
         lambda q, k, v: {"k": torch.ones(k.shape, dtype=k.dtype)},
         ["q, k and v are on cuda:0, cpu and cuda:0", "must be on one device"],
+    ),
+    "2^30 keys": (
+        lambda q, k, v: {name: x[:, :1].expand(-1, 2**30, -1, -1) for name, x in (("k", k), ("v", v))},
+        [f"k has shape (2, {2**30}, 2, {D})", f"sizes up to {2**30 - 1}", "Split the batch or the heads"],
     ),
 }
 each = pytest.mark.parametrize
@@ -271,6 +275,15 @@ def test_gpu_that_is_not_a_hopper(faults, capability):
 
 
 @on_hopper
+def test_what_python_lets_pass_goes_on_to_the_kernel(monkeypatch):
+    monkeypatch.setattr(refusals, "of_forward", lambda *call, **how: None)
+    head_dim = outside_the_table()[-1]
+    assert_refused(
+        lambda: flash_attn_func(**good("cuda", head_dim)), RuntimeError, [f"no forward kernel for head_dim {head_dim}"]
+    )
+
+
+@on_hopper
 def test_tensor_map_that_cannot_be_encoded(faults):
     faults(tensor_map_encode_fails=True)
     words = ["q", "batch 2", "seqlen 5", "heads 4", f"head_dim {D}", "strides", "contiguous"]
@@ -285,7 +298,7 @@ def test_tensor_map_that_cannot_be_encoded(faults):
 @settings(max_examples=200, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_calls_run_or_say_what_explain_says(data):
-    """The compiled module decides whether a call is right, limits.py says why it is not: they must agree."""
+    """The compiled module and Python decide together; what runs is what `explain` finds nothing against."""
     draw = data.draw
     sizes = {name: [2, 5, 4, D] for name in "qkv"}
     for _ in range(draw(st.integers(0, 3))):  # sizes to spoil, of one tensor or of all three

@@ -7,8 +7,9 @@ import threading
 import gpu
 import pytest
 import torch
-from cases import DTYPES, FORWARD, HEAD_DIMS, LAYOUTS, ROWS, SMOKE, Case, extreme_logits, random_cases
+from cases import FORWARD, HEAD_DIMS, LAYOUTS, ROWS, SMOKE, Case, both_dtypes, both_masks, extreme_logits, random_cases
 from conftest import SEED
+from gpu import normal
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from oracle import check, same_bits
@@ -19,36 +20,25 @@ from flash_attn_ext import flash_attn_func
 
 pytestmark = gpu.needs_hopper
 
-both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-both_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 each_head_dim = pytest.mark.parametrize("head_dim", HEAD_DIMS)
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"d{row['head_dim']}")
 
 
-def attend(q, k, v, softmax_scale=None, causal=False):
+def attend(q, k, v, *options, **options_by_name):
     """out and lse, in memory that held NaN before."""
     gpu.poison(q, q.new_empty(q.shape[:3], dtype=torch.float32))
-    return flash_attn_ext.forward(q, k, v, softmax_scale, causal)
+    return flash_attn_ext.forward(q, k, v, *options, **options_by_name)
 
 
-def attend_and_check(q, k, v, softmax_scale=None, causal=False, lse_slack=1.0):
-    out, lse = attend(q, k, v, softmax_scale, causal)
-    check(out, lse, q, k, v, softmax_scale, causal, lse_slack)
+def attend_and_check(q, k, v, *options, lse_slack=1.0, **options_by_name):
+    out, lse = attend(q, k, v, *options, **options_by_name)
+    check(out, lse, q, k, v, *options, lse_slack=lse_slack, **options_by_name)
     return out, lse
-
-
-def normal(*shape, dtype=torch.bfloat16):
-    return torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype)
 
 
 def assert_same(results, expected, what=""):
     for name, a, b in zip(("out", "lse"), results, expected, strict=True):
         assert same_bits(a, b), f"{name} differs {what}"
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
 
 
 # The table -----------------------------------------------------------------------------------------------------------
@@ -57,19 +47,19 @@ def fixed_seed():
 @pytest.mark.quick
 @pytest.mark.parametrize("case", SMOKE, ids=str)
 def test_smoke(case):
-    attend_and_check(*case.inputs("cuda"), case.softmax_scale, case.causal)
+    attend_and_check(*case.inputs("cuda"), *case.options)
 
 
 @pytest.mark.parametrize("case", FORWARD, ids=str)
 def test_table(case):
-    attend_and_check(*case.inputs("cuda"), case.softmax_scale, case.causal)
+    attend_and_check(*case.inputs("cuda"), *case.options)
 
 
 @seed(SEED)
 @settings(max_examples=60, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck))
 @given(case=random_cases(HEAD_DIMS), values=st.integers(0, 2**32 - 1))
 def test_random_shapes(case, values):
-    attend_and_check(*case.inputs("cuda", seed=values), case.softmax_scale, case.causal)
+    attend_and_check(*case.inputs("cuda", seed=values), *case.options)
 
 
 # The public function -------------------------------------------------------------------------------------------------

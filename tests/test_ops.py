@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import HEAD_DIMS, LAYOUTS, Case
+from cases import HEAD_DIMS, LAYOUTS, Case, both_masks
 from gpu import on_hopper
 from oracle import same_bits
 from torch import library
@@ -17,13 +17,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from flash_attn_ext import flash_attn_func
 
 operator = torch.ops.flash_attn_ext.forward.default
-both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 @pytest.fixture(autouse=True)
-def fresh():
-    torch.manual_seed(0)
+def nothing_compiled():
     torch._dynamo.reset()
 
 

@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, Case
+from cases import DTYPES, LAYOUTS, Case, both_masks
 from oracle import check, same_bits
 
 import flash_attn_ext
 from flash_attn_ext import attention_reference, flash_attn_func
+from flash_attn_ext.options import Options
 
-both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 shapes = pytest.mark.parametrize(
     "seqlen_q, seqlen_k, heads, kv_heads, head_dim",
     [(1, 1, 1, 1, 1), (17, 17, 4, 4, 64), (23, 41, 6, 2, 40), (41, 23, 6, 2, 16), (1, 37, 5, 1, 128), (30, 1, 4, 2, 8)],
@@ -20,11 +20,6 @@ shapes = pytest.mark.parametrize(
 
 def normal(*shape, dtype=torch.float64):
     return torch.randn(shape, dtype=torch.float64).to(dtype)
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
 
 
 def visible(seqlen_q, seqlen_k, causal):
@@ -150,8 +145,8 @@ CPU_CASES += [Case(128, "bf16", 70, 70, True, 2, 6, 2, layout) for layout in LAY
 @pytest.mark.parametrize("case", CPU_CASES, ids=str)
 def test_cpu_tensors_meet_the_rule_of_the_gpu(case):
     q, k, v = case.inputs("cpu")
-    out, lse = flash_attn_func(q, k, v, case.softmax_scale, case.causal, return_lse=True)
-    check(out, lse, q, k, v, case.softmax_scale, case.causal)
+    out, lse = flash_attn_func(q, k, v, *case.options, return_lse=True)
+    check(out, lse, q, k, v, *case.options)
     assert out.stride() == torch.empty_like(q).stride() and lse.is_contiguous()
 
 
@@ -166,16 +161,17 @@ def test_wide_dtypes(dtype):
 def test_signatures():
     """Positional order as FlashAttention-3's; what is ours is keyword-only."""
     parameters = inspect.signature(flash_attn_func).parameters.values()
-    defaults = {parameter.name: parameter.default for parameter in parameters}
-    required = inspect.Parameter.empty
-    assert list(defaults.items()) == [
-        *((name, required) for name in "qkv"),
-        ("softmax_scale", None),
-        ("causal", False),
-        ("return_lse", False),
-    ]
-    assert [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY] == ["return_lse"]
-    assert list(inspect.signature(flash_attn_ext.forward).parameters) == ["q", "k", "v", "softmax_scale", "causal"]
+    assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == ["q", "k", "v", "softmax_scale", "causal"]
+    assert list(inspect.signature(flash_attn_ext.forward).parameters) == ["q", "k", "v", *Options._fields]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["flash_attn_func", "forward", "backward", "explain", "attention_reference", "attention_reference_backward"],
+)
+def test_every_function_takes_every_option(name):
+    parameters = inspect.signature(getattr(flash_attn_ext, name)).parameters
+    assert {option: parameters[option].default for option in Options._fields} == Options()._asdict()
 
 
 def test_public_function_is_the_low_level_pair():

@@ -42,7 +42,7 @@ def watched():
             if row["backward"]:
                 results += flash_attn_ext.backward(dout, q, k, v, out, lse, causal=causal)
                 for needs in ([True, False, False], [False, True, True]):
-                    torch.ops.flash_attn_ext.backward(dout, q, k, v, out, lse, None, causal, needs)
+                    torch.ops.flash_attn_ext.backward(dout, q, k, v, out, lse, causal=causal, needs=needs)
             assert all(x.cpu().isfinite().all() for x in results) and not lse.cpu().isnan().any()
     print("all calls made")
 

@@ -10,14 +10,16 @@ Exit code: 0 every error is within its bound, 1 one is not, or the device that -
 
 import argparse
 import itertools
+import math
 import time
-from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from .. import attention_reference, flash_attn_func, limits
+from .. import accuracy, flash_attn_func, limits
+from ..accuracy import Comparison
+from ..options import Options
 from . import show, table
 from .options import cpu_or_cuda
 
@@ -25,30 +27,6 @@ DTYPES = (torch.float16, torch.bfloat16)
 BATCH, HEADS, KV_HEADS = 1, 4, 2
 
 HEADER = [">head dim", "dtype", "result", ">max error", ">at most", ">mean error", ">at most", ""]
-
-
-@dataclass
-class Errors:
-    """The worst of one result over several calls. A share is an error divided by its bound."""
-
-    share: float = 0.0
-    largest: float = 0.0
-    largest_bound: float = 0.0
-    mean: float = 0.0
-    mean_bound: float = 0.0
-    calls: int = 0
-
-    def add(self, error: torch.Tensor, bound: float, mean_bound: float) -> None:
-        largest, mean = error.max().item(), error.mean().item()
-        share = max(largest / bound, mean / mean_bound)
-        self.calls += 1
-        if not share <= self.share:  # NaN is worse than anything
-            self.share, self.largest, self.largest_bound = share, largest, bound
-            self.mean, self.mean_bound = mean, mean_bound
-
-    @property
-    def right(self) -> bool:
-        return self.share <= 1
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -91,12 +69,13 @@ def run(options: argparse.Namespace) -> int:
             raised.append(f"head dim {', '.join(name)}: {type(error).__name__}: {error}".split("\n")[0])
             wrong += 1
             continue
-        for result, errors in results.items():
-            figures = (errors.largest, errors.largest_bound, errors.mean, errors.mean_bound)
-            state = "ok" if errors.right else "WRONG"
+        for result, comparisons in results.items():
+            worst = max(comparisons, key=share)
+            figures = (worst.error, worst.bound, worst.mean_error, worst.mean_bound)
+            state = "ok" if worst.within else "WRONG"
             shown.append([*name, result, *(f"{figure:.1e}" for figure in figures), state])
-            wrong += not errors.right
-        calls += results["out"].calls
+            wrong += not worst.within
+        calls += len(results["out"])
     show.table(HEADER, shown)
     for what in raised:
         show.say(what, "red")
@@ -108,15 +87,21 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def test_row(row: dict, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, Errors]:
-    """The worst errors of out and lse, and of the gradients where the row trains, over masks and lengths."""
+def share(comparison: Comparison) -> float:
+    """The error as a part of its bound; NaN is worse than anything."""
+    parts = comparison.error / comparison.bound, comparison.mean_error / comparison.mean_bound
+    return max(math.inf if math.isnan(part) else part for part in parts)
+
+
+def test_row(row: dict, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, list[Comparison]]:
+    """out and lse, and the gradients where the row trains, of a call for each mask and length."""
     if device.type == "cuda":
         tile_q, tile_kv = row["forward"]["block_q"], row["forward"]["block_kv"]
         # Whole tiles, ragged ones, and many turns of the kernels' pipelines.
         lengths = [(tile_q, 2 * tile_kv), (2 * tile_q + 3, 2 * tile_q + 3), (tile_q + 1, 4099)]
     else:
         lengths = [(64, 64), (65, 131)]
-    errors: dict[str, Errors] = {}
+    results: dict[str, list[Comparison]] = {}
     # Never more queries than keys: torch's attention has no result for the rows that would see nothing.
     for (seqlen_q, seqlen_k), causal in itertools.product(lengths, (False, True)):
         generator = torch.Generator(device).manual_seed(seed)
@@ -125,36 +110,31 @@ def test_row(row: dict, dtype: torch.dtype, device: torch.device, seed: int) -> 
             torch.randn(BATCH, *shape, row["head_dim"], generator=generator, device=device).to(dtype)
             for shape in shapes
         )
-        compare(errors, q, k, v, dout, causal, trains=bool(row["backward"]))
-    return errors
+        for comparison in compare(q, k, v, dout, Options(causal=causal), trains=bool(row["backward"])):
+            results.setdefault(comparison.name, []).append(comparison)
+    return results
 
 
-def compare(errors: dict[str, Errors], q, k, v, dout, causal: bool, trains: bool) -> None:
+def compare(q, k, v, dout, options: Options, trains: bool) -> list[Comparison]:
     def ours(q, k, v):
-        return flash_attn_func(q, k, v, causal=causal, return_lse=True)
+        return flash_attn_func(q, k, v, *options, return_lse=True)
 
-    def plain(q, k, v):
-        return attention_reference(q, k, v, causal=causal, compute_dtype=q.dtype)
+    def yardstick(q, k, v):
+        return accuracy.yardstick(q, k, v, options)
 
     def exact(q, k, v):
-        return exact_attention(q, k, v, causal)
+        return exact_attention(q, k, v, options.causal)
 
     got = results_of(ours, (q, k, v), dout, trains)
-    yardstick = results_of(plain, (q, k, v), dout, trains)
+    plain = results_of(yardstick, (q, k, v), dout, trains)
     truth = results_of(exact, [x.double() for x in (q, k, v)], dout.double(), trains)
+    comparisons = []
     for name, right in truth.items():
-        error = (got[name].double() - right).abs()
         if name == "lse":
-            # A float32 that sums products of float32: the rounding of scores of this size.
-            bound = 1e-5 + 2.0**-20 * max(right.abs().max().item(), largest_score(q, k))
-            mean_bound = bound
+            comparisons.append(accuracy.compare_lse(got[name], right, q, k, options))
         else:
-            rounded = right.to(q.dtype)
-            near_zero = ((rounded + 0.3 - 0.3) - rounded).double().abs().max()
-            plain_error = (yardstick[name].double() - right).abs()
-            bound = (2 * plain_error.max() + 2 * near_zero).item()
-            mean_bound = 1.5 * plain_error.mean().item()
-        errors.setdefault(name, Errors()).add(error, bound, mean_bound)
+            comparisons.append(accuracy.compare(name, got[name], right, plain[name]))
+    return comparisons
 
 
 def results_of(attention, inputs, dout: torch.Tensor, trains: bool) -> dict[str, torch.Tensor]:
@@ -167,7 +147,11 @@ def results_of(attention, inputs, dout: torch.Tensor, trains: bool) -> dict[str,
 
 
 def exact_attention(q, k, v, causal: bool):
-    """out and lse by torch's own attention in float64, bottom-right aligned; nothing of this package is in it."""
+    """out and lse by torch's own attention in float64, bottom-right aligned.
+
+    Nothing of this package is in it, its masks neither: `reference` is what runs on the CPU, and a mistake there would
+    not show if it were the measure too.
+    """
     visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
     if causal:
         visible = visible.tril(k.shape[1] - q.shape[1])
@@ -176,9 +160,3 @@ def exact_attention(q, k, v, causal: bool):
         out = scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
     scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[-1] ** -0.5
     return out.transpose(1, 2), scores.masked_fill(~visible, -torch.inf).logsumexp(-1)
-
-
-def largest_score(q: torch.Tensor, k: torch.Tensor) -> float:
-    """At least the largest scaled sum of |q k| over the head dim: Cauchy and Schwarz."""
-    norms = [torch.linalg.vector_norm(x.double(), dim=-1).max().item() for x in (q, k)]
-    return norms[0] * norms[1] * q.shape[-1] ** -0.5

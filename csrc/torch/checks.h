@@ -1,0 +1,84 @@
+// Whether a call is plainly fine: a fast yes, so that the usual call asks nobody else. A no is no refusal: it leaves
+// the call to Python (python.h). tests/test_checks.py holds every yes to what Python says.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/GradMode.h>
+#include <c10/cuda/CUDAException.h>
+
+#include <array>
+#include <atomic>
+
+#include "../launch.h"
+#include "../limits.h"
+
+namespace flash_attn_ext {
+
+// 90 for compute capability 9.0.
+inline int compute_capability(c10::DeviceIndex device) {
+  if (const int injected = test_faults.compute_capability) return injected;
+  static std::array<std::atomic<int>, C10_COMPILE_TIME_MAX_GPUS> known{};
+  int capability = known.at(device);
+  if (capability == 0) {
+    int major, minor;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    known[device] = capability = 10 * major + minor;
+  }
+  return capability;
+}
+
+// The row of the table; an empty one where there is none.
+inline HeadDimLimits limits_of(int64_t head_dim) {
+  for (const HeadDimLimits& row : kLimits) {
+    if (row.head_dim == head_dim) return row;
+  }
+  return {};
+}
+
+// Of forward.
+inline bool is_plainly_fine(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Options& options) {
+  if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4) return false;
+  const at::IntArrayRef q_size = q.sizes(), k_size = k.sizes();  // (batch, seqlen, heads, head_dim)
+  const bool sizes_fit = k_size == v.sizes() && q_size[0] == k_size[0] && q_size[3] == k_size[3] && k_size[2] > 0 &&
+                         q_size[2] % k_size[2] == 0;
+  const auto is_counted = [](at::IntArrayRef size) {
+    return size[0] <= kMaxCount && size[1] <= kMaxCount && size[2] <= kMaxCount;
+  };
+  const auto is_beside_q = [&](const at::Tensor& t) {
+    return t.scalar_type() == q.scalar_type() && t.device() == q.device();
+  };
+  return sizes_fit && is_counted(q_size) && is_counted(k_size) && limits_of(q_size[3]).forward.built() &&
+         (q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16) && is_beside_q(k) && is_beside_q(v) &&
+         options.are_in_range() && q.is_cuda() && compute_capability(q.get_device()) == 90;
+}
+
+// Of backward.
+inline bool is_plainly_fine(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            const at::Tensor& out, const at::Tensor& lse, const Options& options) {
+  if (!is_plainly_fine(q, k, v, options) || !limits_of(q.size(3)).backward.built()) return false;
+  const auto is_like_q = [&](const at::Tensor& t) {
+    return t.sizes() == q.sizes() && t.scalar_type() == q.scalar_type() && t.device() == q.device();
+  };
+  const std::array lse_size{q.size(0), q.size(2), q.size(1)};
+  return is_like_q(dout) && is_like_q(out) && lse.sizes() == at::IntArrayRef(lse_size) &&
+         lse.scalar_type() == at::kFloat && lse.device() == q.device();
+}
+
+inline bool needs_gradient(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  return c10::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
+}
+
+// Whether forward-mode differentiation is asked for, which grad mode does not switch off.
+inline bool has_tangent(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  return q._fw_grad(0).defined() || k._fw_grad(0).defined() || v._fw_grad(0).defined();
+}
+
+// Whether what autograd asks of this call can be had. A head dim that is unknown while tracing is Python's matter.
+inline bool derivatives_are_plainly_fine(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  if (has_tangent(q, k, v)) return false;
+  if (!needs_gradient(q, k, v) || !q.is_cuda()) return true;
+  return q.dim() == 4 && limits_of(q.sym_size(3).maybe_as_int().value_or(0)).backward.built();
+}
+
+}  // namespace flash_attn_ext

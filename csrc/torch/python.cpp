@@ -1,0 +1,192 @@
+// All that sees Python: the pybind11 module flash_attn_ext._C, with the eager shortcut, and the calls of python.h.
+#include "python.h"
+
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <concepts>
+#include <optional>
+#include <tuple>
+
+#include "../limits.h"
+#include "checks.h"
+#include "operators.h"
+
+namespace at::autocast {
+TORCH_API ScalarType get_autocast_dtype(DeviceType);  // ATen/autocast_mode.h, without its ATen/ATen.h
+}
+
+namespace flash_attn_ext {
+namespace {
+
+namespace py = pybind11;
+
+// What Python has registered.
+struct Registered {
+  py::object options;                                   // the class Options
+  py::object forward;                                   // of a call whose arguments are not of the usual types
+  py::object check, check_backward, check_derivatives;  // python.h
+};
+
+Registered& registered() {
+  static auto& all = *new Registered;  // never freed: Python may go first
+  return all;
+}
+
+template <class... Tensors>
+void ask(py::object Registered::* check, const Options::Types& options, const Tensors&... tensors) {
+  const py::gil_scoped_acquire gil;
+  (registered().*check)(tensors..., registered().options(*py::tuple(py::cast(options))));
+}
+
+// From Python objects ------------------------------------------------------------------------------------------------
+
+// Whatever an option may be made of; false where the object is not exactly of the type.
+bool unpack(PyObject* from, bool& to) {
+  to = from == Py_True;
+  return PyBool_Check(from);
+}
+
+bool unpack(PyObject* from, double& to) {
+  if (!PyFloat_Check(from)) return false;
+  to = PyFloat_AS_DOUBLE(from);
+  return true;
+}
+
+template <std::signed_integral Integer>
+bool unpack(PyObject* from, Integer& to) {
+  if (!PyLong_CheckExact(from)) return false;
+  int overflow;
+  to = PyLong_AsLongLongAndOverflow(from, &overflow);
+  return !overflow;
+}
+
+template <class T>
+bool unpack(PyObject* from, std::optional<T>& to) {
+  return from == Py_None || unpack(from, to.emplace());
+}
+
+// Of std::tuple and std::array.
+template <class Elements, std::size_t kSize = std::tuple_size<Elements>::value>
+bool unpack(PyObject* from, Elements& to) {
+  if (!PyTuple_Check(from) || PyTuple_GET_SIZE(from) != kSize) return false;
+  Py_ssize_t i = 0;
+  return std::apply([&](auto&... element) { return (unpack(PyTuple_GET_ITEM(from, i++), element) && ...); }, to);
+}
+
+bool are_tensors(auto... objects) { return (THPVariable_Check(objects.ptr()) && ...); }
+
+const at::Tensor& tensor(py::handle object) { return THPVariable_Unpack(object.ptr()); }
+
+// The eager shortcut -------------------------------------------------------------------------------------------------
+
+// Whether autocast is on and has nothing to do.
+bool autocast_changes_nothing(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  if (c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutocastCUDA)) return false;  // it is off
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(at::kCUDA);
+  return q.scalar_type() == dtype && k.scalar_type() == dtype && v.scalar_type() == dtype;
+}
+
+// Whether the dispatcher would do anything with this call but hand it to forward_cuda: autograd, autocast, a dispatch
+// mode (FakeTensor, selective checkpointing, tracing), a tensor subclass, functorch, another device.
+bool needs_dispatcher(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  if (needs_gradient(q, k, v) || has_tangent(q, k, v)) return true;
+  static constexpr c10::DispatchKeySet kPassedThrough{c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCUDA,
+                                                      c10::DispatchKey::ADInplaceOrView,
+                                                      c10::DispatchKey::BackendSelect};
+  const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
+  const c10::DispatchKeySet keys = ((q.key_set() | k.key_set() | v.key_set()) | local.included_) - local.excluded_;
+  return (keys.raw_repr() & ~kPassedThrough.raw_repr()) != 0;
+}
+
+// What flash_attn_ext.forward calls in eager mode. The registered operator does the same and costs several
+// microseconds more, so it is called only when the dispatcher has work to do.
+ForwardResult forward(py::handle q_object, py::handle k_object, py::handle v_object, py::handle options_object) {
+  Options::Types options;
+  if (!are_tensors(q_object, k_object, v_object) || !unpack(options_object.ptr(), options)) {
+    // Wrong, or seldom enough to be Python's matter: an int, or a SymFloat while tracing, as softmax_scale.
+    return registered().forward(q_object, k_object, v_object, options_object).cast<ForwardResult>();
+  }
+  const at::Tensor &q = tensor(q_object), &k = tensor(k_object), &v = tensor(v_object);
+
+  const py::gil_scoped_release no_gil;  // an allocation or a full launch queue can wait for the device
+  // The operator's autocast is Python's: models that run under autocast mostly come with its dtype already.
+  std::optional<c10::impl::ExcludeDispatchKeyGuard> no_autocast;
+  if (autocast_changes_nothing(q, k, v)) no_autocast.emplace(c10::DispatchKey::AutocastCUDA);
+  return needs_dispatcher(q, k, v) ? call_forward(q, k, v, options) : forward_cuda(q, k, v, options);
+}
+
+// For tests ----------------------------------------------------------------------------------------------------------
+
+template <class... Object>
+bool is_plainly_fine_call(Object... tensors, py::handle options_object) {
+  Options::Types options;
+  return are_tensors(tensors...) && unpack(options_object.ptr(), options) &&
+         is_plainly_fine(tensor(tensors)..., std::make_from_tuple<Options>(options));
+}
+
+void set_test_faults(bool tensor_map_encode_fails, int capability) {
+  test_faults.tensor_map_encode_fails = tensor_map_encode_fails;
+  test_faults.compute_capability = capability;
+}
+
+// The module ---------------------------------------------------------------------------------------------------------
+
+// The table of limits.h.
+py::list limits() {
+  const auto plan = [](const auto& p) -> py::object {
+    if (!p.built()) return py::none();
+    return py::dict(py::arg("block_q") = p.block_q, py::arg("block_kv") = p.block_kv, py::arg("stages") = p.stages);
+  };
+  py::list rows;
+  for (const HeadDimLimits& row : kLimits) {
+    rows.append(py::dict(py::arg("head_dim") = row.head_dim, py::arg("forward") = plan(row.forward),
+                         py::arg("backward") = plan(row.backward)));
+  }
+  return rows;
+}
+
+void register_python(py::object options, py::object forward, py::object check, py::object check_backward,
+                     py::object check_derivatives) {
+  registered() = {options, forward, check, check_backward, check_derivatives};
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.def("forward", torch::wrap_pybind_function(forward),
+        "forward(q, k, v, options) -> (out, lse), by position only; see flash_attn_ext.forward.");
+  m.def("register", register_python, py::kw_only(), py::arg("options"), py::arg("forward"), py::arg("check"),
+        py::arg("check_backward"), py::arg("check_derivatives"),
+        "Registers Python's say in calls that are not plainly fine.");
+  m.def("limits", limits, "The table of csrc/limits.h, a dict per head dimension; None stands for 'not built'.");
+  m.def("compute_capability", torch::wrap_pybind_function(compute_capability), py::arg("device"),
+        "Compute capability of the CUDA device with this index, 90 for 9.0.");
+  using Object = py::handle;
+  const char* fine =
+      "For tests: whether a call gets the fast yes; (q, k, v, options) of the forward, or (dout, q, k, v, out, lse,\n"
+      "options) of the backward.";
+  m.def("is_plainly_fine", is_plainly_fine_call<Object, Object, Object>, fine);
+  m.def("is_plainly_fine", is_plainly_fine_call<Object, Object, Object, Object, Object, Object>, fine);
+  m.def("set_test_faults", set_test_faults, py::kw_only(), py::arg("tensor_map_encode_fails") = false,
+        py::arg("compute_capability") = 0,
+        "For tests only: makes the driver seem to refuse tensor maps, and every GPU seem to be of this compute\n"
+        "capability (80 for 8.0; 0: the real one). Called without arguments it ends both.");
+}
+
+}  // namespace
+
+void python::check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Options::Types& options) {
+  ask(&Registered::check, options, q, k, v);
+}
+
+void python::check_backward(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            const at::Tensor& out, const at::Tensor& lse, const Options::Types& options) {
+  ask(&Registered::check_backward, options, dout, q, k, v, out, lse);
+}
+
+void python::check_derivatives(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                               const Options::Types& options) {
+  ask(&Registered::check_derivatives, options, q, k, v);
+}
+
+}  // namespace flash_attn_ext

@@ -1,0 +1,19 @@
+// Python's say in a call that is not plainly fine: it raises what is wrong, in its words, or returns, and then the call
+// goes on. What is called here is what flash_attn_ext/interface.py has registered.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "../problem.h"
+
+namespace flash_attn_ext::python {
+
+void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Options::Types& options);
+
+void check_backward(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                    const at::Tensor& out, const at::Tensor& lse, const Options::Types& options);
+
+// Of a call with an input that has a tangent, or that requires a gradient that no kernel computes.
+void check_derivatives(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Options::Types& options);
+
+}  // namespace flash_attn_ext::python

@@ -1,0 +1,107 @@
+// Torch's tensors as the kernels have them: problems, strides, copies of what a tensor map cannot address, results.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/cuda/EmptyTensor.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "../launch.h"
+
+namespace flash_attn_ext {
+
+inline Problem problem_of(const at::Tensor& q, const at::Tensor& k, const Options& options) {
+  return {
+      .batch = q.size(0),
+      .seqlen_q = q.size(1),
+      .seqlen_k = k.size(1),
+      .heads = q.size(2),
+      .kv_heads = k.size(2),
+      .head_dim = q.size(3),
+      .dtype = q.scalar_type() == at::kHalf ? DType::kFloat16 : DType::kBFloat16,
+      .options = options,
+  };
+}
+
+inline bool is_aligned(const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+
+// Whether tensor maps can address the tensor where it lies: 16-byte aligned, and so is every stride that is used.
+inline bool is_addressable(const at::Tensor& t) {
+  if (t.stride(3) != 1 || !is_aligned(t)) return false;
+  for (int i = 0; i < 3; ++i) {
+    if (t.size(i) > 1 && (t.stride(i) <= 0 || t.stride(i) * t.element_size() % 16 != 0)) return false;
+  }
+  return true;
+}
+
+inline Strides strides_of(const at::Tensor& t) {
+  // The stride of a dimension of size 1 may be anything and is never used; a tensor map wants it valid all the same.
+  const auto stride = [&](int i) { return t.size(i) > 1 ? t.stride(i) : t.size(3); };
+  return {.batch = stride(0), .row = stride(1), .head = stride(2)};
+}
+
+// A tensor that a pass takes: where it lies, or copied where tensor maps cannot address that.
+class Input {
+ public:
+  explicit Input(const at::Tensor& t) : tensor_(is_addressable(t) ? t : t.clone(at::MemoryFormat::Contiguous)) {}
+
+  operator Tensor() const { return {const_cast<void*>(tensor_.const_data_ptr()), strides_of(tensor_)}; }
+
+ private:
+  at::Tensor tensor_;
+};
+
+inline at::Tensor contiguous_and_aligned(const at::Tensor& t) {
+  return t.is_contiguous() && is_aligned(t) ? t : t.clone(at::MemoryFormat::Contiguous);
+}
+
+inline at::Tensor allocate_like(const at::Tensor& t) {
+  // The usual case without the dispatcher, which costs as much as the allocation itself.
+  return t.is_non_overlapping_and_dense()
+             ? at::Tensor(at::detail::empty_strided_cuda(t.sizes(), t.strides(), t.options()))
+             : at::empty_like(t);
+}
+
+inline at::Tensor allocate(at::IntArrayRef size, const at::Tensor& like, at::ScalarType type) {
+  return at::detail::empty_cuda(size, like.options().dtype(type));
+}
+
+// A result, and the memory that a kernel writes for it: its own, or a stand-in where tensor maps cannot address that.
+// Without elements, and so with null for its memory, if it is not needed.
+struct Result {
+  at::Tensor tensor, written;
+
+  explicit Result(const at::Tensor& like, bool is_needed = true)
+      : tensor(is_needed ? allocate_like(like) : allocate({0, 0, 0, 0}, like, like.scalar_type())),
+        written(is_addressable(tensor) ? tensor
+                                       : at::empty_like(tensor, tensor.options(), at::MemoryFormat::Contiguous)) {}
+
+  operator Tensor() const { return {written.mutable_data_ptr(), strides_of(written)}; }
+
+  at::Tensor after_launch() const { return written.is_same(tensor) ? tensor : tensor.copy_(written); }
+};
+
+// The forward kernel's item counter: 0 before a launch and again after it. Launches of one stream follow each other, so
+// each stream has its own, which nothing has to zero between launches. A captured launch may be replayed on any stream,
+// beside anything: it gets a counter of its own, which the graph zeroes.
+inline at::Tensor item_counter(c10::cuda::CUDAStream stream, const at::Tensor& like) {
+  const auto new_counter = [&] { return allocate({1}, like, at::kInt).zero_(); };
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return new_counter();
+  unsigned long long id;  // not the handle, which may come back after the stream is gone
+  C10_CUDA_CHECK(cudaStreamGetId(stream.stream(), &id));
+  using Key = std::pair<c10::DeviceIndex, unsigned long long>;
+  static std::mutex mutex;
+  static auto& counters = *new std::map<Key, at::Tensor>;  // never freed: the driver may go first
+  const std::lock_guard lock(mutex);
+  auto [entry, is_new] = counters.try_emplace({stream.device_index(), id});
+  if (is_new) entry->second = new_counter();
+  return entry->second;
+}
+
+}  // namespace flash_attn_ext

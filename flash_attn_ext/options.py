@@ -1,0 +1,53 @@
+"""The options of a call as one value: their types and defaults, and why a value is refused.
+
+Inside the package they travel as `Options`. Only the public functions (interface.py) and the operators' schemas, which
+are written from here, list them one by one. csrc/problem.h has them for the kernels, in the same order.
+"""
+
+from typing import NamedTuple, get_type_hints
+
+import torch
+
+FLOAT32 = torch.finfo(torch.float32)  # what the kernels compute with
+SCHEMA_TYPES = {float | None: "float?", bool: "bool"}
+
+
+class Options(NamedTuple):
+    softmax_scale: float | None = None
+    causal: bool = False
+
+    def scale(self, head_dim: int) -> float:
+        """The factor of the scores."""
+        return head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+
+    def refusal(self) -> Exception | None:
+        """What is wrong with a value, or None."""
+        return _scale_refusal(self.softmax_scale) or _causal_refusal(self.causal)
+
+
+def schema() -> str:
+    """The options as arguments of an operator's schema."""
+    types = get_type_hints(Options)
+    return ", ".join(f"{SCHEMA_TYPES[types[name]]} {name}={Options._field_defaults[name]}" for name in Options._fields)
+
+
+def _scale_refusal(softmax_scale) -> Exception | None:
+    if softmax_scale is None:
+        return None
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, int | float | torch.SymInt | torch.SymFloat):
+        return TypeError(
+            f"softmax_scale must be a float or None, not {type(softmax_scale).__name__}. "
+            "A tensor would have to be read back from the device: pass float(scale)."
+        )
+    if not FLOAT32.tiny <= softmax_scale <= FLOAT32.max:  # NaN is out of the range as well
+        return ValueError(
+            f"softmax_scale is {softmax_scale}; it must be finite and greater than 0, in the range of a float32 "
+            "(default: 1/sqrt(head_dim)). The fourth argument of flash_attn_func is the scale; there is no dropout_p."
+        )
+    return None
+
+
+def _causal_refusal(causal) -> TypeError | None:
+    if isinstance(causal, bool):
+        return None
+    return TypeError(f"causal must be True or False, not {type(causal).__name__} ({causal!r:.60}).")

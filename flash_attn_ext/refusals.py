@@ -1,0 +1,245 @@
+"""Why a call does not run: the words of every refusal but those of an option's value (options.py).
+
+The compiled module says yes by itself to a call that is plainly fine, and leaves every other one to the functions
+`check*` here: they raise what is wrong, or return, and then the call goes on.
+"""
+
+import torch
+
+from . import limits
+from .options import Options
+
+LARGEST_SIZE = 2**30 - 1  # the kernels count rows with an int, with room for one more round past the last
+
+NO_SECOND_DERIVATIVE = (
+    "attention is once_differentiable: the gradients of flash_attn_func cannot be differentiated again. Ways out: do "
+    "without create_graph=True, detach these gradients, or use attention_reference, which has every derivative."
+)
+
+
+def check(q, k, v, options: Options, *, on_device: bool = True) -> None:
+    """Raises TypeError, ValueError or RuntimeError with the text of `explain` if the call cannot run.
+
+    on_device=False leaves out whether kernels and GPU are there, for fake tensors, which need neither.
+    Derivatives are not looked at: `check_derivatives` does that.
+    """
+    _raise(of_forward(q, k, v, options, on_device=on_device))
+
+
+def check_backward(dout, q, k, v, out, lse, options: Options, *, on_device: bool = True) -> None:
+    """`check` for a call of `backward`."""
+    _raise(of_backward(dout, q, k, v, out, lse, options, on_device=on_device))
+
+
+def check_arguments(options: Options, **tensors) -> None:
+    """The part of `check` that needs no tensor's properties: the arguments' Python types, and the options' values."""
+    _raise(_of_types(tensors) or options.refusal())
+
+
+def check_derivatives(q, k, v, options: Options) -> None:
+    """Raises if an input is a dual tensor, or requires grad and no kernel computes its gradient.
+
+    Says nothing of calls that `check` refuses: their turn comes when they run.
+    """
+    check_forward_mode(q, k, v)
+    on_device = not torch._C._dispatch_keys(q).has(torch._C.DispatchKey.Python)  # not a fake tensor
+    if torch.is_grad_enabled() and of_forward(q, k, v, options, on_device=on_device) is None:
+        _raise(of_gradients(q, k, v))
+
+
+def check_forward_mode(q, k, v) -> None:
+    """Raises NotImplementedError if an input is a dual tensor: its tangent would vanish silently."""
+    if any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in (q, k, v)):
+        raise NotImplementedError(
+            "flash_attn_func has no forward-mode derivative (jvp). Use attention_reference, which has one, or reverse "
+            "mode: torch.autograd.grad."
+        )
+
+
+def of_forward(q, k, v, options: Options, *, on_device: bool = True, autocast: bool = True) -> Exception | None:
+    """What is wrong with a call of `forward`, or None."""
+    return (
+        _of_types({"q": q, "k": k, "v": v})
+        or options.refusal()
+        or _of_shapes(q, k, v)
+        or _of_devices(q, k, v, on_device, autocast)
+    )
+
+
+def of_backward(dout, q, k, v, out, lse, options: Options, *, on_device: bool = True) -> Exception | None:
+    """What is wrong with a call of `backward`, or None."""
+    return (
+        of_forward(q, k, v, options, on_device=on_device, autocast=False)
+        or (_no_backward(q.shape[3], "Ways out: ") if q.device.type == "cuda" else None)
+        or _of_results(dout, q, out, lse)
+    )
+
+
+def of_gradients(q, k, v) -> ValueError | None:
+    """What is wrong with the gradients that the inputs of a call require, were it made in grad mode; or None."""
+    wanted = [name for name, tensor in (("q", q), ("k", k), ("v", v)) if tensor.requires_grad]
+    if not wanted or q.device.type != "cuda":
+        return None
+    require = "requires" if len(wanted) == 1 else "require"
+    return _no_backward(
+        q.shape[3],
+        "Ways out: call under torch.no_grad() or detach the inputs, ",
+        f"{_list(wanted, 'and')} {require} grad, and ",
+    )
+
+
+def _raise(refusal: Exception | None) -> None:
+    if refusal:
+        raise refusal
+
+
+def _of_types(tensors) -> TypeError | None:
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            return TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__} ({value!r:.60}).")
+    return None
+
+
+def _of_shapes(q, k, v) -> ValueError | None:
+    for name, tensor, heads in (("q", q, "heads"), ("k", k, "kv_heads"), ("v", v, "kv_heads")):
+        if tensor.dim() != 4:
+            return ValueError(
+                f"{name} has {tensor.dim()} dimensions, shape {_shape(tensor)}; it must have 4: "
+                f"(batch, seqlen, {heads}, head_dim). A single sequence: {name}.unsqueeze(0)."
+            )
+    batch, _, heads, head_dim = q.shape
+    if k.shape[0] != batch or v.shape[0] != batch:
+        return ValueError(f"q, k and v have batch sizes {batch}, {k.shape[0]} and {v.shape[0]}; they must be equal.")
+    if k.shape[1] != v.shape[1]:
+        return ValueError(f"k has seqlen {k.shape[1]} but v has {v.shape[1]}; they must be equal.")
+    if k.shape[2] != v.shape[2]:
+        return ValueError(f"k has {k.shape[2]} heads but v has {v.shape[2]}; they must be equal.")
+    if k.shape[3] != head_dim or v.shape[3] != head_dim:
+        return ValueError(
+            f"q, k and v have head_dim {head_dim}, {k.shape[3]} and {v.shape[3]}; they must be equal. "
+            "A smaller one can be padded with zeros: torch.nn.functional.pad(v, (0, n)), then out[..., :-n]."
+        )
+    if head_dim == 0:
+        return ValueError("q, k and v have head_dim 0; it must be at least 1.")
+    if k.shape[2] == 0:
+        return ValueError(f"k and v have 0 heads, shape {_shape(k)}; they must have at least 1.")
+    if heads % k.shape[2] != 0:
+        return ValueError(
+            f"q has {heads} heads and k, v have {k.shape[2]}: the first must be a multiple of the second, so that each "
+            "group of query heads shares one key and value head. Check num_heads and num_key_value_heads of the model."
+        )
+    return None
+
+
+def _of_devices(q, k, v, on_device: bool, autocast: bool) -> Exception | None:
+    if not q.device == k.device == v.device:
+        return ValueError(f"q, k and v are on {q.device}, {k.device} and {v.device}; they must be on one device.")
+    dtypes = [_dtype_after_autocast(tensor) if autocast else tensor.dtype for tensor in (q, k, v)]
+    if not dtypes[0] == dtypes[1] == dtypes[2]:
+        return ValueError(
+            "q, k and v have dtypes {}, {} and {}; they must be equal. Cast them, or call under torch.autocast.".format(
+                *map(_name, dtypes)
+            )
+        )
+    on_gpu = q.device.type == "cuda"
+    accepted = limits.GPU_DTYPES if on_gpu else limits.CPU_DTYPES
+    if dtypes[0] not in accepted:
+        return ValueError(
+            f"q, k and v are {_name(dtypes[0])}; on {q.device.type} they must be {_list(map(_name, accepted))}. "
+            "Cast them (q.to(torch.bfloat16)), or call under torch.autocast."
+        )
+    if not on_gpu:
+        return None
+    if on_device and (reason := limits.why_unavailable(q.device)):
+        return RuntimeError(reason)
+    return _no_forward(q.shape[3]) or _of_sizes(q, k)
+
+
+def _no_forward(head_dim: int) -> ValueError | None:
+    runs = limits.supported()["forward"]
+    if not limits.TABLE or head_dim in runs:
+        return None
+    larger = [dim for dim in runs if dim > head_dim]
+    padding = f"pad q, k and v with zeros to {larger[0]} and pass softmax_scale={head_dim}**-0.5, or " if larger else ""
+    return ValueError(
+        f"head_dim is {head_dim}; the GPU kernels are built for head_dim {_list(runs)}. Ways out: {padding}"
+        "choose the model's number of heads so that hidden_size / num_heads is one of these."
+    )
+
+
+def _of_sizes(q, k) -> ValueError | None:
+    for name, tensor in (("q", q), ("k", k)):
+        # A size that is unknown while tracing is not compared: that would bound it for good.
+        if any(isinstance(size, int) and size > LARGEST_SIZE for size in tensor.shape):
+            return ValueError(
+                f"{name} has shape {_shape(tensor)}; the GPU kernels take sizes up to {LARGEST_SIZE}. "
+                "Split the batch or the heads over several calls."
+            )
+    return None
+
+
+def _no_backward(head_dim: int, ways_out: str, why: str = "") -> ValueError | None:
+    trains = limits.supported()["backward"]
+    if not limits.TABLE or head_dim in trains:
+        return None
+    if any(dim > head_dim for dim in trains):
+        ways_out += "pad the head_dim with zeros to one that trains, "
+    if trains:
+        ways_out += "change the model's number of heads, "
+    return ValueError(
+        f"{why}head_dim {head_dim} has no backward kernel; head dimensions that train: "
+        f"{_list(trains) if trains else 'none in this version'}. {ways_out}"
+        "or train with torch.nn.functional.scaled_dot_product_attention."
+    )
+
+
+def _of_results(dout, q, out, lse) -> ValueError | None:
+    """What the backward is given besides the inputs of the forward."""
+    batch, seqlen_q, heads, _ = q.shape
+    for name, tensor in (("dout", dout), ("out", out)):
+        if tensor.shape != q.shape:
+            return ValueError(
+                f"{name} has shape {_shape(tensor)} and q {_shape(q)}; they must be equal: "
+                "(batch, seqlen_q, heads, head_dim)."
+            )
+        if tensor.dtype != q.dtype:
+            return ValueError(
+                f"{name} is {_name(tensor.dtype)} and q {_name(q.dtype)}; they must be equal. "
+                f"Cast it: {name}.to(q.dtype)."
+            )
+    if tuple(lse.shape) != (batch, heads, seqlen_q):
+        return ValueError(
+            f"lse has shape {_shape(lse)}; it must be (batch, heads, seqlen_q), here {(batch, heads, seqlen_q)}, as "
+            "forward returns it."
+        )
+    if lse.dtype != torch.float32:
+        return ValueError(
+            f"lse is {_name(lse.dtype)}; it must be float32, as forward returns it. Cast it: lse.float()."
+        )
+    if not dout.device == out.device == lse.device == q.device:
+        return ValueError(
+            f"dout, out and lse are on {dout.device}, {out.device} and {lse.device}, and q is on {q.device}; they must "
+            "be on one device."
+        )
+    return None
+
+
+def _dtype_after_autocast(tensor: torch.Tensor) -> torch.dtype:
+    device_type = tensor.device.type
+    if tensor.dtype in limits.AUTOCAST_DTYPES and torch.amp.is_autocast_available(device_type):
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+    return tensor.dtype
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _list(values, last: str = "or") -> str:
+    *head, tail = map(str, values)
+    return f"{', '.join(head)} {last} {tail}" if head else tail

@@ -1,0 +1,64 @@
+"""What tests of gradients on a GPU share: both passes, one after the other, and when two results are the same.
+
+dk and dv come out of registers, the same in every run. dq is added up in memory by the thread blocks of all keys, in
+the order in which they come: its bits are certain only where all keys are in one block.
+"""
+
+import math
+
+import gpu
+import torch
+from cases import TRAINING_HEAD_DIMS, TRAINING_ROWS
+from oracle import check_gradients, same_bits, same_but_for_order
+
+import flash_attn_ext
+
+ONE_BLOCK = min((row["backward"]["block_kv"] for row in TRAINING_ROWS), default=64)  # keys: dq has certain bits
+
+
+def differentiate(dout, q, k, v, out, lse, *options, **options_by_name):
+    """dq, dk and dv, in memory that held NaN before; so did the workspace."""
+    gpu.poison(q, k, v, workspace(q))
+    return flash_attn_ext.backward(dout, q, k, v, out, lse, *options, **options_by_name)
+
+
+def workspace(q):
+    """A tensor of the bytes that the backward pass needs besides its results, without memory of its own.
+
+    A float32 sum of dq for each element of q, and lse and delta for each row; rows in whole blocks.
+    """
+    batch, seqlen_q, heads, head_dim = q.shape
+    block_q = TRAINING_ROWS[TRAINING_HEAD_DIMS.index(head_dim)]["backward"]["block_q"]
+    rows = batch * heads * math.ceil(seqlen_q / block_q) * block_q
+    return torch.empty(rows * (head_dim + 2), dtype=torch.float32, device="meta")
+
+
+def both_passes(q, k, v, *options, dout=None, **options_by_name):
+    """(dout, q, k, v, out, lse), the arguments of the backward pass, and its gradients."""
+    dout = torch.randn_like(q) if dout is None else dout
+    arguments = dout, q, k, v, *flash_attn_ext.forward(q, k, v, *options, **options_by_name)
+    return arguments, differentiate(*arguments, *options, **options_by_name)
+
+
+def both_passes_and_check(q, k, v, *options, dout=None, **options_by_name):
+    arguments, gradients = both_passes(q, k, v, *options, dout=dout, **options_by_name)
+    check_gradients(gradients, *arguments, *options, **options_by_name)
+    return arguments, gradients
+
+
+def by_autograd(function, dout, *inputs):
+    """The gradients of function(q, k, v)."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    function(*leaves).backward(dout)
+    return [x.grad for x in leaves]
+
+
+def assert_same(results, expected, what="", keys=ONE_BLOCK):
+    """dk and dv to the bit; dq too, unless more keys than one block has are summed in it."""
+    for name, a, b in zip(("dq", "dk", "dv"), results, expected, strict=True):
+        if a is None or b is None:
+            assert a is b, f"{name} is wanted in one case only {what}"
+        elif name == "dq" and keys > ONE_BLOCK:
+            assert same_but_for_order(a, b), f"dq differs by more than the order of its sum {what}"
+        else:
+            assert same_bits(a, b), f"{name} differs {what}"
