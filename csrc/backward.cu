@@ -9,10 +9,10 @@
 //             are in registers already as the left operands of dV and dK. dQ needs the dS of both consumers: that goes
 //             through shared memory, and dQ is added to float32 sums in global memory, where all blocks of a head meet.
 //   convert   (backward_rows.cu) float32 sums, scaled, as 16-bit gradients
-// With grouped queries a block walks the query heads of its KV head one after the other, and dK and dV never leave its
-// registers before they are complete. Where several blocks share these query heads (KeySchedule says when), `convert`
-// adds what each of them summed. Either way dK and dV are summed in one order, and are the same in every run.
-// docs/backward.md has the barriers, the shared-memory plan and the cycle budget.
+// With grouped queries a block walks query heads of its KV head one after the other, and sums dK and dV in its
+// registers. Where a block has all of these heads it writes dK and dV; where several blocks share them (KeySchedule
+// says when), `convert` adds what each has summed. Either way the order of additions is fixed: dK and dV are the same
+// in every run. docs/backward.md has the order of work, the barriers, the layout of shared memory and the cycle budget.
 
 #include <cuda/ptx>
 
@@ -309,7 +309,7 @@ struct Consumer {
     }
   }
 
-  // What other items have a share in goes to the item's copy of the float32 sums.
+  // Where other items share the KV head, dK and dV go to this item's copy of the float32 sums.
   __device__ __forceinline__ void store_share(const Item<Config>& item) {
     const KvSums& sums = item.coarse ? args.coarse_sums : args.fine_sums;
     if (args.needs_dv) write_sums(dv, item.own_tiles(sums.dv, args));

@@ -75,8 +75,8 @@ struct SumTile {
   float4 quad[kQuads][128];
 };
 
-// Sums of a gradient, in the order in which Sequences counts its blocks; each block is tiled 64 x 64, row by row of
-// tiles. Where a gradient is summed in several copies, these follow each other.
+// Sums of a gradient, in the order in which Sequences counts its blocks; each block is several SumTiles, row by row.
+// Where a gradient is summed in several copies, these follow each other.
 struct Sums {
   SumTile* tiles = nullptr;  // null: there are none
   int first_block = 0;       // of the gradient's blocks
@@ -90,7 +90,7 @@ struct KvSums {
 
 template <class Config>
 struct Workspace {
-  static constexpr int kQTiles = Config::kBlockQ / 64 * Config::kHeadDim / 64;    // of a Q block
+  static constexpr int kQTiles = Config::kBlockQ / 64 * Config::kHeadDim / 64;    // SumTiles of a Q block
   static constexpr int kKvTiles = Config::kBlockKv / 64 * Config::kHeadDim / 64;  // of a KV block
   using Stats = RowStats<Config::kBlockQ>;
 

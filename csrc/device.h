@@ -30,7 +30,7 @@ inline int multiprocessors(int device) {
   return count;
 }
 
-// What a thread block can have at most.
+// The most that a thread block can have: 227 KB.
 inline constexpr int kSharedMemoryBytes = 227 * 1024;
 
 // Allows a kernel its shared memory, once for each device: it is a property of the device's copy of the kernel.

@@ -5,7 +5,7 @@
 // and copies their K and V blocks into two rings, and one thread copies Q; each other warpgroup, a consumer, multiplies
 // and does the softmax of its own rows. Thread blocks are persistent: they take item after item (tile/schedule.h), and
 // the producer is already at the next item while the consumers finish this one. docs/forward.md has the barriers, the
-// shared-memory plan and the cycle budget.
+// layout of shared memory and the cycle budget.
 
 #include <algorithm>
 #include <cuda/ptx>
@@ -114,7 +114,7 @@ struct ForwardArguments {
   float scale_log2;
 };
 
-// A work item: so many query rows of a head, and how many KV blocks they see.
+// A work item: a block of query rows of a head, and how many KV blocks they see.
 template <class Config>
 struct Item {
   int sequence, head, first_row, blocks;

@@ -35,7 +35,7 @@ struct BackwardParams {
   Problem problem;
   Tensor dout, q, k, v, out;
   const float* lse;   // (batch, heads, seqlen_q), contiguous; natural logarithm; -inf: the row saw nothing
-  Tensor dq, dk, dv;  // data is null: not asked for
+  Tensor dq, dk, dv;  // data is null: not needed
   void* workspace;    // backward_workspace_bytes(), 16-byte aligned; what it holds does not matter
 };
 
@@ -43,12 +43,12 @@ struct BackwardParams {
 // current device must be of compute capability 9.0.
 void launch_forward(const ForwardParams& params, cudaStream_t stream);
 
-// Attention backward: writes those of params.dq, dk and dv that are asked for. The head dim must have a backward plan
-// in limits.h, and the current device must be of compute capability 9.0.
+// Attention backward: writes those of params.dq, dk and dv that are needed. The head dim must have a backward plan in
+// limits.h, and the current device must be of compute capability 9.0.
 void launch_backward(const BackwardParams& params, cudaStream_t stream);
 
 // Bytes of params.workspace that launch_backward needs on the current device; reads the problem and which gradients are
-// asked for.
+// needed.
 int64_t backward_workspace_bytes(const BackwardParams& params);
 
 // Faults that tests inject, because no test machine shows them by itself.

@@ -1,10 +1,10 @@
-// THE TABLE: which head dimensions run, which train, and with which plans: sizes of blocks, and how they are walked.
+// THE TABLE: which head dimensions run, which train, and their plans: sizes of blocks, and how many are in flight.
 //
 // One row per head dimension. Everything that needs to know a limit reads it from here: the kernels' dispatch and
 // static_asserts, _C.limits() and through it Python's checks and every refusal's text, the test cases, and the support
 // table in README.md. A head dimension that the kernels' structure fits is added by its row (and a wgmma wrapper in
-// ptx/wgmma.cuh if its shape is new). Some it does not fit: the backward of 256 needs another kernel, since dK and dV
-// of a consumer's 64 keys alone would take 256 registers a thread.
+// ptx/wgmma.cuh if its shape is new). The structure does not fit all of them: the backward of 256 needs another kernel,
+// since dK and dV of a consumer's 64 keys alone would take 256 registers a thread.
 #pragma once
 
 #include <cstddef>
@@ -47,7 +47,8 @@ inline constexpr HeadDimLimits kLimits[] = {
     {.head_dim = 128,
      .forward = {.block_q = 128, .block_kv = 128, .stages = 2},
      .backward = {.block_q = 64, .block_kv = 128, .stages = 2}},
-    // O takes 128 registers a thread and Q 64 KB: two warpgroups, and 80 keys are what shared memory holds twice.
+    // O takes 128 registers a thread, so that there are two warpgroups, and beside Q's 64 KB shared memory holds two
+    // blocks of 80 keys of K and of V.
     {.head_dim = 256, .forward = {.block_q = 128, .block_kv = 80, .stages = 2, .turns = true}, .backward = {}},
 };
 

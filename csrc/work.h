@@ -7,7 +7,7 @@
 
 namespace flash_attn_ext {
 
-// What the blocks that run together want to find in L2: half of the 50 MB or 60 MB that Hoppers have.
+// How much of L2 a section's memory may take. Hoppers have 50 MB or 60 MB, and results pass through it as well.
 inline constexpr int64_t kL2Bytes = int64_t{32} << 20;
 
 // Blocks of query rows. The query heads of a KV head read the same K and V.

@@ -1,4 +1,5 @@
-// Tiles between global and shared memory, by TMA. `row` is the tile's first, `head` and `batch` say where.
+// Copies of tiles between global and shared memory, by TMA. (row, head, batch) is where a tile's first row lies in the
+// tensor.
 #pragma once
 
 #include <cuda.h>

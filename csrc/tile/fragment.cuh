@@ -42,7 +42,7 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
   return bits;
 }
 
-// The floats again.
+// The two floats of packed bits, the lower half's first.
 template <class T>
 __device__ __forceinline__ float2 unpack(uint32_t bits);
 template <>
@@ -67,7 +67,7 @@ __device__ __forceinline__ void to_operand(uint32_t (&a)[kSteps][4], const float
   }
 }
 
-// Stores columns 16 j .. 16 j + 15 of 64 rows from `first_row` on into a swizzled tile. They come as an A operand.
+// Stores columns 16 j .. 16 j + 15 of 64 rows, given as an A operand, into a swizzled tile from `first_row` on.
 template <class Tile>
 __device__ __forceinline__ void store_columns(Tile& tile, int first_row, int j, const uint32_t (&a)[4]) {
   const int lane = threadIdx.x % 32, row = first_row + threadIdx.x / 32 % 4 * 16 + lane % 16;

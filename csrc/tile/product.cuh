@@ -21,7 +21,7 @@ __device__ __forceinline__ uint64_t make_descriptor(uint32_t address, uint32_t l
 // What an offset in bytes adds to a descriptor.
 __device__ __forceinline__ constexpr uint32_t descriptor_offset(int bytes) { return bytes >> 4; }
 
-// A tile as an operand whose columns are summed over: Q and K in Q K^T. It may be one of several like it in a row.
+// A tile as an operand whose columns are summed over: Q and K in Q K^T. Others of its type may follow it in memory.
 template <class Tile>
 struct KMajor {
   using Element = typename Tile::Element;
@@ -33,7 +33,7 @@ struct KMajor {
   __device__ __forceinline__ explicit KMajor(const Tile& tile)
       : descriptor(make_descriptor(smem_address(tile.data), 0)) {}
 
-  // The same of the i-th tile behind this one.
+  // The operand of the i-th tile behind this one.
   __device__ __forceinline__ KMajor at(int i) const { return KMajor(descriptor + i * descriptor_offset(Tile::kBytes)); }
 
   // The descriptor of the k-th 16 columns: 32 bytes within a slab, then the next slab.

@@ -55,18 +55,18 @@ struct KeyItem {
   int stride;  // 1: query rows are walked from the first to the last; -1: from the last to the first
 };
 
-// The backward's order of work. An item walks its query heads one after the other, so that dK and dV are summed in
-// registers; but not more than kMostHeads, since under a causal mask the blocks of a KV head drift apart with every
-// head, until L2 no longer holds what they share. These are the coarse items. Where there are few of them beside the
-// multiprocessors, the last KV heads' query heads are shared out, an item a query head: the fine items, which fill what
-// would be idle at the end.
+// The backward's order of work (docs/backward.md says why). A coarse item walks up to kMostHeads query heads of a KV
+// head one after the other, and sums dK and dV in registers; not more of them, since under a causal mask the blocks of
+// a KV head drift apart with every head, until L2 no longer holds what they share. Where the multiprocessors have few
+// coarse items each, the query heads of the last KV heads are shared out, an item a query head: these fine items fill
+// what would be idle at the end.
 struct KeySchedule {
   static constexpr int kMostHeads = 4;
 
   Schedule coarse, fine;
-  int group;   // query heads of a KV head
-  int copies;  // coarse items that share them
-  bool alternates;
+  int group;        // query heads of a KV head
+  int copies;       // coarse items that share them
+  bool alternates;  // waves of items, one to a multiprocessor, walk query rows in alternating directions
   int multiprocessors;
 
   // A query head's rows, and what is added to for them, are `head_bytes`.

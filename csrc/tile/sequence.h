@@ -1,9 +1,9 @@
 // One sequence of a call: its lengths, and which keys a query row sees.
 //
 // Query i sees key j iff i + keys - rows - left <= j <= i + keys - rows + right: the mask is aligned to the bottom
-// right. A causal mask has right = 0; a sliding window limits left as well. What a kernel asks is about blocks: which
-// of them hold a key that some of its rows see, and which of those need no mask. The backward asks the same from the
-// keys' side: which row blocks hold a row that sees some of its keys. That is `transposed()`.
+// right. A causal mask has right = 0; a sliding window limits left as well. A kernel asks about blocks: which of them
+// hold a key that some of its rows see, and which of those need no mask. The backward asks the same from the keys'
+// side, by `transposed()`: which row blocks hold a row that sees some of its keys.
 #pragma once
 
 #include "host_device.h"

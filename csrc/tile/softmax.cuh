@@ -10,19 +10,20 @@ namespace flash_attn_ext {
 
 // Per thread: two rows, each shared by the four threads of a quad. The maximum is the quad's, the sum the thread's own.
 //
-// The reference that is subtracted need not be the maximum: any value serves as long as sum and O share it and nothing
-// overflows. So sum and O are rescaled only when the maximum has grown by more than kSlack over the reference, which
-// after the first blocks it hardly ever does. P is then at most 2^kSlack, in range for fp16 too, and no less precise.
+// The offset that is subtracted from the scores need not be the maximum: any value serves as long as sum and O share it
+// and nothing overflows. So sum and O are rescaled only when the maximum has grown by more than kSlack over the offset,
+// which after the first blocks it hardly ever does. P is then at most 2^kSlack, in range for fp16 too, and no less
+// precise.
 struct OnlineSoftmax {
   static constexpr float kSlack = 8.f;  // in powers of two
 
   float scale_log2;  // softmax_scale * log2(e): exp(scale * s) = exp2(scale_log2 * s), one FFMA and one EX2
-  float reference[2] = {-INFINITY, -INFINITY};
+  float offset[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.f, 0.f};
 
   __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) {}
 
-  // Turns scores into P = exp2(scale_log2 * (score - reference)) and adds them to the sum. Returns, for the whole warp
+  // Turns scores into P = exp2(scale_log2 * (score - offset)) and adds them to the sum. Returns, for the whole warp
   // alike, whether O must be multiplied by `rescale` before P V is added to it.
   template <int kRegisters>
   __device__ __forceinline__ bool update(float (&scores)[kRegisters], float (&rescale)[2]) {
@@ -41,27 +42,27 @@ struct OnlineSoftmax {
       row_max[r] = fmaxf(row_max[r], __shfl_xor_sync(~0u, row_max[r], 2));
     }
 
-    // Where both are -inf (or +inf) the difference is NaN, the comparison false, and the reference stays.
+    // Where both are -inf (or +inf) the difference is NaN, the comparison false, and the offset stays.
     bool grew = __any_sync(
-        ~0u, (row_max[0] - reference[0]) * scale_log2 > kSlack || (row_max[1] - reference[1]) * scale_log2 > kSlack);
+        ~0u, (row_max[0] - offset[0]) * scale_log2 > kSlack || (row_max[1] - offset[1]) * scale_log2 > kSlack);
     if (grew) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float raised = fmaxf(reference[r], row_max[r]);
-        rescale[r] = raised == reference[r] ? 1.f : ptx::ex2((reference[r] - raised) * scale_log2);
-        reference[r] = raised;
+        float raised = fmaxf(offset[r], row_max[r]);
+        rescale[r] = raised == offset[r] ? 1.f : ptx::ex2((offset[r] - raised) * scale_log2);
+        offset[r] = raised;
         sum[r] *= rescale[r];
       }
     }
 
-    float offset[2];
+    float scaled[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) offset[r] = scaled_reference(r);
+    for (int r = 0; r < 2; ++r) scaled[r] = scaled_offset(r);
     float partial[2][2] = {{sum[0], 0.f}, {sum[1], 0.f}};
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) {
       int r = fragment_row(i);
-      scores[i] = ptx::ex2(fmaf(scores[i], scale_log2, -offset[r]));
+      scores[i] = ptx::ex2(fmaf(scores[i], scale_log2, -scaled[r]));
       partial[r][i / 4 % 2] += scores[i];
     }
 #pragma unroll
@@ -79,14 +80,14 @@ struct OnlineSoftmax {
       sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
       bool empty = sum[r] == 0.f;
       row_scale[r] = empty ? 0.f : 1.f / sum[r];
-      lse[r] = empty ? -INFINITY : (scaled_reference(r) + log2f(sum[r])) * kLn2;
+      lse[r] = empty ? -INFINITY : (scaled_offset(r) + log2f(sum[r])) * kLn2;
     }
   }
 
  private:
-  // A reference of -inf means that no finite score was seen: 0 makes P = exp2(-inf) = 0, where -inf would make it NaN.
-  __device__ __forceinline__ float scaled_reference(int r) const {
-    float scaled = reference[r] * scale_log2;
+  // An offset of -inf means that no finite score was seen: 0 makes P = exp2(-inf) = 0, where -inf would make it NaN.
+  __device__ __forceinline__ float scaled_offset(int r) const {
+    float scaled = offset[r] * scale_log2;
     return scaled == -INFINITY ? 0.f : scaled;
   }
 };

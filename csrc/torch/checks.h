@@ -69,12 +69,13 @@ inline bool needs_gradient(const at::Tensor& q, const at::Tensor& k, const at::T
   return c10::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
 }
 
-// Whether forward-mode differentiation is asked for, which grad mode does not switch off.
+// Whether an input has a tangent, for forward-mode differentiation, which grad mode does not switch off.
 inline bool has_tangent(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   return q._fw_grad(0).defined() || k._fw_grad(0).defined() || v._fw_grad(0).defined();
 }
 
-// Whether what autograd asks of this call can be had. A head dim that is unknown while tracing is Python's matter.
+// Whether the derivatives that this call needs can be computed. A head dim that is unknown while tracing is left to
+// Python.
 inline bool derivatives_are_plainly_fine(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   if (has_tangent(q, k, v)) return false;
   if (!needs_gradient(q, k, v) || !q.is_cuda()) return true;

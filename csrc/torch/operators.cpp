@@ -1,7 +1,7 @@
 // The CUDA kernels of the registered operators, and forward's autograd. The schemas are in flash_attn_ext/ops.py.
 //
-// A kernel checks the call, allocates its results, and launches. Of torch this folder includes only what it needs:
-// torch/extension.h costs half a minute more.
+// A kernel checks the call, allocates its results, and launches. This folder includes only those of torch's headers
+// that it needs: torch/extension.h costs half a minute more.
 #include "operators.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -89,7 +89,7 @@ BackwardResult backward_cuda(const at::Tensor& dout, const at::Tensor& q, const 
   const at::Tensor workspace = allocate({backward_workspace_bytes(params)}, q, at::kByte);
   params.workspace = workspace.mutable_data_ptr();
   launch_backward(params, c10::cuda::getCurrentCUDAStream(q.get_device()).stream());
-  return {dq.after_launch(), dk.after_launch(), dv.after_launch()};
+  return {dq.finish(), dk.finish(), dv.finish()};
 }
 
 template <class F>
@@ -123,7 +123,7 @@ struct Attention : torch::autograd::Function<Attention> {
     const at::Tensor &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3], &lse = saved[4];
     const Options::Types options = Flat::load(context->saved_data);
     const Needs needs{context->needs_input_grad(0), context->needs_input_grad(1), context->needs_input_grad(2)};
-    // The operator's autograd only stands for second derivatives, and is Python's.
+    // The autograd of the operator backward, in ops.py, does nothing but refuse second derivatives.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
     if (!c10::GradMode::is_enabled()) below_autograd.emplace();
     const auto [dq, dk, dv] = call_backward(gradients[0], q, k, v, out, lse, options, needs);
@@ -183,7 +183,7 @@ ForwardResult forward_cuda(const at::Tensor& q, const at::Tensor& k, const at::T
       .item_counter = counter.mutable_data_ptr<int>(),
   };
   launch_forward(params, stream.stream());
-  return {out.after_launch(), lse};
+  return {out.finish(), lse};
 }
 
 }  // namespace flash_attn_ext

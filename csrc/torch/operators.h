@@ -1,4 +1,4 @@
-// What operators.cpp has for module.cpp.
+// What operators.cpp has for python.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>

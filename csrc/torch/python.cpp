@@ -42,7 +42,7 @@ void ask(py::object Registered::* check, const Options::Types& options, const Te
 
 // From Python objects ------------------------------------------------------------------------------------------------
 
-// Whatever an option may be made of; false where the object is not exactly of the type.
+// Unpacks what options are made of; false where the object is not exactly of the type.
 bool unpack(PyObject* from, bool& to) {
   to = from == Py_True;
   return PyBool_Check(from);
@@ -105,7 +105,7 @@ bool needs_dispatcher(const at::Tensor& q, const at::Tensor& k, const at::Tensor
 ForwardResult forward(py::handle q_object, py::handle k_object, py::handle v_object, py::handle options_object) {
   Options::Types options;
   if (!are_tensors(q_object, k_object, v_object) || !unpack(options_object.ptr(), options)) {
-    // Wrong, or seldom enough to be Python's matter: an int, or a SymFloat while tracing, as softmax_scale.
+    // Wrong, or rare, and then Python unpacks it: an int, or a SymFloat while tracing, as softmax_scale.
     return registered().forward(q_object, k_object, v_object, options_object).cast<ForwardResult>();
   }
   const at::Tensor &q = tensor(q_object), &k = tensor(k_object), &v = tensor(v_object);

@@ -1,5 +1,5 @@
-// Python's say in a call that is not plainly fine: it raises what is wrong, in its words, or returns, and then the call
-// goes on. What is called here is what flash_attn_ext/interface.py has registered.
+// A call that is not plainly fine is left to Python: these functions call what flash_attn_ext/interface.py has
+// registered, which raises what is wrong, in its words, or returns, and then the call goes on.
 #pragma once
 
 #include <ATen/core/Tensor.h>

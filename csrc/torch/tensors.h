@@ -41,7 +41,7 @@ inline bool is_addressable(const at::Tensor& t) {
 }
 
 inline Strides strides_of(const at::Tensor& t) {
-  // The stride of a dimension of size 1 may be anything and is never used; a tensor map wants it valid all the same.
+  // The stride of a dimension of size 1 may be anything and is never used; a tensor map needs a valid one all the same.
   const auto stride = [&](int i) { return t.size(i) > 1 ? t.stride(i) : t.size(3); };
   return {.batch = stride(0), .row = stride(1), .head = stride(2)};
 }
@@ -84,7 +84,8 @@ struct Result {
 
   operator Tensor() const { return {written.mutable_data_ptr(), strides_of(written)}; }
 
-  at::Tensor after_launch() const { return written.is_same(tensor) ? tensor : tensor.copy_(written); }
+  // The result, for after the launch: a stand-in is copied to it.
+  at::Tensor finish() const { return written.is_same(tensor) ? tensor : tensor.copy_(written); }
 };
 
 // The forward kernel's item counter: 0 before a launch and again after it. Launches of one stream follow each other, so
