@@ -443,4 +443,12 @@ int64_t backward_workspace_bytes(const BackwardParams& params) {
   return bytes;
 }
 
+int backward_shared_memory(int head_dim) {
+  int bytes = 0;
+  with_limits(head_dim, [&]<std::size_t row>() {
+    if constexpr (kLimits[row].backward.built()) bytes = sizeof(BackwardSmem<BackwardConfig<row, __half>>);
+  });
+  return bytes;
+}
+
 }  // namespace flash_attn_ext

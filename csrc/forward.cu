@@ -467,4 +467,12 @@ void launch_forward(const ForwardParams& params, cudaStream_t stream) {
   if (!found) throw std::runtime_error("no forward kernel for head_dim " + std::to_string(params.problem.head_dim));
 }
 
+int forward_shared_memory(int head_dim) {
+  int bytes = 0;
+  with_limits(head_dim, [&]<std::size_t row>() {
+    if constexpr (kLimits[row].forward.built()) bytes = sizeof(ForwardSmem<ForwardConfig<row, __half>>);
+  });
+  return bytes;
+}
+
 }  // namespace flash_attn_ext

@@ -33,10 +33,10 @@ def test_supported_is_the_table():
         assert flash_attn_ext.supported()[which] == tuple(row["head_dim"] for row in limits.TABLE if row[which])
 
 
-def assert_edges_are_tested(cases, tile):
+def assert_edges_are_tested(cases, plan):
     for block, lengths in (
-        (tile["block_q"], {case.seqlen_q for case in cases}),
-        (tile["block_kv"], {case.seqlen_k for case in cases}),
+        (plan["block_q"], {case.seqlen_q for case in cases}),
+        (plan["block_kv"], {case.seqlen_k for case in cases}),
     ):
         assert {1, block - 1, block, block + 1, 2 * block + 3} <= lengths
     seen = {(case.dtype, case.causal, case.seqlen_q > case.seqlen_k, case.seqlen_q < case.seqlen_k) for case in cases}
@@ -46,14 +46,14 @@ def assert_edges_are_tested(cases, tile):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"d{row['head_dim']}")
-def test_every_row_is_tested_at_the_edges_of_its_tile(row):
+def test_every_row_is_tested_at_the_edges_of_its_blocks(row):
     cases = list(forward_cases(row))
     assert set(cases) <= set(FORWARD) and any(case.head_dim == row["head_dim"] for case in SMOKE)
     assert_edges_are_tested(cases, row["forward"])
 
 
 @pytest.mark.parametrize("row", TRAINING_ROWS, ids=lambda row: f"d{row['head_dim']}")
-def test_every_row_that_trains_is_tested_at_the_edges_of_both_tiles(row):
+def test_every_row_that_trains_is_tested_at_the_edges_of_both_plans(row):
     cases = list(backward_cases(row))
     assert set(cases) <= set(BACKWARD) and any(case.head_dim == row["head_dim"] for case in BACKWARD_SMOKE)
     assert_edges_are_tested(cases, row["forward"])
@@ -69,3 +69,49 @@ def test_documents_have_the_table(document):
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.strip().splitlines()[2:]]
     shown = [(int(head_dim), forward != "–", backward != "–") for head_dim, forward, backward in cells]
     assert shown == [(row["head_dim"], bool(row["forward"]), bool(row["backward"])) for row in limits.TABLE]
+
+
+def kilobytes(size):
+    return f"{size / 1024:g} KB"
+
+
+def forward_shared_memory(row):
+    """What the plan needs of it, in the columns of docs/forward.md: (text, bytes)."""
+    plan, element = row["forward"], 2
+    q, kv = (plan[block] * row["head_dim"] * element for block in ("block_q", "block_kv"))
+    rings = 2 * plan["stages"] * kv
+    has_out_buffer = 2 * q + rings + 1024 < 227 * 1024  # beside the barriers, in what a thread block can have
+    yield f"{plan['block_q']} x {plan['block_kv']}", 0
+    yield kilobytes(q), q
+    yield f"{plan['stages']} x 2 x {kilobytes(kv)}", rings
+    yield (kilobytes(q), q) if has_out_buffer else ("in V's place", 0)
+
+
+def backward_shared_memory(row):
+    plan, element = row["backward"], 2
+    q, kv = (plan[block] * row["head_dim"] * element for block in ("block_q", "block_kv"))
+    ds, stats = plan["block_q"] * plan["block_kv"] * element, 2 * plan["block_q"] * 4
+    yield f"{plan['block_q']} x {plan['block_kv']}", 0
+    yield f"{kilobytes(kv)} + {kilobytes(kv)}", 2 * kv
+    for ring in (q, q):
+        yield f"{plan['stages']} x {kilobytes(ring)}", plan["stages"] * ring
+    yield f"2 x {kilobytes(ds)}", 2 * ds
+    yield f"{plan['stages']} x {kilobytes(stats)}", plan["stages"] * stats
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"d{row['head_dim']}")
+def test_documents_have_the_shared_memory(row):
+    """Part by part as the plan has it, and in all as the compiled kernels take it."""
+    from flash_attn_ext import _C
+
+    totals = _C.shared_memory(row["head_dim"])
+    for which, parts, total in zip(
+        ("forward", "backward"), (forward_shared_memory, backward_shared_memory), totals, strict=True
+    ):
+        if not row[which]:
+            assert total == 0
+            continue
+        texts, sizes = zip(*parts(row), strict=True)
+        assert 0 < total - sum(sizes) <= 1024, "the barriers, up to the next whole KB"
+        line = f"| {row['head_dim']} | {' | '.join(texts)} | {kilobytes(total - sum(sizes))} | {kilobytes(total)} |"
+        assert line in (ROOT / "docs" / f"{which}.md").read_text()

@@ -88,18 +88,18 @@ def products(kernel):
     """wgmma instructions of one step of the main loop, by their N: M is 64, K 16."""
     direction, index, _, gradients = kernel
     row = TABLE[index]
-    head_dim, tile = row["head_dim"], row[direction]
+    head_dim, plan = row["head_dim"], row[direction]
     count = defaultdict(int)
     if direction == "forward":
-        count[tile["block_kv"]] += head_dim // 16  # S = Q K^T
-        count[head_dim] += tile["block_kv"] // 16  # O += P V
+        count[plan["block_kv"]] += head_dim // 16  # S = Q K^T
+        count[head_dim] += plan["block_kv"] // 16  # O += P V
         return count
-    count[tile["block_q"]] += 2 * head_dim // 16  # S^T = K Q^T and dP^T = V dO^T
+    count[plan["block_q"]] += 2 * head_dim // 16  # S^T = K Q^T and dP^T = V dO^T
     if gradients != "dq":
-        count[head_dim] += 2 * tile["block_q"] // 16  # dV += P^T dO and dK += dS^T Q
+        count[head_dim] += 2 * plan["block_q"] // 16  # dV += P^T dO and dK += dS^T Q
     if gradients != "dkv":
-        parts = tile["block_q"] // 64 * head_dim // 64  # of 64 x 64, shared out between the consumers
-        count[64] += parts // (tile["block_kv"] // 64) * tile["block_kv"] // 16  # dQ = dS K
+        parts = plan["block_q"] // 64 * head_dim // 64  # of 64 x 64, shared out between the consumers
+        count[64] += parts // (plan["block_kv"] // 64) * plan["block_kv"] // 16  # dQ = dS K
     return count
 
 
@@ -117,9 +117,63 @@ def test_products_are_wgmma(sass, kernel):
 @needs_binary
 @each_kernel
 def test_the_backward_multiplies_no_more_than_it_needs(sass, kernel):
-    """Two loops, masked and unmasked, each with its step's products: ptxas dropped none and duplicated none."""
+    """The loop's step has two sides, masked and unmasked, each with its products: ptxas dropped and duplicated none."""
     if kernel[0] == "backward":
         assert len(re.findall(r"\bHGMMA\b", sass[kernel])) == 2 * sum(products(kernel).values())
+
+
+def shortest_round(sass, count):
+    """The instructions of the shortest way round a loop that issues so many wgmma; None if there is no such loop.
+
+    That is the main loop without mask, without rescaling, and without a second look at a barrier.
+    """
+    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?)\s*;", sass)
+    number = {int(address, 16): i for i, (address, _) in enumerate(instructions)}
+    after = []  # of each instruction, those that may come next
+    for i, (_, text) in enumerate(instructions):
+        predicate, opcode, operands = re.fullmatch(r"(@!?U?P\w+ )?(\w+)\S*\s*(.*)", text).groups()
+        may_go_on = predicate or opcode not in ("BRA", "EXIT", "BRX", "RET") or opcode == "BRA" and "," in operands
+        after.append([i + 1] if may_go_on and i + 1 < len(instructions) else [])
+        if opcode == "BRA":
+            after[i].append(number[int(re.search(r"0x[0-9a-f]+", operands)[0], 16)])
+
+    is_product = [bool(re.search(r"\bHGMMA\b", text)) for _, text in instructions]
+
+    def round_from(start):
+        before, queue = {}, [start]
+        for i in queue:  # breadth first
+            for following in after[i]:
+                if following not in before:
+                    before[following] = i
+                    queue.append(following)
+        way = []
+        while start in before and (not way or way[-1] != start):
+            way.append(before[way[-1] if way else start])
+        return way
+
+    rounds = [round_from(start) for start in range(len(instructions)) if is_product[start]]
+    return min((len(way) for way in rounds if sum(is_product[i] for i in way) == count), default=None)
+
+
+@needs_binary
+@each_kernel
+def test_documents_count_the_instructions_of_the_main_loop(sass, kernel):
+    """For one compiler: others may need more or fewer."""
+    from flash_attn_ext._build_info import BUILD
+
+    direction, index, _, gradients = kernel
+    document = (ROOT / "docs" / f"{direction}.md").read_text()
+    compiler = re.search(r"\bnvcc (\d+\.\d+)", document)[1]
+    if BUILD["cuda"] != compiler:
+        pytest.skip(f"docs/{direction}.md counts what nvcc {compiler} makes, and this binary is nvcc {BUILD['cuda']}'s")
+    if gradients not in ("", "all"):
+        pytest.skip("only the kernel of all gradients is in the table")
+    row = TABLE[index]
+    plan, counted = row[direction], shortest_round(sass[kernel], sum(products(kernel).values()))
+    consumers = plan["block_q" if direction == "forward" else "block_kv"] // 64
+    (cycles, a_thread) = re.search(rf"^\| {row['head_dim']} \(.* (\d+) \| (\d+) \|$", document, re.MULTILINE).groups()
+    assert counted == int(a_thread), f"docs/{direction}.md, cycle budget of head dim {row['head_dim']}"
+    assert int(cycles) == counted * consumers, "four warps a consumer, four instructions a cycle"
 
 
 @needs_binary

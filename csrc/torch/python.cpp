@@ -167,6 +167,9 @@ PYBIND11_MODULE(_C, m) {
       "options) of the backward.";
   m.def("is_plainly_fine", is_plainly_fine_call<Object, Object, Object>, fine);
   m.def("is_plainly_fine", is_plainly_fine_call<Object, Object, Object, Object, Object, Object>, fine);
+  const auto shared_memory = [](int d) { return std::tuple(forward_shared_memory(d), backward_shared_memory(d)); };
+  m.def("shared_memory", shared_memory, py::arg("head_dim"),
+        "For tests: bytes of shared memory that a thread block takes, (forward, backward); 0 stands for 'not built'.");
   m.def("set_test_faults", set_test_faults, py::kw_only(), py::arg("tensor_map_encode_fails") = false,
         py::arg("compute_capability") = 0,
         "For tests only: makes the driver seem to refuse tensor maps, and every GPU seem to be of this compute\n"
