@@ -227,7 +227,7 @@ def measure_cell(cell: Cell, peers: list[str], rounds: int, seconds: float) -> d
     for done in range(rounds):
         if done >= MIN_ROUNDS and time.monotonic() > stop:
             break
-        # There and back (A B C, C B A, ...), so that nobody always follows a peer that leaves the chip hot or cool.
+        # Every other round in reverse (A B C, C B A, ...): nobody always follows a peer that leaves the chip hot.
         for peer in list(calls)[:: -1 if done % 2 else 1]:
             speeds[peer].append(cell.flops / milliseconds(calls[peer], counts[peer], wait) / 1e9)
     return speeds

@@ -8,8 +8,8 @@
 The layers are those of the 8B model: 4096 wide, an MLP of 14336, 32 query and 8 KV heads of 128, rotary positions,
 weights and activations in bf16, AdamW. Four of its 32 layers fit beside their optimizer state, and every layer costs
 the same; embedding and output layer are left out. One set of weights serves all: the attentions take turns, step by
-step, there and back. `none` passes q through in attention's place, so that a step's distance from it is what attention
-costs.
+step, every other round in reverse. `none` passes q through in attention's place, so that a step's distance from it is
+what attention costs.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Comparison:
     bound: float
     mean_error: float
     mean_bound: float
-    where: str  # the elements that are out of bounds: what is needed to see which tile, head or batch broke
+    where: str  # the elements that are out of bounds: what is needed to see which block, head or batch broke
 
     @property
     def within(self) -> bool:

@@ -19,8 +19,8 @@ def flash_attn_func(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Exact attention, softmax(softmax_scale * q k^T) v, without the matrix of scores in memory. Differentiable, once.
 
-    On Hopper GPUs by the algorithm of FlashAttention-3 (Shah et al. 2024, sections 3.1 and 3.2; the tiled softmax is
-    from FlashAttention, Dao et al. 2022, section 3.1; the gradients: see `backward`); on the CPU by
+    On Hopper GPUs by the algorithm of FlashAttention-3 (Shah et al. 2024, sections 3.1 and 3.2; the softmax by blocks
+    is from FlashAttention, Dao et al. 2022, section 3.1; the gradients: see `backward`); on the CPU by
     `attention_reference`.
 
     Args:
@@ -35,15 +35,15 @@ def flash_attn_func(
 
     Returns:
         out: shape, dtype and strides of torch.empty_like(q). Rows that see no key are 0.
-        lse, if asked for: (batch, heads, seqlen_q), float32: natural logarithm of the sum of exp(score) of each row,
+        lse, if return_lse: (batch, heads, seqlen_q), float32: natural logarithm of the sum of exp(score) of each row,
             -inf for rows that see no key. Not differentiable.
 
     On CUDA the inputs are read where they lie if their last stride is 1 and their address and other strides are
     multiples of 16 bytes and not 0: (batch, heads, seqlen, head_dim) memory and slices of a packed qkv are. Other
     layouts are copied first. Work goes to the current stream of q's device; the call does not wait for it.
 
-    Gradients have the strides of torch.empty_like(input), and only those that autograd asks for are computed. q, k, v,
-    out and lse are kept for them. An input that requires grad needs a head_dim that trains (`supported`), or grad mode
+    Gradients have the strides of torch.empty_like(input), and only those that are needed are computed. q, k, v, out
+    and lse are kept for them. An input that requires grad needs a head_dim that trains (`supported`), or grad mode
     off: that is refused here, and not later. Gradients cannot be differentiated again.
 
     Raises:

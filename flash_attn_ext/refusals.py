@@ -77,14 +77,14 @@ def of_backward(dout, q, k, v, out, lse, options: Options, *, on_device: bool = 
 
 def of_gradients(q, k, v) -> ValueError | None:
     """What is wrong with the gradients that the inputs of a call require, were it made in grad mode; or None."""
-    wanted = [name for name, tensor in (("q", q), ("k", k), ("v", v)) if tensor.requires_grad]
-    if not wanted or q.device.type != "cuda":
+    requiring = [name for name, tensor in (("q", q), ("k", k), ("v", v)) if tensor.requires_grad]
+    if not requiring or q.device.type != "cuda":
         return None
-    require = "requires" if len(wanted) == 1 else "require"
+    require = "requires" if len(requiring) == 1 else "require"
     return _no_backward(
         q.shape[3],
         "Ways out: call under torch.no_grad() or detach the inputs, ",
-        f"{_list(wanted, 'and')} {require} grad, and ",
+        f"{_list(requiring, 'and')} {require} grad, and ",
     )
 
 

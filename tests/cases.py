@@ -1,7 +1,7 @@
 """The case tables: every shape the tests of both passes run, derived from the compiled table of limits.
 
-A row of limits gives its tile; lengths are chosen around the tile's edges, so a new head dimension or a new tile size
-brings its own cases with it.
+A row of limits gives its plans; lengths are chosen around the edges of their blocks, so a new head dimension or a new
+block size brings its own cases with it.
 """
 
 import itertools
@@ -102,26 +102,26 @@ def edge_lengths(block):
 
 def forward_cases(row):
     """All cases of one row of limits."""
-    tile = row["forward"]
-    return _cases(row, tile, edge_lengths(tile["block_q"]), edge_lengths(tile["block_kv"]))
+    plan = row["forward"]
+    return _cases(row, plan, edge_lengths(plan["block_q"]), edge_lengths(plan["block_kv"]))
 
 
 def backward_cases(row):
-    """The same around the tile of the backward pass, at the edges of both passes' tiles."""
-    tiles = row["backward"], row["forward"]
+    """The same around the plan of the backward pass, at the edges of both passes' blocks."""
+    plans = row["backward"], row["forward"]
     lengths_q, lengths_k = (
-        sorted({length for tile in tiles for length in edge_lengths(tile[block])}) for block in ("block_q", "block_kv")
+        sorted({length for plan in plans for length in edge_lengths(plan[block])}) for block in ("block_q", "block_kv")
     )
-    yield from _cases(row, tiles[0], lengths_q, lengths_k)
+    yield from _cases(row, plans[0], lengths_q, lengths_k)
     for dtype in DTYPES:  # more than 65535 queries
-        yield Case(row["head_dim"], dtype, 70001, tiles[0]["block_kv"] + 1, False, 1, 1, 1)
+        yield Case(row["head_dim"], dtype, 70001, plans[0]["block_kv"] + 1, False, 1, 1, 1)
 
 
-def _cases(row, tile, lengths_q, lengths_k):
-    block_q, block_kv = tile["block_q"], tile["block_kv"]
+def _cases(row, plan, lengths_q, lengths_k):
+    block_q, block_kv = plan["block_q"], plan["block_kv"]
     shapes = []  # seqlen_q, seqlen_k, batch, heads, kv_heads, layout
 
-    # Tile edges of queries against tile edges of keys, with the head layouts taking turns.
+    # Block edges of queries against block edges of keys, with the head layouts taking turns.
     heads = itertools.cycle((MHA, GQA, MQA))
     for seqlen_q, seqlen_k in itertools.product(lengths_q, lengths_k):
         shapes.append((seqlen_q, seqlen_k, 2, *next(heads), "bshd"))
@@ -142,7 +142,7 @@ def _cases(row, tile, lengths_q, lengths_k):
     for kind in ((1, 1), (4, 2), (12, 4), (16, 1)):
         shapes.append((block_q + 5, 2 * block_kv + 5, 1, *kind, "bshd"))
 
-    # More tiles than any GPU has multiprocessors, so that a persistent block takes several.
+    # More items than any GPU has multiprocessors, so that a persistent thread block takes several.
     shapes.append((3 * block_q + 5, 5 * block_kv + 7, 3, 40, 8, "bshd"))
     shapes.append((2 * block_q, 2 * block_q, 9, 24, 24, "bhsd"))
 
@@ -157,7 +157,7 @@ def _cases(row, tile, lengths_q, lengths_k):
 
 
 def smoke_cases(row, which="forward"):
-    """A handful per row: each dtype, causal or not, whole tiles and ragged ones, q longer and shorter than k."""
+    """A handful per row: each dtype, causal or not, whole blocks and ragged ones, q longer and shorter than k."""
     block_q, block_kv = row[which]["block_q"], row[which]["block_kv"]
     lengths = [(block_q, block_kv), (2 * block_q + 3, 2 * block_kv + 3), (block_q + 1, 5 * block_kv + 1)]
     for (seqlen_q, seqlen_k), causal, dtype in itertools.product(lengths, (False, True), DTYPES):

@@ -57,7 +57,7 @@ def assert_same(results, expected, what="", keys=ONE_BLOCK):
     """dk and dv to the bit; dq too, unless more keys than one block has are summed in it."""
     for name, a, b in zip(("dq", "dk", "dv"), results, expected, strict=True):
         if a is None or b is None:
-            assert a is b, f"{name} is wanted in one case only {what}"
+            assert a is b, f"{name} is needed in one case only {what}"
         elif name == "dq" and keys > ONE_BLOCK:
             assert same_but_for_order(a, b), f"dq differs by more than the order of its sum {what}"
         else:

@@ -24,7 +24,7 @@ def check(out, lse, q, k, v, *options, lse_slack=1.0, **options_by_name):
 
 
 def check_gradients(gradients, dout, q, k, v, out, lse, *options, **options_by_name):
-    """Holds dq, dk and dv of a call with seqlens > 0 to the rule; None stands for a gradient that was not asked for.
+    """Holds dq, dk and dv of a call with seqlens > 0 to the rule; None stands for a gradient that is not needed.
 
     A backward pass takes out and lse as they are given, and two consequences of that are no error of its own:
     - out has been rounded. What that rounding alone changes in each gradient is computed exactly, and allowed.

@@ -133,27 +133,27 @@ def test_default_scale_is_one_over_sqrt_head_dim(head_dim):
     assert_same(differentiate(*arguments, head_dim**-0.5), expected)
 
 
-WANTED = ["".join(names) for n in range(4) for names in itertools.combinations("qkv", n)]
+SUBSETS = ["".join(names) for n in range(4) for names in itertools.combinations("qkv", n)]
 
 
-@pytest.mark.parametrize("wanted", WANTED, ids=lambda wanted: wanted or "none")
+@pytest.mark.parametrize("needed", SUBSETS, ids=lambda needed: needed or "none")
 @each_head_dim
-def test_only_the_gradients_asked_for(head_dim, wanted):
+def test_only_the_needed_gradients(head_dim, needed):
     case = Case(head_dim, "bf16", 200, ONE_BLOCK - 3, heads=6, kv_heads=2)
     arguments, every = both_passes(*case.inputs("cuda"), causal=True)
-    expected = [x if name in wanted else None for name, x in zip("qkv", every, strict=True)]
+    expected = [x if name in needed else None for name, x in zip("qkv", every, strict=True)]
     dout, *inputs = arguments[:4]
 
-    leaves = [x.detach().requires_grad_(name in wanted) for name, x in zip("qkv", inputs, strict=True)]
+    leaves = [x.detach().requires_grad_(name in needed) for name, x in zip("qkv", inputs, strict=True)]
     out = flash_attn_func(*leaves, causal=True)
-    assert out.requires_grad == bool(wanted)
-    if wanted:
+    assert out.requires_grad == bool(needed)
+    if needed:
         gpu.poison(*inputs, workspace(inputs[0]))
         out.backward(dout)
     assert_same([x.grad for x in leaves], expected)
 
     gpu.poison(*inputs, workspace(inputs[0]))
-    needs = [name in wanted for name in "qkv"]
+    needs = [name in needed for name in "qkv"]
     results = backward_operator(*arguments, causal=True, needs=needs)
     assert [x.numel() > 0 for x in results] == needs
     assert_same([x if need else None for x, need in zip(results, needs, strict=True)], expected, "by the operator")
@@ -211,8 +211,8 @@ def test_poison_reaches_what_is_allocated_next():
 @both_masks
 def test_surroundings_change_nothing(row, causal):
     """All arguments inside larger buffers: the fill around them, in every dimension, must not reach a gradient."""
-    tile, head_dim = row["backward"], row["head_dim"]
-    lengths = itertools.product((1, tile["block_q"] + 5), (3, tile["block_kv"], tile["block_kv"] + 9))
+    plan, head_dim = row["backward"], row["head_dim"]
+    lengths = itertools.product((1, plan["block_q"] + 5), (3, plan["block_kv"], plan["block_kv"] + 9))
     for seqlen_q, seqlen_k in lengths:
         inputs = [normal(2, s, h, head_dim) for s, h in ((seqlen_q, 6), (seqlen_k, 2), (seqlen_k, 2))]
         (*tensors, lse), expected = both_passes(*inputs, causal=causal)
@@ -430,7 +430,7 @@ def test_more_than_2_to_the_31_elements(shape):
 @pytest.mark.parametrize(
     "batch, seqlen_q, heads, kv_heads, seqlen_k",
     [(70001, 3, 1, 1, 5), (1, 3, 70001, 70001, 5), (1, 3, 70001, 1, 5), (1, 70000 * 64 + 3, 1, 1, 5)],
-    ids=["batch", "heads", "heads of MQA", "tiles"],
+    ids=["batch", "heads", "heads of MQA", "blocks"],
 )
 def test_sizes_beyond_a_grid_dimension(batch, seqlen_q, heads, kv_heads, seqlen_k):
     q = normal(batch, seqlen_q, heads, 64)
@@ -482,10 +482,10 @@ def test_autograd_goes_back_on_the_stream_of_the_forward():
 @both_masks
 @pytest.mark.parametrize("kind", [(20, 20), (20, 4)], ids=["mha", "gqa"])
 def test_dk_and_dv_are_bitwise_reproducible(row, causal, kind):
-    """The same bits 50 times over, with enough tiles that a race between producer and consumers would show."""
-    (heads, kv_heads), tile = kind, row["backward"]
-    q = normal(4, 9 * tile["block_q"] + 7, heads, row["head_dim"])
-    k, v = (normal(4, 3 * tile["block_kv"] + 3, kv_heads, row["head_dim"]) for _ in range(2))
+    """The same bits 50 times over, with enough items that a race between producer and consumers would show."""
+    (heads, kv_heads), plan = kind, row["backward"]
+    q = normal(4, 9 * plan["block_q"] + 7, heads, row["head_dim"])
+    k, v = (normal(4, 3 * plan["block_kv"] + 3, kv_heads, row["head_dim"]) for _ in range(2))
     arguments, (first_dq, first_dk, first_dv) = both_passes_and_check(q, k, v, causal=causal)
     different = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(50):

@@ -82,11 +82,11 @@ def test_the_low_level_backward_is_autograd_of_the_reference(dtype, causal):
         torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-5)  # lse is float32
 
 
-@pytest.mark.parametrize("wanted", ["".join(x) for n in range(1, 4) for x in itertools.combinations("qkv", n)])
-def test_only_the_gradients_asked_for(wanted):
+@pytest.mark.parametrize("needed", ["".join(x) for n in range(1, 4) for x in itertools.combinations("qkv", n)])
+def test_only_the_needed_gradients(needed):
     arguments = arguments_of(Case(16, "bf16", 9, 13, True, heads=4, kv_heads=2))
     every = flash_attn_ext.backward(*arguments, causal=True)
-    needs = [name in wanted for name in "qkv"]
+    needs = [name in needed for name in "qkv"]
     for x, expected, need in zip(backward_operator(*arguments, causal=True, needs=needs), every, needs, strict=True):
         assert same_bits(x, expected) if need else x.numel() == 0
 

@@ -274,7 +274,7 @@ def test_a_table_that_cannot_be_read_fails_the_build(monkeypatch):
 
     source = limits_table.HEADER.read_text()
     assert limits_table.parse(source) == table.rows()
-    for broken in (source.replace(".forward = {", ".forward = Tile{", 1), source.replace("kLimits[]", "kOther[]"), ""):
+    for broken in (source.replace(".forward = {", ".forward = Plan{", 1), source.replace("kLimits[]", "kOther[]"), ""):
         with pytest.raises(ValueError, match="csrc/limits.h"):
             limits_table.parse(broken)
 

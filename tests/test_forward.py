@@ -113,8 +113,8 @@ def test_poison_reaches_what_is_allocated_next():
 @both_masks
 def test_surroundings_change_nothing(row, causal):
     """q, k, v inside larger buffers: the fill around them, in every dimension, must not reach the result."""
-    tile, head_dim = row["forward"], row["head_dim"]
-    for seqlen_q, seqlen_k in itertools.product((1, tile["block_q"] + 5), (3, tile["block_kv"] + 9)):
+    plan, head_dim = row["forward"], row["head_dim"]
+    for seqlen_q, seqlen_k in itertools.product((1, plan["block_q"] + 5), (3, plan["block_kv"] + 9)):
         inputs = [normal(2, s, h, head_dim) for s, h in ((seqlen_q, 6), (seqlen_k, 2), (seqlen_k, 2))]
         expected = attend(*inputs, causal=causal)
         for fill in (0.0, math.nan, math.inf, -math.inf):
@@ -236,7 +236,7 @@ def test_nan_in_v_reaches_out_only(row, causal, value):
     assert same_bits(nan_lse, lse), "lse does not depend on v"
     first = key if causal else 0
     assert not nan_out[0, first:, 1, 5].isfinite().any()
-    # Rows that mask the key may or may not have its tile multiplied by probabilities of 0: unspecified.
+    # Rows that mask the key may or may not have its block multiplied by probabilities of 0: unspecified.
     nan_out[0, :, 1, 5] = out[0, :, 1, 5]
     assert same_bits(nan_out, out), "only the element's own column may change"
 
@@ -283,7 +283,7 @@ def test_more_than_2_to_the_31_elements(shape, causal):
 @pytest.mark.parametrize(
     "batch, seqlen_q, heads, kv_heads, seqlen_k",
     [(70001, 3, 1, 1, 5), (1, 3, 70001, 70001, 5), (1, 3, 70001, 1, 5), (1, 70000 * 64 + 3, 1, 1, 5)],
-    ids=["batch", "heads", "heads of MQA", "tiles"],
+    ids=["batch", "heads", "heads of MQA", "blocks"],
 )
 def test_sizes_beyond_a_grid_dimension(batch, seqlen_q, heads, kv_heads, seqlen_k, causal):
     q = normal(batch, seqlen_q, heads, 64)
@@ -341,9 +341,9 @@ def test_cuda_graph_replays(causal):
 @each_row
 @both_masks
 def test_repeats_are_bitwise_equal(row, causal):
-    """The same bits 200 times over, with enough tiles that a race between producer and consumers would show."""
-    tile = row["forward"]
-    q, k, v = (normal(4, s, 20, row["head_dim"]) for s in (3 * tile["block_q"] + 7,) + (9 * tile["block_kv"] + 3,) * 2)
+    """The same bits 200 times over, with enough items that a race between producer and consumers would show."""
+    plan = row["forward"]
+    q, k, v = (normal(4, s, 20, row["head_dim"]) for s in (3 * plan["block_q"] + 7,) + (9 * plan["block_kv"] + 3,) * 2)
     first_out, first_lse = attend_and_check(q, k, v, causal=causal)
     different = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(200):

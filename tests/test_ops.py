@@ -190,11 +190,11 @@ def test_a_tensor_subclass_sees_the_operator():
 # Autograd and autocast ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "kv", "qkv"])
-def test_only_the_gradients_asked_for(wanted):
-    tensors = {name: torch.randn(1, 5, 2, 8, dtype=torch.float64, requires_grad=name in wanted) for name in "qkv"}
+@pytest.mark.parametrize("needed", ["q", "k", "v", "qk", "kv", "qkv"])
+def test_only_the_needed_gradients(needed):
+    tensors = {name: torch.randn(1, 5, 2, 8, dtype=torch.float64, requires_grad=name in needed) for name in "qkv"}
     flash_attn_func(*tensors.values(), causal=True).sum().backward()
-    assert {name for name, x in tensors.items() if x.grad is not None} == set(wanted)
+    assert {name for name, x in tensors.items() if x.grad is not None} == set(needed)
 
 
 def test_expanded_and_strided_dout():

@@ -32,9 +32,9 @@ def watched():
     import flash_attn_ext
 
     for row in ROWS:
-        tile = row["backward"] or row["forward"]
+        plan = row["backward"] or row["forward"]
         for causal, dtype in ((False, "fp16"), (True, "bf16")):
-            seqlen_q, seqlen_k = 2 * row["forward"]["block_q"] + 3, tile["block_kv"] + 5
+            seqlen_q, seqlen_k = 2 * row["forward"]["block_q"] + 3, plan["block_kv"] + 5
             inputs = Case(row["head_dim"], dtype, seqlen_q, seqlen_k, causal, 1, 4, 2).inputs("cpu")
             q, k, v, dout = (x.cuda() for x in (*inputs, torch.ones_like(inputs[0])))
             out, lse = flash_attn_ext.forward(q, k, v, causal=causal)

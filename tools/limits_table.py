@@ -14,7 +14,7 @@ MODULE = ROOT / "flash_attn_ext" / "_limits_table.py"
 
 
 def parse(source: str) -> list[dict]:
-    """The rows as the compiled module gives them: whole numbers by their names, None for a tile that is not built."""
+    """The rows as the compiled module gives them: whole numbers by their names, None for a pass that is not built."""
     source = re.sub(r"//[^\n]*", "", source)
     table = re.search(r"kLimits\[\]\s*=\s*\{(.*?)\n\};", source, re.DOTALL)
     body = table[1] if table else ""
@@ -23,10 +23,10 @@ def parse(source: str) -> list[dict]:
     if not rows or len(rows) != body.count(".head_dim"):
         raise ValueError("the table kLimits in csrc/limits.h has a row that tools/limits_table.py cannot read")
 
-    def tile(fields: str) -> dict[str, int] | None:
+    def plan(fields: str) -> dict[str, int] | None:
         return {name: int(number) for name, number in re.findall(r"\.(\w+) = (\d+)", fields)} or None
 
-    return [{"head_dim": int(d), "forward": tile(forward), "backward": tile(backward)} for d, forward, backward in rows]
+    return [{"head_dim": int(d), "forward": plan(forward), "backward": plan(backward)} for d, forward, backward in rows]
 
 
 def write() -> None:

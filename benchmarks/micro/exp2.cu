@@ -97,7 +97,7 @@ struct Softmax {
     for (int i = 0; i < kScores; ++i) scores[i] = micro::hash(threadIdx.x * kScores + i) * 0x1p-32f;
   }
 
-  // P becomes the next scores. With a scale of 1/2 they stay in (0, 2], and the first maximum stays the reference.
+  // P becomes the next scores. With a scale of 1/2 they stay in (0, 2], and the first maximum stays the offset.
   __device__ __forceinline__ void step() {
     float rescale[2];
     grew |= softmax.update(scores, rescale);

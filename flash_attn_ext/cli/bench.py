@@ -149,7 +149,7 @@ def milliseconds(call: Callable, repeat: int) -> float:
 
 
 def measure(calls: dict[tuple[str, str], Callable], rounds: int) -> dict[tuple[str, str], float]:
-    """Median milliseconds of each call; they take turns, there and back, so that all get the same temperatures."""
+    """Median milliseconds of each call; they take turns, every other round in reverse, for equal temperatures."""
     repeats = {key: max(1, round(MEASURE_MS / milliseconds(call, 1))) for key, call in calls.items()}
     samples: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     for done in range(HEAT_ROUNDS + rounds):

@@ -96,9 +96,9 @@ def share(comparison: Comparison) -> float:
 def test_row(row: dict, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, list[Comparison]]:
     """out and lse, and the gradients where the row trains, of a call for each mask and length."""
     if device.type == "cuda":
-        tile_q, tile_kv = row["forward"]["block_q"], row["forward"]["block_kv"]
-        # Whole tiles, ragged ones, and many turns of the kernels' pipelines.
-        lengths = [(tile_q, 2 * tile_kv), (2 * tile_q + 3, 2 * tile_q + 3), (tile_q + 1, 4099)]
+        block_q, block_kv = row["forward"]["block_q"], row["forward"]["block_kv"]
+        # Whole blocks, ragged ones, and many turns of the kernels' pipelines.
+        lengths = [(block_q, 2 * block_kv), (2 * block_q + 3, 2 * block_q + 3), (block_q + 1, 4099)]
     else:
         lengths = [(64, 64), (65, 131)]
     results: dict[str, list[Comparison]] = {}
