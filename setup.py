@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "tools"))  # build front ends do not put this directory on the path
 import limits_table  # noqa: E402
 
-CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+CXX_FLAGS = ["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 NVCC_FLAGS = [
     "-std=c++20",
     "-O3",

@@ -495,8 +495,8 @@ def test_dk_and_dv_are_bitwise_reproducible(row, causal, kind):
     assert same_but_for_order(dq, first_dq)
 
 
-# Query heads, KV heads, batch and length, and what the order of work (csrc/tile/schedule.h) does with the query heads of
-# a KV head on 132 multiprocessors.
+# Query heads, KV heads, batch and length, and what the order of work (csrc/tile/schedule.h) does with the query heads
+# of a KV head on 132 multiprocessors.
 SHARED = {
     "two items a KV head, the last in eight": (16, 2, 5, 1411),
     "two uneven items a KV head, the last in seven": (14, 2, 5, 1411),
