@@ -495,6 +495,43 @@ def test_dk_and_dv_are_bitwise_reproducible(row, causal, kind):
     assert same_but_for_order(dq, first_dq)
 
 
+# Query heads, KV heads, batch and length, and what the order of work (csrc/tile/schedule.h) does with the query heads
+# of a KV head on 132 multiprocessors.
+SHARED = {
+    "two items a KV head, the last in eight": (16, 2, 5, 1411),
+    "two uneven items a KV head, the last in seven": (14, 2, 5, 1411),
+    "an item a KV head, the last in four": (16, 4, 5, 1411),
+    "every query head by itself": (32, 1, 1, 1411),
+    "few items": (12, 3, 1, 300),
+    "rows from the first and from the last on": (16, 2, 1, 2079),
+}
+
+
+@each_row
+@both_masks
+@pytest.mark.parametrize("shape", SHARED.values(), ids=SHARED.keys())
+def test_kv_heads_that_several_blocks_share(row, causal, shape):
+    """Their dk and dv meet in float32 memory, which held NaN before, and are the same in every run."""
+    heads, kv_heads, batch, seqlen = shape
+    q = normal(batch, seqlen, heads, row["head_dim"])
+    k, v = (normal(batch, seqlen, kv_heads, row["head_dim"]) for _ in range(2))
+    arguments, first = both_passes_and_check(q, k, v, causal=causal)
+    taken = extra_memory(lambda: flash_attn_ext.backward(*arguments, causal=causal)) - sum(x.nbytes for x in first)
+    for _ in range(3):
+        gpu.poison(q, k, v, torch.empty(taken, dtype=torch.uint8, device="meta"))
+        results = flash_attn_ext.backward(*arguments, causal=causal)
+        assert_same(results, first, keys=seqlen)
+
+
+def test_shared_kv_heads_without_some_gradients():
+    q, k, v = normal(2, 700, 16, 128), *(normal(2, 700, 2, 128) for _ in range(2))
+    arguments, every = both_passes_and_check(q, k, v, causal=True)
+    for needs in itertools.product((False, True), repeat=3):
+        results = backward_operator(*arguments, causal=True, needs=list(needs))
+        chosen = [x if need else None for x, need in zip(results, needs, strict=True)]
+        assert_same(chosen, [x if need else None for x, need in zip(every, needs, strict=True)], keys=700)
+
+
 def test_threads():
     """Each on its own stream, all at once."""
     cases = [Case(d, "bf16", 300 + 10 * i, 400, True) for i, d in enumerate(TRAINING_HEAD_DIMS * 2)]

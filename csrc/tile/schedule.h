@@ -62,10 +62,13 @@ struct KeyItem {
 // what would be idle at the end.
 struct KeySchedule {
   static constexpr int kMostHeads = 4;
+  // Waves alternate only where at least so many blocks of a head run together: with fewer, L2 gains nothing by it.
+  static constexpr int kTogether = 8;
 
   Schedule coarse, fine;
   int group;        // query heads of a KV head
   int copies;       // coarse items that share them
+  int most_heads;   // of a coarse item
   bool alternates;  // waves of items, one to a multiprocessor, walk query rows in alternating directions
   int multiprocessors;
 
@@ -79,30 +82,33 @@ struct KeySchedule {
     // Sections of one width, so that the last one is no smaller than the others.
     const int fine_sections = quotient(fine * group, Schedule::section_pairs(head_bytes, 1, l2_bytes));
     const int fine_section = fine_sections > 1 ? quotient(fine * group - 1, fine_sections) + 1 : fine * group;
-    return {{blocks, kv_heads * copies, 0, (pairs - fine) * copies, coarse_section, by_cost},
-            {blocks, kv_heads * group, (pairs - fine) * group, fine * group, fine_section, by_cost},
-            group,
-            copies,
-            by_cost && blocks >= 16,
-            multiprocessors};
+    return {.coarse = {blocks, kv_heads * copies, 0, (pairs - fine) * copies, coarse_section, by_cost},
+            .fine = {blocks, kv_heads * group, (pairs - fine) * group, fine * group, fine_section, by_cost},
+            .group = group,
+            .copies = copies,
+            .most_heads = most_heads,
+            .alternates = by_cost && blocks >= kTogether && kTogether * coarse_section <= multiprocessors,
+            .multiprocessors = multiprocessors};
   }
 
   HOST_DEVICE int items() const { return coarse.items() + fine.items(); }
 
   HOST_DEVICE KeyItem item(int index) const {
     const bool is_coarse = index < coarse.items();
-    const WorkItem at = is_coarse ? coarse.item(index) : fine.item(index - coarse.items());
-    const int shares = is_coarse ? copies : group, kv_head = quotient(at.head, shares),
-              copy = at.head - kv_head * shares;
-    const int first = kv_head * group;
-    return {at.block,
-            at.sequence,
-            kv_head,
-            first + quotient(copy * group, shares),
-            first + quotient((copy + 1) * group, shares),
-            is_coarse,
-            copy,
-            alternates && quotient(index, multiprocessors) % 2 == 0 ? -1 : 1};
+    const Schedule schedule = is_coarse ? coarse : fine;  // first, so that divisions are not compiled twice
+    const WorkItem at = schedule.item(is_coarse ? index : index - coarse.items());
+    const int shares = is_coarse ? copies : group, heads = is_coarse ? most_heads : 1;
+    const int kv_head = shares == 1 ? at.head : quotient(at.head, shares), copy = at.head - kv_head * shares;
+    const int first_head = kv_head * group + copy * heads, end_head = first_head + heads, end = (kv_head + 1) * group;
+    const bool walks_down = alternates && quotient(index, multiprocessors) % 2 == 0;
+    return {.block = at.block,
+            .sequence = at.sequence,
+            .kv_head = kv_head,
+            .first_head = first_head,
+            .end_head = end_head < end ? end_head : end,
+            .coarse = is_coarse,
+            .copy = copy,
+            .stride = walks_down ? -1 : 1};
   }
 
  private:

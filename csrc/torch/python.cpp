@@ -2,7 +2,7 @@
 #include "python.h"
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <concepts>
@@ -75,9 +75,13 @@ bool unpack(PyObject* from, Elements& to) {
   return std::apply([&](auto&... element) { return (unpack(PyTuple_GET_ITEM(from, i++), element) && ...); }, to);
 }
 
-bool are_tensors(auto... objects) { return (THPVariable_Check(objects.ptr()) && ...); }
-
-const at::Tensor& tensor(py::handle object) { return THPVariable_Unpack(object.ptr()); }
+// By torch's caster: the header with its own check and access costs a second more of compilation.
+bool unpack(PyObject* from, at::Tensor& to) {
+  py::detail::make_caster<at::Tensor> caster;
+  if (!caster.load(from, false)) return false;
+  to = std::move(py::detail::cast_op<at::Tensor&>(caster));
+  return true;
+}
 
 // The eager shortcut -------------------------------------------------------------------------------------------------
 
@@ -103,12 +107,13 @@ bool needs_dispatcher(const at::Tensor& q, const at::Tensor& k, const at::Tensor
 // What flash_attn_ext.forward calls in eager mode. The registered operator does the same and costs several
 // microseconds more, so it is called only when the dispatcher has work to do.
 ForwardResult forward(py::handle q_object, py::handle k_object, py::handle v_object, py::handle options_object) {
+  at::Tensor q, k, v;
   Options::Types options;
-  if (!are_tensors(q_object, k_object, v_object) || !unpack(options_object.ptr(), options)) {
+  if (!unpack(q_object.ptr(), q) || !unpack(k_object.ptr(), k) || !unpack(v_object.ptr(), v) ||
+      !unpack(options_object.ptr(), options)) {
     // Wrong, or rare, and then Python unpacks it: an int, or a SymFloat while tracing, as softmax_scale.
     return registered().forward(q_object, k_object, v_object, options_object).cast<ForwardResult>();
   }
-  const at::Tensor &q = tensor(q_object), &k = tensor(k_object), &v = tensor(v_object);
 
   const py::gil_scoped_release no_gil;  // an allocation or a full launch queue can wait for the device
   // The operator's autocast is Python's: models that run under autocast mostly come with its dtype already.
@@ -119,11 +124,10 @@ ForwardResult forward(py::handle q_object, py::handle k_object, py::handle v_obj
 
 // For tests ----------------------------------------------------------------------------------------------------------
 
-template <class... Object>
-bool is_plainly_fine_call(Object... tensors, py::handle options_object) {
+template <class... Tensors>
+bool is_plainly_fine_call(const Tensors&... tensors, py::handle options_object) {
   Options::Types options;
-  return are_tensors(tensors...) && unpack(options_object.ptr(), options) &&
-         is_plainly_fine(tensor(tensors)..., std::make_from_tuple<Options>(options));
+  return unpack(options_object.ptr(), options) && is_plainly_fine(tensors..., std::make_from_tuple<Options>(options));
 }
 
 void set_test_faults(bool tensor_map_encode_fails, int capability) {
@@ -161,12 +165,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("limits", limits, "The table of csrc/limits.h, a dict per head dimension; None stands for 'not built'.");
   m.def("compute_capability", torch::wrap_pybind_function(compute_capability), py::arg("device"),
         "Compute capability of the CUDA device with this index, 90 for 9.0.");
-  using Object = py::handle;
+  using at::Tensor;
   const char* fine =
       "For tests: whether a call gets the fast yes; (q, k, v, options) of the forward, or (dout, q, k, v, out, lse,\n"
       "options) of the backward.";
-  m.def("is_plainly_fine", is_plainly_fine_call<Object, Object, Object>, fine);
-  m.def("is_plainly_fine", is_plainly_fine_call<Object, Object, Object, Object, Object, Object>, fine);
+  m.def("is_plainly_fine", is_plainly_fine_call<Tensor, Tensor, Tensor>, fine);
+  m.def("is_plainly_fine", is_plainly_fine_call<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>, fine);
   const auto shared_memory = [](int d) { return std::tuple(forward_shared_memory(d), backward_shared_memory(d)); };
   m.def("shared_memory", shared_memory, py::arg("head_dim"),
         "For tests: bytes of shared memory that a thread block takes, (forward, backward); 0 stands for 'not built'.");
