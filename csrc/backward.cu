@@ -66,7 +66,7 @@ template <class Config>
 struct BackwardArguments {
   CUtensorMap q, k, v, dout, dk, dv;
   const RowStats<Config::kBlockQ>* stats;
-  SumTile* dq_sums;
+  SumPatch* dq_sums;
   KvSums coarse_sums, fine_sums;
   KeySchedule schedule;
   Sequences sequences;
@@ -104,11 +104,11 @@ struct Item : KeyItem {
   }
 
   // Where the item's sums of dK or dV begin, in its copy of the KV block.
-  __device__ __forceinline__ SumTile* own_tiles(const Sums& sums, const BackwardArguments<Config>& args) const {
+  __device__ __forceinline__ SumPatch* own_patches(const Sums& sums, const BackwardArguments<Config>& args) const {
     const int kv_heads = quotient(args.heads, args.schedule.group), kv_block = first_key / Config::kBlockKv;
     const int head_block = args.sequences.transposed().first_block(sequence, kv_head, kv_heads, Config::kBlockKv);
     const int64_t block = int64_t{copy} * sums.blocks + head_block + kv_block - sums.first_block;
-    return sums.tiles + block * Workspace<Config>::kKvTiles;
+    return sums.patches + block * Workspace<Config>::kKvPatches;
   }
 };
 
@@ -222,20 +222,20 @@ struct Consumer {
   }
 
   // Adds my part of dQ to the sums in global memory.
-  __device__ __forceinline__ void add_dq(const float (&dq)[32], SumTile* sums) {
+  __device__ __forceinline__ void add_dq(const float (&dq)[32], SumPatch* sums) {
 #pragma unroll
-    for (int i = 0; i < SumTile::kQuads; ++i) {
+    for (int i = 0; i < SumPatch::kQuads; ++i) {
       ptx::red_add_v4(reinterpret_cast<float*>(&sums[index].quad[i][threadIdx.x % 128]), dq[4 * i], dq[4 * i + 1],
                       dq[4 * i + 2], dq[4 * i + 3]);
     }
   }
 
   // Writes my 64 rows of dK or dV to sums in global memory.
-  __device__ __forceinline__ void write_sums(const float (&rows)[kHeadDim / 2], SumTile* sums) {
+  __device__ __forceinline__ void write_sums(const float (&rows)[kHeadDim / 2], SumPatch* sums) {
     sums += index * (kHeadDim / 64);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i) {
-      sums[i / SumTile::kQuads].quad[i % SumTile::kQuads][threadIdx.x % 128] =
+      sums[i / SumPatch::kQuads].quad[i % SumPatch::kQuads][threadIdx.x % 128] =
           make_float4(rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]);
     }
   }
@@ -267,7 +267,7 @@ struct Consumer {
   // One Q block. dS has two buffers: before a consumer writes one again it passes the barrier of the step between, at
   // which the other consumer arrives when its dQ of the step before that is done.
   template <bool kMasked>
-  __device__ __forceinline__ void step(int first_row, SumTile* sums) {
+  __device__ __forceinline__ void step(int first_row, SumPatch* sums) {
     uint32_t p[kBlockQ / 16][4], ds[kBlockQ / 16][4];
     float dq[32];
     compute_p_ds<kMasked>(p, ds, first_row);
@@ -312,8 +312,8 @@ struct Consumer {
   // Where other items share the KV head, dK and dV go to this item's copy of the float32 sums.
   __device__ __forceinline__ void store_share(const Item<Config>& item) {
     const KvSums& sums = item.coarse ? args.coarse_sums : args.fine_sums;
-    if (args.needs_dv) write_sums(dv, item.own_tiles(sums.dv, args));
-    if (args.needs_dk) write_sums(dk, item.own_tiles(sums.dk, args));
+    if (args.needs_dv) write_sums(dv, item.own_patches(sums.dv, args));
+    if (args.needs_dk) write_sums(dk, item.own_patches(sums.dk, args));
   }
 
   __device__ __forceinline__ void run(const Item<Config>& item) {
@@ -325,10 +325,10 @@ struct Consumer {
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.f;
 
     for (int head = item.first_head; head < item.end_head; ++head) {
-      SumTile* sums = args.dq_sums + item.first_q_block(args, head) * Workspace<Config>::kQTiles;
+      SumPatch* sums = args.dq_sums + item.first_q_block(args, head) * Workspace<Config>::kQPatches;
       int block = item.stride > 0 ? item.q_blocks.begin : item.q_blocks.end - 1;
       for (int i = item.q_blocks.begin; i < item.q_blocks.end; ++i, block += item.stride) {
-        SumTile* block_sums = sums + block * Workspace<Config>::kQTiles;
+        SumPatch* block_sums = sums + block * Workspace<Config>::kQPatches;
         if (block < item.full_block) [[unlikely]] {
           step<true>(block * kBlockQ, block_sums);
         } else {
@@ -393,7 +393,7 @@ BackwardArguments<Config> make_arguments(const BackwardParams& params) {
   if (args.needs_dk) args.dk = make_tensor_map<typename Smem::KvTile>("dk", params.dk, k_shape);
   if (args.needs_dv) args.dv = make_tensor_map<typename Smem::KvTile>("dv", params.dv, k_shape);
   args.stats = workspace.stats;
-  args.dq_sums = workspace.dq.tiles;
+  args.dq_sums = workspace.dq.patches;
   args.coarse_sums = workspace.coarse;
   args.fine_sums = workspace.fine;
   args.schedule = workspace.schedule;

@@ -70,16 +70,16 @@ struct alignas(16) RowStats {
 // 128 threads, so that what a warp writes is contiguous. Registers 4 q .. 4 q + 3 of thread t are (row, column),
 // (row, column + 1), (row + 8, column), (row + 8, column + 1) with row = 16 (t / 32) + t % 32 / 4 and
 // column = 8 q + 2 (t % 4).
-struct SumTile {
+struct SumPatch {
   static constexpr int kQuads = 8;
   float4 quad[kQuads][128];
 };
 
-// Sums of a gradient, in the order in which Sequences counts its blocks; each block is several SumTiles, row by row.
+// Sums of a gradient, in the order in which Sequences counts its blocks; each block is several patches, row by row.
 // Where a gradient is summed in several copies, these follow each other.
 struct Sums {
-  SumTile* tiles = nullptr;  // null: there are none
-  int first_block = 0;       // of the gradient's blocks
+  SumPatch* patches = nullptr;  // null: there are none
+  int first_block = 0;          // of the gradient's blocks
   int blocks = 0;
   int copies = 1;
 };
@@ -90,8 +90,8 @@ struct KvSums {
 
 template <class Config>
 struct Workspace {
-  static constexpr int kQTiles = Config::kBlockQ / 64 * Config::kHeadDim / 64;    // SumTiles of a Q block
-  static constexpr int kKvTiles = Config::kBlockKv / 64 * Config::kHeadDim / 64;  // of a KV block
+  static constexpr int kQPatches = Config::kBlockQ / 64 * Config::kHeadDim / 64;    // patches of a Q block
+  static constexpr int kKvPatches = Config::kBlockKv / 64 * Config::kHeadDim / 64;  // of a KV block
   using Stats = RowStats<Config::kBlockQ>;
 
   Sequences sequences;
@@ -112,18 +112,18 @@ struct Workspace {
       end += size;
       return begin;
     };
-    const auto take_sums = [&](const Tensor& gradient, Sums sums, int tiles) {
-      const int64_t size = int64_t{sums.blocks} * sums.copies * tiles * sizeof(SumTile);
+    const auto take_sums = [&](const Tensor& gradient, Sums sums, int patches) {
+      const int64_t size = int64_t{sums.blocks} * sums.copies * patches * sizeof(SumPatch);
       if (gradient.data == nullptr || size == 0) return Sums{};
-      sums.tiles = reinterpret_cast<SumTile*>(take(size));
+      sums.patches = reinterpret_cast<SumPatch*>(take(size));
       return sums;
     };
     const auto take_kv_sums = [&](Sums sums) -> KvSums {
-      return {take_sums(p.dk, sums, kKvTiles), take_sums(p.dv, sums, kKvTiles)};
+      return {take_sums(p.dk, sums, kKvPatches), take_sums(p.dv, sums, kKvPatches)};
     };
     const int coarse_blocks = schedule.copies == 1 ? 0 : schedule.coarse.items() / schedule.copies;
     const int fine_blocks = schedule.fine.items() / schedule.group;
-    dq = take_sums(p.dq, {nullptr, 0, q_blocks, 1}, kQTiles);
+    dq = take_sums(p.dq, {nullptr, 0, q_blocks, 1}, kQPatches);
     coarse = take_kv_sums({nullptr, 0, coarse_blocks, schedule.copies});
     fine = take_kv_sums({nullptr, schedule.coarse.items() / schedule.copies, fine_blocks, schedule.group});
     stats = reinterpret_cast<Stats*>(take(int64_t{q_blocks} * sizeof(Stats)));

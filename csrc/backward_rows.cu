@@ -25,7 +25,7 @@ struct PrepareArguments {
   Tensor dout, out;
   const float* lse;
   RowStats<Config::kBlockQ>* stats;
-  SumTile* dq;  // null: dq is not needed
+  SumPatch* dq;  // null: dq is not needed
   Sequences sequences;
   int heads;
 };
@@ -34,7 +34,7 @@ template <class Config>
 __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_constant__ PrepareArguments<Config> args) {
   using T = typename Config::T;
   constexpr int kLanes = Config::kHeadDim / 8;  // a row's threads, 16 bytes each
-  constexpr int kDqTiles = Workspace<Config>::kQTiles;
+  constexpr int kDqPatches = Workspace<Config>::kQPatches;
   const Block block = args.sequences.locate(blockIdx.x, args.heads, Config::kBlockQ);
   const Place place = args.sequences.place(block.sequence);
   const int rows = args.sequences.at(block.sequence).rows;
@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_const
   }
 
   if (args.dq != nullptr) {
-    auto* quads = reinterpret_cast<float4*>(args.dq + int64_t{blockIdx.x} * kDqTiles);
-    constexpr int kQuads = kDqTiles * sizeof(SumTile) / sizeof(float4);
+    auto* quads = reinterpret_cast<float4*>(args.dq + int64_t{blockIdx.x} * kDqPatches);
+    constexpr int kQuads = kDqPatches * sizeof(SumPatch) / sizeof(float4);
     for (int i = threadIdx.x; i < kQuads; i += kRowThreads) quads[i] = float4{};
   }
 }
@@ -87,20 +87,20 @@ struct ConvertArguments {
 
 template <class T, int kHeadDim, int kBlockRows>
 __global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_constant__ ConvertArguments args) {
-  constexpr int kColumnTiles = kHeadDim / 64, kTiles = kBlockRows / 64 * kColumnTiles;
+  constexpr int kColumnPatches = kHeadDim / 64, kPatches = kBlockRows / 64 * kColumnPatches;
   const Block block = args.sequences.locate(args.from.first_block + blockIdx.x, args.heads, kBlockRows);
   const Place place = args.sequences.place(block.sequence);
   const int rows = args.sequences.at(block.sequence).rows;
-  const SumTile* tiles = args.from.tiles + int64_t{blockIdx.x} * kTiles;
+  const SumPatch* patches = args.from.patches + int64_t{blockIdx.x} * kPatches;
 
   // Four neighbouring threads of the product hold 8 columns of two rows: 16 bytes of each. Such a piece is a thread's
   // here; neighbouring threads take neighbouring columns, so that rows are written whole.
-  constexpr int kPieces = kTiles * SumTile::kQuads * 32 / kRowThreads;
-  const auto quad = [](int piece) { return (piece * kRowThreads + threadIdx.x) % SumTile::kQuads; };
-  const auto group = [](int piece) { return (piece * kRowThreads + threadIdx.x) / SumTile::kQuads % 32; };
-  const auto tile = [](int piece) { return (piece * kRowThreads + threadIdx.x) / (SumTile::kQuads * 32); };
+  constexpr int kPieces = kPatches * SumPatch::kQuads * 32 / kRowThreads;
+  const auto quad = [](int piece) { return (piece * kRowThreads + threadIdx.x) % SumPatch::kQuads; };
+  const auto group = [](int piece) { return (piece * kRowThreads + threadIdx.x) / SumPatch::kQuads % 32; };
+  const auto patch = [](int piece) { return (piece * kRowThreads + threadIdx.x) / (SumPatch::kQuads * 32); };
   const auto load = [&](int copy, int piece, int i) {
-    const SumTile& from = tiles[int64_t{copy} * args.from.blocks * kTiles + tile(piece)];
+    const SumPatch& from = patches[int64_t{copy} * args.from.blocks * kPatches + patch(piece)];
     return from.quad[quad(piece)][4 * group(piece) + i];
   };
 
@@ -131,9 +131,9 @@ __global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_const
       bits[0][i] = pack<T>(sum.x * args.scale, sum.y * args.scale);
       bits[1][i] = pack<T>(sum.z * args.scale, sum.w * args.scale);
     }
-    const int column = 64 * (tile(piece) % kColumnTiles) + 8 * quad(piece);
+    const int column = 64 * (patch(piece) % kColumnPatches) + 8 * quad(piece);
     const int first_row =
-        block.index * kBlockRows + 64 * (tile(piece) / kColumnTiles) + group(piece) / 8 * 16 + group(piece) % 8;
+        block.index * kBlockRows + 64 * (patch(piece) / kColumnPatches) + group(piece) / 8 * 16 + group(piece) % 8;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = first_row + 8 * r;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_const
 template <class T, int kHeadDim, int kBlockRows>
 void convert(const Sums& from, const Tensor& to, const Sequences& sequences, int64_t heads, float scale,
              cudaStream_t stream) {
-  if (from.tiles == nullptr) return;
+  if (from.patches == nullptr) return;
   convert_kernel<T, kHeadDim, kBlockRows>
       <<<from.blocks, kRowThreads, 0, stream>>>({from, to, sequences, static_cast<int>(heads), scale});
   check_cuda(cudaGetLastError(), "launching the kernel after the backward's");
@@ -162,7 +162,7 @@ void prepare(const BackwardParams& params, cudaStream_t stream) {
                                                         .out = params.out,
                                                         .lse = params.lse,
                                                         .stats = workspace.stats,
-                                                        .dq = workspace.dq.tiles,
+                                                        .dq = workspace.dq.patches,
                                                         .sequences = workspace.sequences,
                                                         .heads = static_cast<int>(params.problem.heads)});
   check_cuda(cudaGetLastError(), "launching the kernel before the backward's");

@@ -44,7 +44,7 @@ inline constexpr int64_t kMaxCount = INT_MAX / 2;
 inline void check_counts(std::initializer_list<int64_t> counts) {
   for (int64_t count : counts) {
     if (count > kMaxCount) {
-      throw std::runtime_error("more rows or blocks than 2^30 in one call: split the batch or the heads over several");
+      throw std::runtime_error("a call has 2^30 rows or blocks or more: split the batch or the heads over several");
     }
   }
 }
