@@ -85,8 +85,7 @@ struct Item : KeyItem {
 
   __device__ __forceinline__ Item(const BackwardArguments<Config>& args, int index)
       : KeyItem(args.schedule.item(index)) {
-    // The schedule takes later blocks for the costlier ones; here the first keys are those that most queries see.
-    first_key = (args.schedule.coarse.blocks - 1 - block) * Config::kBlockKv;
+    first_key = block * Config::kBlockKv;
     // The same for both consumers, so that they meet at a barrier from the same place in the code. What rows past the
     // end would add is 0 by their lse, so that the last block needs no mask for them.
     q_blocks = keys(args).blocks(first_key, Config::kBlockKv, Config::kBlockQ);
@@ -105,10 +104,10 @@ struct Item : KeyItem {
 
   // Where the item's sums of dK or dV begin, in its copy of the KV block.
   __device__ __forceinline__ SumPatch* own_patches(const Sums& sums, const BackwardArguments<Config>& args) const {
-    const int kv_heads = quotient(args.heads, args.schedule.group), kv_block = first_key / Config::kBlockKv;
-    const int head_block = args.sequences.transposed().first_block(sequence, kv_head, kv_heads, Config::kBlockKv);
-    const int64_t block = int64_t{copy} * sums.blocks + head_block + kv_block - sums.first_block;
-    return sums.patches + block * Workspace<Config>::kKvPatches;
+    const int kv_heads = quotient(args.heads, args.schedule.group);
+    const int first_block = args.sequences.transposed().first_block(sequence, kv_head, kv_heads, Config::kBlockKv);
+    const int64_t number = int64_t{copy} * sums.blocks + first_block + block - sums.first_block;
+    return sums.patches + number * Workspace<Config>::kKvPatches;
   }
 };
 
@@ -130,8 +129,8 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
   RingPosition<Config::kStages> at;
   for (int head = item.first_head; head < item.end_head; ++head) {
     const Stats* stats = args.stats + item.first_q_block(args, head);
-    int block = item.stride > 0 ? item.q_blocks.begin : item.q_blocks.end - 1;
-    for (int i = item.q_blocks.begin; i < item.q_blocks.end; ++i, block += item.stride) {
+    int block = item.direction > 0 ? item.q_blocks.begin : item.q_blocks.end - 1;
+    for (int i = item.q_blocks.begin; i < item.q_blocks.end; ++i, block += item.direction) {
       const int row = place.row + block * Config::kBlockQ;
       uint64_t* full = smem.q_ring.begin_fill(at, Smem::QTile::kBytes + sizeof(Stats) + key_bytes);
       if (key_bytes > 0) load_keys(smem.k, args.k, full);
@@ -326,8 +325,8 @@ struct Consumer {
 
     for (int head = item.first_head; head < item.end_head; ++head) {
       SumPatch* sums = args.dq_sums + item.first_q_block(args, head) * Workspace<Config>::kQPatches;
-      int block = item.stride > 0 ? item.q_blocks.begin : item.q_blocks.end - 1;
-      for (int i = item.q_blocks.begin; i < item.q_blocks.end; ++i, block += item.stride) {
+      int block = item.direction > 0 ? item.q_blocks.begin : item.q_blocks.end - 1;
+      for (int i = item.q_blocks.begin; i < item.q_blocks.end; ++i, block += item.direction) {
         SumPatch* block_sums = sums + block * Workspace<Config>::kQPatches;
         if (block < item.full_block) [[unlikely]] {
           step<true>(block * kBlockQ, block_sums);

@@ -45,7 +45,7 @@ struct BackwardConfig {
 // Calls f with the config of the problem's head dim and type.
 template <class F>
 void with_backward_config(const Problem& problem, F&& f) {
-  const bool found = with_limits(static_cast<int>(problem.head_dim), [&]<std::size_t row>() {
+  const bool found = with_limits(problem.head_dim, [&]<std::size_t row>() {
     if constexpr (kLimits[row].backward.built()) {
       if (problem.dtype == DType::kFloat16) {
         f.template operator()<BackwardConfig<row, __half>>();
@@ -88,6 +88,12 @@ struct KvSums {
   Sums dk, dv;
 };
 
+// The order of work depends on their number, and so do tests of it.
+inline int multiprocessors_to_fill() {
+  const int injected = test_faults.multiprocessors;
+  return injected > 0 ? injected : multiprocessors(current_device());
+}
+
 template <class Config>
 struct Workspace {
   static constexpr int kQPatches = Config::kBlockQ / 64 * Config::kHeadDim / 64;    // patches of a Q block
@@ -104,18 +110,18 @@ struct Workspace {
 
   explicit Workspace(const BackwardParams& p)
       : sequences(p.problem.sequences()),
-        schedule(backward_schedule(p.problem, Config::kPlan, multiprocessors(current_device()))),
+        schedule(backward_schedule(p.problem, Config::kPlan, multiprocessors_to_fill())),
         q_blocks(static_cast<int>(sequences.block_count(static_cast<int>(p.problem.heads), Config::kBlockQ))) {
-    char* end = static_cast<char*>(p.workspace);
-    const auto take = [&](int64_t size) {
-      char* begin = end;
-      end += size;
-      return begin;
+    bytes = 0;
+    const auto take = [&](int64_t size) -> void* {  // null while only the bytes are asked for
+      const int64_t begin = bytes;
+      bytes += size;
+      return p.workspace == nullptr ? nullptr : static_cast<char*>(p.workspace) + begin;
     };
     const auto take_sums = [&](const Tensor& gradient, Sums sums, int patches) {
       const int64_t size = int64_t{sums.blocks} * sums.copies * patches * sizeof(SumPatch);
       if (gradient.data == nullptr || size == 0) return Sums{};
-      sums.patches = reinterpret_cast<SumPatch*>(take(size));
+      sums.patches = static_cast<SumPatch*>(take(size));
       return sums;
     };
     const auto take_kv_sums = [&](Sums sums) -> KvSums {
@@ -126,8 +132,7 @@ struct Workspace {
     dq = take_sums(p.dq, {nullptr, 0, q_blocks, 1}, kQPatches);
     coarse = take_kv_sums({nullptr, 0, coarse_blocks, schedule.copies});
     fine = take_kv_sums({nullptr, schedule.coarse.items() / schedule.copies, fine_blocks, schedule.group});
-    stats = reinterpret_cast<Stats*>(take(int64_t{q_blocks} * sizeof(Stats)));
-    bytes = end - static_cast<char*>(p.workspace);
+    stats = static_cast<Stats*>(take(int64_t{q_blocks} * sizeof(Stats)));
   }
 };
 

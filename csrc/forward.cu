@@ -455,7 +455,7 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
 }  // namespace
 
 void launch_forward(const ForwardParams& params, cudaStream_t stream) {
-  const bool found = with_limits(static_cast<int>(params.problem.head_dim), [&]<std::size_t row>() {
+  const bool found = with_limits(params.problem.head_dim, [&]<std::size_t row>() {
     if constexpr (kLimits[row].forward.built()) {
       if (params.problem.dtype == DType::kFloat16) {
         launch<ForwardConfig<row, __half>>(params, stream);

@@ -59,6 +59,7 @@ int backward_shared_memory(int head_dim);
 struct TestFaults {
   std::atomic<bool> tensor_map_encode_fails{false};  // the driver refuses to encode a tensor map
   std::atomic<int> compute_capability{0};            // 80 stands for 8.0; 0: ask the device
+  std::atomic<int> multiprocessors{0};               // that the backward's order of work is made for; 0: the device's
 };
 inline TestFaults test_faults;
 

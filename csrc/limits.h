@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <iterator>
 #include <utility>
 
@@ -54,7 +55,7 @@ inline constexpr HeadDimLimits kLimits[] = {
 
 // Calls f.template operator()<row>() for the row of kLimits with this head dim; false if there is none.
 template <class F>
-bool with_limits(int head_dim, F&& f) {
+bool with_limits(int64_t head_dim, F&& f) {
   return [&]<std::size_t... row>(std::index_sequence<row...>) {
     return ((kLimits[row].head_dim == head_dim && (f.template operator()<row>(), true)) || ...);
   }(std::make_index_sequence<std::size(kLimits)>{});

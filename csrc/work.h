@@ -31,9 +31,16 @@ inline KeySchedule backward_schedule(const Problem& problem, const BackwardPlan&
   const Sequences sequences = problem.sequences(), keys = sequences.transposed();
   const int heads = static_cast<int>(problem.heads), kv_heads = static_cast<int>(problem.kv_heads);
   check_counts({sequences.block_count(heads, plan.block_q), keys.block_count(heads, plan.block_kv)});
-  return KeySchedule::make(keys.blocks_each(plan.block_kv), kv_heads, keys.count, problem.heads_per_kv_head(),
-                           problem.options.causal, problem.seqlen_q * problem.head_dim * kBytesPerElement, kL2Bytes,
-                           multiprocessors);
+  return KeySchedule::make({.blocks = keys.blocks_each(plan.block_kv),
+                            .kv_heads = kv_heads,
+                            .sequences = keys.count,
+                            .group = problem.heads_per_kv_head(),
+                            .steps = sequences.blocks_each(plan.block_q),
+                            .by_cost = problem.options.causal,
+                            .falls = problem.options.causal && problem.seqlen_k <= 2 * problem.seqlen_q,
+                            .head_bytes = problem.seqlen_q * problem.head_dim * kBytesPerElement,
+                            .l2_bytes = kL2Bytes,
+                            .multiprocessors = multiprocessors});
 }
 
 }  // namespace flash_attn_ext

@@ -495,6 +495,27 @@ def test_dk_and_dv_are_bitwise_reproducible(row, causal, kind):
     assert same_but_for_order(dq, first_dq)
 
 
+@pytest.fixture
+def one_multiprocessor():
+    """The order of work of a GPU with one: its items are long and few, and so even the small cases have coarse ones."""
+    flash_attn_ext._C.set_test_faults(multiprocessors=1)
+    yield
+    flash_attn_ext._C.set_test_faults()
+
+
+GROUPED = [case for case in BACKWARD if case.heads != case.kv_heads and max(case.seqlen_q, case.seqlen_k) < 5000]
+GROUPED += [
+    Case(d, "bf16", 700, 700, True, 2, heads, kv_heads)
+    for d in TRAINING_HEAD_DIMS
+    for heads, kv_heads in ((10, 1), (13, 1), (64, 2))
+]
+
+
+@pytest.mark.parametrize("case", GROUPED, ids=str)
+def test_items_with_several_query_heads(case, one_multiprocessor):
+    both_passes_and_check(*case.inputs("cuda"), *case.options)
+
+
 # Query heads, KV heads, batch and length, and what the order of work (csrc/tile/schedule.h) does with the query heads
 # of a KV head on 132 multiprocessors.
 SHARED = {

@@ -49,46 +49,60 @@ struct Schedule {
 
 // A work item of the backward: a block of keys with some of the query heads of its KV head.
 struct KeyItem {
-  int block, sequence, kv_head, first_head, end_head;
+  int block;  // of keys
+  int sequence, kv_head, first_head, end_head;
   bool coarse;
-  int copy;    // which of the items that share the KV head's query heads
-  int stride;  // 1: query rows are walked from the first to the last; -1: from the last to the first
+  int copy;       // which of the items that share the KV head's query heads
+  int direction;  // 1: query rows are walked from the first to the last; -1: from the last to the first
 };
 
-// The backward's order of work (docs/backward.md says why). A coarse item walks up to kMostHeads query heads of a KV
-// head one after the other, and sums dK and dV in registers; not more of them, since under a causal mask the blocks of
-// a KV head drift apart with every head, until L2 no longer holds what they share. Where the multiprocessors have few
-// coarse items each, the query heads of the last KV heads are shared out, an item a query head: these fine items fill
-// what would be idle at the end.
+// The backward's order of work. An item walks its query heads one after the other, so that dK and dV are summed in
+// registers. These are the coarse items. Under a causal mask they have at most kMostHeads, since the blocks of a KV
+// head drift apart with every head, until L2 no longer holds what they share. Where there are few of them beside the
+// multiprocessors, the last KV heads' query heads are shared out, an item a query head: the fine items, which fill what
+// would be idle at the end. Sharing costs float32 sums of dK and dV, so that it needs items that are long enough.
 struct KeySchedule {
   static constexpr int kMostHeads = 4;
-  // Waves alternate only where at least so many blocks of a head run together: with fewer, L2 gains nothing by it.
+  static constexpr int kFewSteps = 3;  // an item of so few steps a head is not worth its sums of dK and dV
+  // So many items for each multiprocessor are even enough as they are; and as many fine ones are the most.
+  static constexpr int kManyItems = 20;
+  // So many blocks of a head must run together for the direction of their walks to matter to L2.
   static constexpr int kTogether = 8;
 
   Schedule coarse, fine;
   int group;        // query heads of a KV head
   int copies;       // coarse items that share them
   int most_heads;   // of a coarse item
-  bool alternates;  // waves of items, one to a multiprocessor, walk query rows in alternating directions
+  bool alternates;  // items of every other wave of multiprocessors walk down
   int multiprocessors;
 
-  // A query head's rows, and what is added to for them, are `head_bytes`.
-  static HOST_DEVICE KeySchedule make(int blocks, int kv_heads, int sequences, int group, bool by_cost,
-                                      int64_t head_bytes, int64_t l2_bytes, int multiprocessors) {
-    const int copies = (group - 1) / kMostHeads + 1, most_heads = (group - 1) / copies + 1;
-    const int pairs = sequences * kv_heads;
-    const int fine = fine_pairs(blocks, pairs, group, most_heads, copies, by_cost, multiprocessors);
-    const int coarse_section = Schedule::section_pairs(most_heads * head_bytes, 1, l2_bytes);
+  struct Call {
+    int blocks, kv_heads, sequences;
+    int group;           // query heads of a KV head
+    int steps;           // of a block that all rows of a head see
+    bool by_cost;        // the first keys cost most
+    bool falls;          // and the last ones next to nothing
+    int64_t head_bytes;  // of a query head's rows and of what is added to for them
+    int64_t l2_bytes;
+    int multiprocessors;
+  };
+
+  static HOST_DEVICE KeySchedule make(const Call& call) {
+    const int blocks = call.blocks, group = call.group, pairs = call.sequences * call.kv_heads;
+    const bool shares = group > 1 && call.steps > kFewSteps;
+    const int copies = shares && call.falls ? (group - 1) / kMostHeads + 1 : 1, most_heads = (group - 1) / copies + 1;
+    const int fine = shares ? fine_pairs(call, copies, most_heads) : 0;
+    const int coarse_section = Schedule::section_pairs(most_heads * call.head_bytes, 1, call.l2_bytes);
     // Sections of one width, so that the last one is no smaller than the others.
-    const int fine_sections = quotient(fine * group, Schedule::section_pairs(head_bytes, 1, l2_bytes));
+    const int fine_sections = quotient(fine * group, Schedule::section_pairs(call.head_bytes, 1, call.l2_bytes));
     const int fine_section = fine_sections > 1 ? quotient(fine * group - 1, fine_sections) + 1 : fine * group;
-    return {.coarse = {blocks, kv_heads * copies, 0, (pairs - fine) * copies, coarse_section, by_cost},
-            .fine = {blocks, kv_heads * group, (pairs - fine) * group, fine * group, fine_section, by_cost},
+    return {.coarse = {blocks, call.kv_heads * copies, 0, (pairs - fine) * copies, coarse_section, call.by_cost},
+            .fine = {blocks, call.kv_heads * group, (pairs - fine) * group, fine * group, fine_section, call.by_cost},
             .group = group,
             .copies = copies,
             .most_heads = most_heads,
-            .alternates = by_cost && blocks >= kTogether && kTogether * coarse_section <= multiprocessors,
-            .multiprocessors = multiprocessors};
+            .alternates = call.falls && blocks >= kTogether && kTogether * coarse_section <= call.multiprocessors,
+            .multiprocessors = call.multiprocessors};
   }
 
   HOST_DEVICE int items() const { return coarse.items() + fine.items(); }
@@ -101,35 +115,37 @@ struct KeySchedule {
     const int kv_head = shares == 1 ? at.head : quotient(at.head, shares), copy = at.head - kv_head * shares;
     const int first_head = kv_head * group + copy * heads, end_head = first_head + heads, end = (kv_head + 1) * group;
     const bool walks_down = alternates && quotient(index, multiprocessors) % 2 == 0;
-    return {.block = at.block,
+    // A Schedule takes later blocks for the costlier ones; here the first keys are those that most queries see.
+    return {.block = schedule.blocks - 1 - at.block,
             .sequence = at.sequence,
             .kv_head = kv_head,
             .first_head = first_head,
             .end_head = end_head < end ? end_head : end,
             .coarse = is_coarse,
             .copy = copy,
-            .stride = walks_down ? -1 : 1};
+            .direction = walks_down ? -1 : 1};
   }
 
  private:
   // How many of the last (sequence, KV head) pairs are shared out.
-  static HOST_DEVICE int fine_pairs(int blocks, int pairs, int group, int most_heads, int copies, bool by_cost,
-                                    int multiprocessors) {
-    const int64_t items = int64_t{pairs} * copies * blocks;
-    if (group == 1 || items > 20 * multiprocessors) return 0;  // what is lost at the end is little beside so many
+  static HOST_DEVICE int fine_pairs(const Call& call, int copies, int most_heads) {
+    const int64_t pairs = int64_t{call.sequences} * call.kv_heads, fine_items = int64_t{call.blocks} * call.group;
+    const int64_t items = pairs * copies * call.blocks, many = int64_t{kManyItems} * call.multiprocessors;
+    if (items > many) return 0;  // what is lost at the end is little beside so many
     int64_t wanted;
-    if (by_cost) {
+    if (call.falls) {
       // The longest items of the last coarse pairs end while multiprocessors that took the short ones are idle: about
       // as much as one coarse item each. So many pairs become fine items, rounded up from a fifth, and at least one.
-      wanted = (int64_t{5} * multiprocessors * most_heads + 4 * blocks * group) / (int64_t{5} * blocks * group);
+      wanted = (int64_t{5} * call.multiprocessors * most_heads + 4 * fine_items) / (5 * fine_items);
       if (wanted == 0) wanted = 1;
     } else {
-      // Items cost the same: a last round that leaves a tenth of the multiprocessors idle.
-      const int64_t last_round = items % multiprocessors;
-      wanted = 10 * last_round < 9 * multiprocessors ? (last_round - 1) / (int64_t{blocks} * copies) + 1 : 0;
-      if (last_round == 0) wanted = 0;
+      // Items cost about the same: a last round that leaves a tenth of the multiprocessors idle.
+      const int64_t last_round = items % call.multiprocessors;
+      if (last_round == 0 || 10 * last_round >= 9 * call.multiprocessors) return 0;
+      wanted = (last_round - 1) / (int64_t{call.blocks} * copies) + 1;
     }
-    return wanted < pairs ? static_cast<int>(wanted) : pairs;
+    if (wanted > pairs) wanted = pairs;
+    return wanted * fine_items > many ? 0 : static_cast<int>(wanted);
   }
 };
 

@@ -5,7 +5,6 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <concepts>
 #include <optional>
 #include <tuple>
 
@@ -42,7 +41,7 @@ void ask(py::object Registered::* check, const Options::Types& options, const Te
 
 // From Python objects ------------------------------------------------------------------------------------------------
 
-// Unpacks what options are made of; false where the object is not exactly of the type.
+// Unpacks what options are made of; false where the object is not of the type, nor of a subclass.
 bool unpack(PyObject* from, bool& to) {
   to = from == Py_True;
   return PyBool_Check(from);
@@ -54,8 +53,7 @@ bool unpack(PyObject* from, double& to) {
   return true;
 }
 
-template <std::signed_integral Integer>
-bool unpack(PyObject* from, Integer& to) {
+bool unpack(PyObject* from, int64_t& to) {
   if (!PyLong_CheckExact(from)) return false;
   int overflow;
   to = PyLong_AsLongLongAndOverflow(from, &overflow);
@@ -67,10 +65,9 @@ bool unpack(PyObject* from, std::optional<T>& to) {
   return from == Py_None || unpack(from, to.emplace());
 }
 
-// Of std::tuple and std::array.
-template <class Elements, std::size_t kSize = std::tuple_size<Elements>::value>
-bool unpack(PyObject* from, Elements& to) {
-  if (!PyTuple_Check(from) || PyTuple_GET_SIZE(from) != kSize) return false;
+template <class... Element>
+bool unpack(PyObject* from, std::tuple<Element...>& to) {
+  if (!PyTuple_Check(from) || PyTuple_GET_SIZE(from) != sizeof...(Element)) return false;
   Py_ssize_t i = 0;
   return std::apply([&](auto&... element) { return (unpack(PyTuple_GET_ITEM(from, i++), element) && ...); }, to);
 }
@@ -130,9 +127,10 @@ bool is_plainly_fine_call(const Tensors&... tensors, py::handle options_object) 
   return unpack(options_object.ptr(), options) && is_plainly_fine(tensors..., std::make_from_tuple<Options>(options));
 }
 
-void set_test_faults(bool tensor_map_encode_fails, int capability) {
+void set_test_faults(bool tensor_map_encode_fails, int capability, int multiprocessors) {
   test_faults.tensor_map_encode_fails = tensor_map_encode_fails;
   test_faults.compute_capability = capability;
+  test_faults.multiprocessors = multiprocessors;
 }
 
 // The module ---------------------------------------------------------------------------------------------------------
@@ -175,9 +173,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("shared_memory", shared_memory, py::arg("head_dim"),
         "For tests: bytes of shared memory that a thread block takes, (forward, backward); 0 stands for 'not built'.");
   m.def("set_test_faults", set_test_faults, py::kw_only(), py::arg("tensor_map_encode_fails") = false,
-        py::arg("compute_capability") = 0,
-        "For tests only: makes the driver seem to refuse tensor maps, and every GPU seem to be of this compute\n"
-        "capability (80 for 8.0; 0: the real one). Called without arguments it ends both.");
+        py::arg("compute_capability") = 0, py::arg("multiprocessors") = 0,
+        "For tests only: makes the driver seem to refuse tensor maps, every GPU seem to be of this compute capability\n"
+        "(80 for 8.0; 0: the real one), and the backward order its work for so many multiprocessors (0: as many as\n"
+        "there are). Called without arguments it ends all of them.");
 }
 
 }  // namespace

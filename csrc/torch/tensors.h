@@ -17,6 +17,8 @@
 namespace flash_attn_ext {
 
 inline Problem problem_of(const at::Tensor& q, const at::Tensor& k, const Options& options) {
+  // Python may let a call pass that is not plainly fine, but not a type that would be read as another.
+  TORCH_CHECK(q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16, "the kernels take 16-bit types");
   return {
       .batch = q.size(0),
       .seqlen_q = q.size(1),
@@ -51,7 +53,8 @@ class Input {
  public:
   explicit Input(const at::Tensor& t) : tensor_(is_addressable(t) ? t : t.clone(at::MemoryFormat::Contiguous)) {}
 
-  operator Tensor() const { return {const_cast<void*>(tensor_.const_data_ptr()), strides_of(tensor_)}; }
+  operator Tensor() const&& = delete;  // its memory would be gone before the launch
+  operator Tensor() const& { return {const_cast<void*>(tensor_.const_data_ptr()), strides_of(tensor_)}; }
 
  private:
   at::Tensor tensor_;
@@ -82,7 +85,8 @@ struct Result {
         written(is_addressable(tensor) ? tensor
                                        : at::empty_like(tensor, tensor.options(), at::MemoryFormat::Contiguous)) {}
 
-  operator Tensor() const { return {written.mutable_data_ptr(), strides_of(written)}; }
+  operator Tensor() const&& = delete;
+  operator Tensor() const& { return {written.mutable_data_ptr(), strides_of(written)}; }
 
   // The result, for after the launch: a stand-in is copied to it.
   at::Tensor finish() const { return written.is_same(tensor) ? tensor : tensor.copy_(written); }
@@ -100,9 +104,9 @@ inline at::Tensor item_counter(c10::cuda::CUDAStream stream, const at::Tensor& l
   static std::mutex mutex;
   static auto& counters = *new std::map<Key, at::Tensor>;  // never freed: the driver may go first
   const std::lock_guard lock(mutex);
-  auto [entry, is_new] = counters.try_emplace({stream.device_index(), id});
-  if (is_new) entry->second = new_counter();
-  return entry->second;
+  at::Tensor& counter = counters[{stream.device_index(), id}];
+  if (!counter.defined()) counter = new_counter();
+  return counter;
 }
 
 }  // namespace flash_attn_ext

@@ -74,8 +74,16 @@ static void check_small_sizes() {
 // Each block of keys meets each query head of its KV head once; the copies are numbered from 0, and an item that has a
 // KV head to itself has all of its query heads.
 static void check_keys(int blocks, int kv_heads, int sequences, int group, bool by_cost, int multiprocessors) {
-  const KeySchedule schedule =
-      KeySchedule::make(blocks, kv_heads, sequences, group, by_cost, 1000, 5000, multiprocessors);
+  const KeySchedule schedule = KeySchedule::make({.blocks = blocks,
+                                                  .kv_heads = kv_heads,
+                                                  .sequences = sequences,
+                                                  .group = group,
+                                                  .steps = 10,
+                                                  .by_cost = by_cost,
+                                                  .falls = by_cost,
+                                                  .head_bytes = 1000,
+                                                  .l2_bytes = 5000,
+                                                  .multiprocessors = multiprocessors});
   const std::string name = std::to_string(blocks) + " blocks, " + std::to_string(kv_heads) + " KV heads of " +
                            std::to_string(group) + " query heads, " + std::to_string(sequences) + " sequences, " +
                            std::to_string(multiprocessors) + " multiprocessors" + (by_cost ? ", by cost" : "");
@@ -89,7 +97,8 @@ static void check_keys(int blocks, int kv_heads, int sequences, int group, bool 
     const bool inside = at.block >= 0 && at.block < blocks && at.sequence >= 0 && at.sequence < sequences &&
                         at.kv_head >= 0 && at.kv_head < kv_heads && at.first_head >= at.kv_head * group &&
                         at.end_head <= (at.kv_head + 1) * group;
-    test::check(inside && walked >= 1 && walked <= KeySchedule::kMostHeads, name + ": an item is outside");
+    test::check(inside && walked >= 1 && (!by_cost || walked <= KeySchedule::kMostHeads),
+                name + ": an item is outside");
     if (!inside) continue;
     for (int head = at.first_head; head < at.end_head; ++head) {
       ++visits[(at.sequence * heads + head) * blocks + at.block];
@@ -148,8 +157,7 @@ static Costs backward_costs(const Problem& problem, const BackwardPlan& plan, co
   for (int index = 0; index < schedule.items(); ++index) {
     const KeyItem item = schedule.item(index);
     const Sequence keys = problem.sequences().transposed().at(item.sequence);
-    const int first_key = (schedule.coarse.blocks - 1 - item.block) * plan.block_kv;  // the first keys cost most
-    const Range blocks = keys.blocks(first_key, plan.block_kv, plan.block_q);
+    const Range blocks = keys.blocks(item.block * plan.block_kv, plan.block_kv, plan.block_q);
     const bool complete = item.end_head - item.first_head == schedule.group;
     costs.push_back((complete ? 1 : 2) + (item.end_head - item.first_head) * (blocks.end - blocks.begin));
   }
@@ -190,6 +198,46 @@ static void check_balance(const std::string& name, const Costs& costs) {
     limit = std::max(limit, others / kMultiprocessors + shortest);
   }
   test::check(time <= limit, name + ": takes " + std::to_string(time) + " steps of " + std::to_string(ideal(costs)));
+}
+
+// What sharing costs in memory: the float32 sums of dK and dV beside those of dQ, in bytes.
+static int64_t shared_bytes(const Problem& problem, const BackwardPlan& plan) {
+  const KeySchedule schedule = backward_schedule(problem, plan, kMultiprocessors);
+  const int64_t coarse = schedule.copies == 1 ? 0 : schedule.coarse.items();
+  return (coarse + schedule.fine.items()) * 2 * plan.block_kv * problem.head_dim * 4;
+}
+
+static void check_sharing_is_bounded() {
+  const auto problem = [](int64_t heads, int64_t kv_heads, int64_t seqlen_q, int64_t seqlen_k, bool causal) {
+    return Problem{1,        seqlen_q, seqlen_k,         heads,
+                   kv_heads, 128,      DType::kBFloat16, {.softmax_scale = {}, .causal = causal}};
+  };
+  constexpr BackwardPlan kPlan = kLimits[1].backward;
+  for (bool causal : {false, true}) {
+    test::check(shared_bytes(problem(32, 1, 128, 32768, causal), kPlan) == 0, "few query rows are not worth sharing");
+    test::check(shared_bytes(problem(64, 8, 1024, 131072, causal), kPlan) == 0, "nor a long past");
+    test::check(shared_bytes(problem(64, 8, 8192, 8192, causal), kPlan) <= 8192 * 64 * 128 * 4, "at most dQ's sums");
+  }
+  test::check(shared_bytes(problem(32, 1, 32768, 32768, true), kPlan) <= int64_t{32768} * 32 * 128 * 4,
+              "at most dQ's sums, for a long sequence too");
+}
+
+// Of a causal call's waves of items the first walks down, the next up, and so on.
+static void check_directions() {
+  const Problem problem{1, 16384, 16384, 16, 16, 128, DType::kBFloat16, {.softmax_scale = {}, .causal = true}};
+  const KeySchedule schedule = backward_schedule(problem, kLimits[1].backward, kMultiprocessors);
+  for (int index = 0; index < schedule.items(); ++index) {
+    const int expected = index / kMultiprocessors % 2 == 0 ? -1 : 1;
+    test::check(schedule.item(index).direction == expected, "direction of item " + std::to_string(index));
+  }
+  Problem full = problem, brief = problem;
+  full.options.causal = false;
+  brief.batch = 32;
+  brief.seqlen_q = brief.seqlen_k = 512;
+  for (const Problem& up : {full, brief}) {
+    const KeySchedule schedule = backward_schedule(up, kLimits[1].backward, kMultiprocessors);
+    test::check(schedule.item(0).direction == 1, "where it does not matter to L2, rows are walked up");
+  }
 }
 
 static void check_shape(int64_t heads, int64_t kv_heads, int head_dim, int64_t batch, int64_t seqlen, bool causal) {
@@ -244,5 +292,7 @@ int main() {
   check_small_sizes();
   check_small_key_schedules();
   check_real_shapes();
+  check_sharing_is_bounded();
+  check_directions();
   return test::finish("schedule");
 }
