@@ -73,8 +73,10 @@ def largest_magnitude(q, k, options: Options) -> torch.Tensor:
     (batch, seqlen_q, heads, _), (seqlen_k, kv_heads) = q.shape, k.shape[1:3]
     q = q.double().abs().unflatten(2, (kv_heads, heads // kv_heads))
     sums = torch.einsum("bqhgd,bkhd->bhgqk", q, k.double().abs())
-    hidden = ~reference.visible(seqlen_q, seqlen_k, options, q.device)
-    return sums.masked_fill(hidden | (sums == math.inf), 0).amax(-1).view(batch, heads, seqlen_q)  # exp(-inf) adds 0
+    sums = sums.masked_fill(sums == math.inf, 0)  # exp(-inf) adds 0
+    seen = reference.visible(seqlen_q, seqlen_k, options, q.device)
+    sums = sums if seen is None else sums.masked_fill(~seen, 0)
+    return sums.amax(-1).view(batch, heads, seqlen_q)
 
 
 def _compare(name, result, exact, error, bound, mean_bound) -> Comparison:

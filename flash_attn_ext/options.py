@@ -21,8 +21,8 @@ class Options(NamedTuple):
         return head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
 
     def refusal(self) -> Exception | None:
-        """What is wrong with a value, or None."""
-        return _scale_refusal(self.softmax_scale) or _causal_refusal(self.causal)
+        """What is wrong with a value, or None. All types come before any value."""
+        return _scale_type(self.softmax_scale) or _causal_type(self.causal) or _scale_value(self.softmax_scale)
 
 
 def schema() -> str:
@@ -31,23 +31,26 @@ def schema() -> str:
     return ", ".join(f"{SCHEMA_TYPES[types[name]]} {name}={Options._field_defaults[name]}" for name in Options._fields)
 
 
-def _scale_refusal(softmax_scale) -> Exception | None:
-    if softmax_scale is None:
+def _scale_type(softmax_scale) -> TypeError | None:
+    numbers = int | float | torch.SymInt | torch.SymFloat
+    if softmax_scale is None or (isinstance(softmax_scale, numbers) and not isinstance(softmax_scale, bool)):
         return None
-    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, int | float | torch.SymInt | torch.SymFloat):
-        return TypeError(
-            f"softmax_scale must be a float or None, not {type(softmax_scale).__name__}. "
-            "A tensor would have to be read back from the device: pass float(scale)."
-        )
-    if not FLOAT32.tiny <= softmax_scale <= FLOAT32.max:  # NaN is out of the range as well
-        return ValueError(
-            f"softmax_scale is {softmax_scale}; it must be finite and greater than 0, in the range of a float32 "
-            "(default: 1/sqrt(head_dim)). The fourth argument of flash_attn_func is the scale; there is no dropout_p."
-        )
-    return None
+    return TypeError(
+        f"softmax_scale must be a float or None, not {type(softmax_scale).__name__}. "
+        "A tensor would have to be read back from the device: pass float(scale)."
+    )
 
 
-def _causal_refusal(causal) -> TypeError | None:
+def _causal_type(causal) -> TypeError | None:
     if isinstance(causal, bool):
         return None
     return TypeError(f"causal must be True or False, not {type(causal).__name__} ({causal!r:.60}).")
+
+
+def _scale_value(softmax_scale) -> ValueError | None:
+    if softmax_scale is None or FLOAT32.tiny <= softmax_scale <= FLOAT32.max:  # NaN is out of the range as well
+        return None
+    return ValueError(
+        f"softmax_scale is {softmax_scale}; it must be finite and greater than 0, in the range of a float32 "
+        "(default: 1/sqrt(head_dim)). The fourth argument of flash_attn_func is the scale; there is no dropout_p."
+    )

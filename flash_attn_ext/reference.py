@@ -7,13 +7,12 @@ import torch
 from .options import Options
 
 
-def visible(rows: int, keys: int, options: Options, device: torch.device | str = "cpu") -> torch.Tensor:
-    """(rows, keys): whether the row's query sees the key. The one place for masks in Python."""
+def visible(rows: int, keys: int, options: Options, device: torch.device | str = "cpu") -> torch.Tensor | None:
+    """(rows, keys): whether the row's query sees the key; None: no option masks. The one place for masks in Python."""
+    if not options.causal:
+        return None
     diagonal = torch.arange(rows, device=device)[:, None] + (keys - rows)  # the last row's ends at the last key
-    seen = torch.ones(rows, keys, dtype=torch.bool, device=device)
-    if options.causal:
-        seen &= torch.arange(keys, device=device) <= diagonal
-    return seen
+    return torch.arange(keys, device=device) <= diagonal
 
 
 def forward(q, k, v, options: Options, compute_dtype: torch.dtype | None = None):
@@ -61,4 +60,5 @@ def _by_kv_head(x, k, dim):
 def _scores(q, k, options):
     """(batch, kv_heads, heads // kv_heads, seqlen_q, seqlen_k); -inf where the mask hides the key."""
     scores = torch.einsum("bqhgd,bkhd->bhgqk", _by_kv_head(q, k, 2), k * options.scale(q.shape[-1]))
-    return scores.masked_fill(~visible(q.shape[1], k.shape[1], options, q.device), -torch.inf)
+    seen = visible(q.shape[1], k.shape[1], options, q.device)
+    return scores if seen is None else scores.masked_fill(~seen, -torch.inf)

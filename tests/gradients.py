@@ -18,19 +18,23 @@ ONE_BLOCK = min((row["backward"]["block_kv"] for row in TRAINING_ROWS), default=
 
 def differentiate(dout, q, k, v, out, lse, *options, **options_by_name):
     """dq, dk and dv, in memory that held NaN before; so did the workspace."""
-    gpu.poison(q, k, v, workspace(q))
+    gpu.poison(q, k, v, workspace(q, k))
     return flash_attn_ext.backward(dout, q, k, v, out, lse, *options, **options_by_name)
 
 
-def workspace(q):
-    """A tensor of the bytes that the backward pass needs besides its results, without memory of its own.
+def workspace(q, k):
+    """A tensor of the bytes that the backward pass needs at most besides its results, without memory of its own.
 
-    A float32 sum of dq for each element of q, and lse and delta for each row; rows in whole blocks.
+    A float32 sum of dq for each element of q, and lse and delta for each row. Where query heads share a KV head, also
+    sums of dk and dv for each key: up to one of both for each query head, as the order of work will have it; where they
+    do not, none, and then this is what the pass needs exactly. Rows and keys in whole blocks.
     """
-    batch, seqlen_q, heads, head_dim = q.shape
-    block_q = TRAINING_ROWS[TRAINING_HEAD_DIMS.index(head_dim)]["backward"]["block_q"]
-    rows = batch * heads * math.ceil(seqlen_q / block_q) * block_q
-    return torch.empty(rows * (head_dim + 2), dtype=torch.float32, device="meta")
+    (batch, seqlen_q, heads, head_dim), (seqlen_k, kv_heads) = q.shape, k.shape[1:3]
+    plan = TRAINING_ROWS[TRAINING_HEAD_DIMS.index(head_dim)]["backward"]
+    rows = math.ceil(seqlen_q / plan["block_q"]) * plan["block_q"]
+    keys = math.ceil(seqlen_k / plan["block_kv"]) * plan["block_kv"]
+    numbers = rows * (head_dim + 2) + (keys * 2 * head_dim if heads > kv_heads else 0)
+    return torch.empty(batch * heads * numbers, dtype=torch.float32, device="meta")
 
 
 def both_passes(q, k, v, *options, dout=None, **options_by_name):

@@ -71,6 +71,8 @@ def cancelled_sums(dout, q, k, v, options):
     (seqlen_q, heads, head_dim), (seqlen_k, kv_heads) = q.shape[1:], k.shape[1:3]
     dout, q = (x.unflatten(2, (kv_heads, heads // kv_heads)) for x in (dout, q))
     seen = reference.visible(seqlen_q, seqlen_k, options, q.device)
+    if seen is None:
+        seen = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device)
     key_0_alone = seen[:, 0] & (seen.sum(-1) == 1)
     ds = options.scale(head_dim) * 2.0**-20 * torch.einsum("bqhgd,bkhd->bqhg", dout.abs(), v[:, :1].abs())
     ds = ds * key_0_alone[:, None, None]

@@ -137,9 +137,10 @@ SUBSETS = ["".join(names) for n in range(4) for names in itertools.combinations(
 
 
 @pytest.mark.parametrize("needed", SUBSETS, ids=lambda needed: needed or "none")
+@pytest.mark.parametrize("heads, kv_heads", [(6, 6), (6, 2)])
 @each_head_dim
-def test_only_the_needed_gradients(head_dim, needed):
-    case = Case(head_dim, "bf16", 200, ONE_BLOCK - 3, heads=6, kv_heads=2)
+def test_only_the_needed_gradients(head_dim, heads, kv_heads, needed):
+    case = Case(head_dim, "bf16", 200, ONE_BLOCK - 3, heads=heads, kv_heads=kv_heads)
     arguments, every = both_passes(*case.inputs("cuda"), causal=True)
     expected = [x if name in needed else None for name, x in zip("qkv", every, strict=True)]
     dout, *inputs = arguments[:4]
@@ -148,11 +149,11 @@ def test_only_the_needed_gradients(head_dim, needed):
     out = flash_attn_func(*leaves, causal=True)
     assert out.requires_grad == bool(needed)
     if needed:
-        gpu.poison(*inputs, workspace(inputs[0]))
+        gpu.poison(*inputs, workspace(*inputs[:2]))
         out.backward(dout)
     assert_same([x.grad for x in leaves], expected)
 
-    gpu.poison(*inputs, workspace(inputs[0]))
+    gpu.poison(*inputs, workspace(*inputs[:2]))
     needs = [name in needed for name in "qkv"]
     results = backward_operator(*arguments, causal=True, needs=needs)
     assert [x.numel() > 0 for x in results] == needs
@@ -183,7 +184,7 @@ def test_extra_memory_is_linear_in_the_sequence_length(row, causal):
     """What is documented: beside the gradients, 4 bytes for each element of q and 8 for each of its rows."""
     for seqlen in (1, 2048, 8192):
         arguments, gradients = both_passes(*(normal(1, seqlen, 4, row["head_dim"]) for _ in range(3)), causal=causal)
-        expected = sum(x.nbytes for x in (*gradients, workspace(arguments[1])))
+        expected = sum(x.nbytes for x in (*gradients, workspace(*arguments[1:3])))
         extra = extra_memory(lambda arguments=arguments: flash_attn_ext.backward(*arguments, causal=causal))
         assert extra <= expected + 1024
 
@@ -201,7 +202,7 @@ def test_inputs_stay_as_they_are():
 def test_poison_reaches_what_is_allocated_next():
     """The test of the test: without this, differentiate() would prove nothing about unwritten memory."""
     q, k = normal(2, 200, 6, 128), normal(2, 300, 2, 128)
-    like = [q, k, k, torch.empty_like(workspace(q), device="cuda")]
+    like = [q, k, k, torch.empty_like(workspace(q, k), device="cuda")]
     gpu.poison(*like)
     empty = [torch.empty_like(x) for x in like]
     assert all(x.isnan().all() for x in empty)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
+from flash_attn_ext.limits import TABLE
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 import attention  # noqa: E402
@@ -48,6 +50,12 @@ def test_heads():
 def test_cells_can_be_told_apart(grid):
     cells = cells_of(grid)
     assert len({attention.label(cell) for cell in cells}) == len(cells)
+
+
+@pytest.mark.skipif(not TABLE, reason="flash_attn_ext is installed without its GPU kernels")
+@pytest.mark.parametrize("name", PASSES)
+def test_head_dims_are_the_tables(name):
+    assert attention.HEAD_DIMS[name] == tuple(row["head_dim"] for row in TABLE if row[name])
 
 
 @each_grid

@@ -119,6 +119,24 @@ def test_good_calls_are_plainly_fine(head_dim, dtype, options, seqlen_q, seqlen_
         assert is_plainly_fine(q, q, k, v, q, lse, options) == (head_dim in TRAINING_HEAD_DIMS)
 
 
+@pytest.mark.parametrize(
+    "large", [["batch"], ["seqlen_q"], ["seqlen_k"], ["heads"], ["heads", "kv_heads"]], ids=",".join
+)
+def test_both_sides_have_one_largest_size(large):
+    def forward_call(size):
+        sizes = {"batch": 1, "seqlen_q": 1, "seqlen_k": 1, "heads": 1, "kv_heads": 1} | dict.fromkeys(large, size)
+        batch, seqlen_q, seqlen_k, heads, kv_heads = sizes.values()
+        q = torch.empty(batch, seqlen_q, heads, HEAD_DIMS[0], dtype=torch.bfloat16, device="cuda")
+        k = torch.empty(batch, seqlen_k, kv_heads, HEAD_DIMS[0], dtype=torch.bfloat16, device="cuda")
+        return q, k, k, Options()
+
+    with FakeTensorMode():
+        fits, too_large = forward_call(2**30 - 1), forward_call(2**30)
+        assert is_plainly_fine(*fits) and refusals.of_forward(*fits, on_device=False) is None
+        refusal = refusals.of_forward(*too_large, on_device=False)
+        assert not is_plainly_fine(*too_large) and f"sizes up to {2**30 - 1}" in str(refusal)
+
+
 @pytest.mark.parametrize("capability", [80, 89, 100, 120])
 def test_no_call_on_another_gpu_is_plainly_fine(capability):
     with FakeTensorMode():

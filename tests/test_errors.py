@@ -88,6 +88,10 @@ WRONG_TYPE = {
     "a bool for softmax_scale": (lambda q, k, v: {"softmax_scale": True}, ["softmax_scale must be a float", "bool"]),
     "an int for causal": (lambda q, k, v: {"causal": 1}, ["causal must be True or False", "int", "1"]),
     "None for causal": (lambda q, k, v: {"causal": None}, ["causal must be True or False", "NoneType"]),
+    "a str for causal beside a wrong value": (
+        lambda q, k, v: {"softmax_scale": -1.0, "causal": "yes"},
+        ["causal must be True or False", "str", "'yes'"],
+    ),
 }
 WRONG_ON_CUDA = {
     "float32": (lambda q, k, v: {"q": q.float(), "k": k.float(), "v": v.float()}, ["float32", "on cuda", "autocast"]),

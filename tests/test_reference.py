@@ -160,8 +160,11 @@ def test_wide_dtypes(dtype):
 
 def test_signatures():
     """Positional order as FlashAttention-3's; what is ours is keyword-only."""
-    parameters = inspect.signature(flash_attn_func).parameters.values()
+    by_name = inspect.signature(flash_attn_func).parameters
+    parameters, return_lse = by_name.values(), by_name["return_lse"]
     assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == ["q", "k", "v", "softmax_scale", "causal"]
+    assert [p.name for p in parameters if p.default is p.empty] == ["q", "k", "v"]
+    assert return_lse.kind is return_lse.KEYWORD_ONLY and return_lse.default is False
     assert list(inspect.signature(flash_attn_ext.forward).parameters) == ["q", "k", "v", *Options._fields]
 
 
