@@ -2,7 +2,7 @@
 """Speed of attention on one GPU beside its peers, on the grid of the FlashAttention papers or on shapes of models.
 
     python benchmarks/attention.py --dry-run                      the cells, without a GPU
-    python benchmarks/attention.py --name h200 --plots            the papers' grid, both passes, every peer
+    python benchmarks/attention.py --name h100 --plots            the papers' grid, both passes, every peer
     python benchmarks/attention.py --name h200 --grid models      grouped-query shapes that people train
     python benchmarks/attention.py --pass backward --peers ours fa3 --head-dims 128 --seqlens 16384
     python benchmarks/attention.py --overhead --no-grid           CPU time of one call
