@@ -36,6 +36,9 @@ NVCC_FLAGS = [
 ]
 
 
+LONGEST = ("csrc/torch/operators.cpp", "csrc/backward.cu")
+
+
 def base_version() -> str:
     scope: dict = {}
     exec((ROOT / "flash_attn_ext" / "_version.py").read_text(), scope)
@@ -83,6 +86,10 @@ def with_binary() -> dict:
     }
 
     class Build(BuildExtension):
+        def swig_sources(self, sources: list[str], extension) -> list[str]:
+            # The one hook behind setuptools' sorting: what compiles longest starts first.
+            return sorted(super().swig_sources(sources, extension), key=lambda path: path not in LONGEST)
+
         def run(self) -> None:
             super().run()
             # What flash_attn_ext/_binary.py compares before it loads the module.
