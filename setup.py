@@ -35,7 +35,7 @@ NVCC_FLAGS = [
     "-U__CUDA_NO_HALF2_OPERATORS__",
 ]
 
-
+# What compiles longest starts first, so that few cores end at about the same time.
 LONGEST = ("csrc/torch/operators.cpp", "csrc/backward.cu")
 
 
@@ -87,7 +87,7 @@ def with_binary() -> dict:
 
     class Build(BuildExtension):
         def swig_sources(self, sources: list[str], extension) -> list[str]:
-            # The one hook behind setuptools' sorting: what compiles longest starts first.
+            # The one hook behind setuptools' sorting.
             return sorted(super().swig_sources(sources, extension), key=lambda path: path not in LONGEST)
 
         def run(self) -> None:
