@@ -14,7 +14,9 @@
 // says when), `convert` adds what each has summed. Either way the order of additions is fixed: dK and dV are the same
 // in every run. docs/backward.md has the order of work, the barriers, the layout of shared memory and the cycle budget.
 
+#include <algorithm>
 #include <cuda/ptx>
+#include <type_traits>
 
 #include "backward.cuh"
 #include "ptx/reduce.cuh"
@@ -39,28 +41,76 @@ enum class Gradients { kAll, kDq, kDkv };
 
 // ---------------------------------------------------------------------------------------------------- shared memory
 
+// One step of the walk, as the producer tells all others: a Q block of one of the item's query heads.
+struct alignas(16) Step {
+  enum Flags : uint32_t { kSeen = 1, kMasked = 4, kFirst = 16, kLast = 32, kEnd = 64 };
+
+  int first_row;  // in its sequence
+  int q_block;    // in the workspace
+  uint32_t
+      flags;  // kSeen, kMasked: a bit for each consumer; kFirst, kLast: of the item; kEnd: there is no item any more
+
+  static __device__ __forceinline__ bool is_seen(uint32_t flags, int consumer) { return flags >> consumer & kSeen; }
+  static __device__ __forceinline__ bool is_masked(uint32_t flags, int consumer) { return flags >> consumer & kMasked; }
+  static __device__ __forceinline__ bool is_shared(uint32_t flags) { return (flags & 3 * kSeen) == 3 * kSeen; }
+};
+
 template <class Config>
 struct BackwardSmem {
   using T = typename Config::T;
   using KvTile = SmemTile<T, 64, Config::kHeadDim>;  // the keys of one consumer
   using QTile = SmemTile<T, Config::kBlockQ, Config::kHeadDim>;
-  using DsTile = SmemTile<T, Config::kBlockKv, Config::kBlockQ>;  // transposed: a row is a key
+  using DsTile = SmemTile<T, 64, Config::kBlockQ>;  // of one consumer, transposed: a row is a key
   using QRing = Ring<Config::kStages>;
+  static constexpr int kDsStages = Config::kDsStages;
 
-  KvTile k[Config::kConsumers];  // in the end dK leaves through it
-  KvTile v[Config::kConsumers];  // dV
+  KvTile k[Config::kConsumers];
+  KvTile v[Config::kConsumers];
   QTile q[Config::kStages];
   QTile dout[Config::kStages];
-  DsTile ds[2];  // two, so that one barrier a step suffices: see Consumer::step
+  DsTile ds[kDsStages][Config::kConsumers];
+  // dK and dV on their way out. With K and V in registers the next item's arrive meanwhile; without, dK and dV leave
+  // through their place.
+  struct None {};
+  struct OutBuffer {
+    KvTile dk[Config::kConsumers], dv[Config::kConsumers];
+  };
+  [[no_unique_address]] std::conditional_t<Config::kKvInRegisters, OutBuffer, None> out_buffer;
   RowStats<Config::kBlockQ> stats[Config::kStages];
+  Step steps[Config::kStages];
+  // For dQ, which is behind the consumers: a step is not written anew before dQ has read it.
+  static constexpr int kDqSteps = 8;
+  static_assert(kDqSteps > Config::kStages + kDsStages);
+  Step dq_steps[kDqSteps];
+  int items[2];  // of the item at hand and the next one, or the one before
 
-  QRing q_ring;     // Q and stats, and with the first of them K
-  QRing dout_ring;  // dO, and with the first of them V
+  QRing q_ring;  // Q, stats and step
+  QRing dout_ring;
+  uint64_t k_full, v_full;                          // the item's, and its number
+  uint64_t kv_empty;                                // all -> producer: nobody reads them any more
+  uint64_t ds_full[kDsStages][Config::kConsumers];  // a consumer -> dQ
+  uint64_t ds_empty[kDsStages];                     // dQ -> consumers
+  uint64_t dq_done;  // dQ -> consumers: the item's last dQ is there (without K in registers: it read K until then)
+
+  __device__ KvTile& out_dk(int consumer) {
+    if constexpr (Config::kKvInRegisters) {
+      return out_buffer.dk[consumer];
+    } else {
+      return k[consumer];
+    }
+  }
+  __device__ KvTile& out_dv(int consumer) {
+    if constexpr (Config::kKvInRegisters) {
+      return out_buffer.dv[consumer];
+    } else {
+      return v[consumer];
+    }
+  }
 };
 
 // Named barriers; 0 is __syncthreads.
-constexpr int kDsBarrier = 1;     // both consumers: dS is written
-constexpr int kStoreBarrier = 2;  // + consumer: dK and dV are in shared memory
+constexpr int kTurnBarrier = 1;   // + consumer: the other one has issued its products
+constexpr int kStoreBarrier = 3;  // + consumer: my four warps agree on the state of my dK and dV in shared memory
 
 template <class Config>
 struct BackwardArguments {
@@ -68,6 +118,7 @@ struct BackwardArguments {
   const RowStats<Config::kBlockQ>* stats;
   SumPatch* dq_sums;
   KvSums coarse_sums, fine_sums;
+  int* item_counter;
   KeySchedule schedule;
   Sequences sequences;
   int heads;
@@ -75,21 +126,14 @@ struct BackwardArguments {
   bool needs_dk, needs_dv;
 };
 
-// One thread block's work: a KV block, and for some query heads of its KV head the Q blocks that see it.
+// One work item: a KV block, and for some query heads of its KV head the Q blocks that see it.
 template <class Config>
 struct Item : KeyItem {
   int first_key;
-  // The Q blocks that see some of the keys; from `full_block` on they see all of them.
-  Range q_blocks;
-  int full_block;
 
   __device__ __forceinline__ Item(const BackwardArguments<Config>& args, int index)
       : KeyItem(args.schedule.item(index)) {
     first_key = block * Config::kBlockKv;
-    // The same for both consumers, so that they meet at a barrier from the same place in the code. What rows past the
-    // end would add is 0 by their lse, so that the last block needs no mask for them.
-    q_blocks = keys(args).blocks(first_key, Config::kBlockKv, Config::kBlockQ);
-    full_block = keys(args).full_blocks(first_key, Config::kBlockKv, Config::kBlockQ).begin;
   }
 
   // The sequence from the keys' side: keys are its rows, and query rows are what they see.
@@ -98,7 +142,7 @@ struct Item : KeyItem {
   }
 
   // The number of a head's first Q block in the workspace.
-  __device__ __forceinline__ int64_t first_q_block(const BackwardArguments<Config>& args, int head) const {
+  __device__ __forceinline__ int first_q_block(const BackwardArguments<Config>& args, int head) const {
     return args.sequences.first_block(sequence, head, args.heads, Config::kBlockQ);
   }
 
@@ -111,68 +155,118 @@ struct Item : KeyItem {
   }
 };
 
+// The first item is the thread block's own number, the others are claimed, by a warp.
+template <class Config>
+__device__ __forceinline__ int claim_item(const BackwardArguments<Config>& args) {
+  int claimed = 0;
+  if (threadIdx.x % 32 == 0) claimed = atomicAdd(args.item_counter, 1);
+  return gridDim.x + __shfl_sync(~0u, claimed, 0);
+}
+
 // --------------------------------------------------------------------------------------------------------- producer
 
+// One warp, which takes items and knows where their walks lead. Lane i works out what consumer i sees.
 template <class Config>
-__device__ __forceinline__ void load(const BackwardArguments<Config>& args, BackwardSmem<Config>& smem,
-                                     const Item<Config>& item) {
+__device__ __forceinline__ void load(const BackwardArguments<Config>& args, BackwardSmem<Config>& smem) {
   using Smem = BackwardSmem<Config>;
   using Stats = RowStats<Config::kBlockQ>;
-  const Place place = args.sequences.place(item.sequence);
-  auto load_keys = [&](typename Smem::KvTile(&to)[Config::kConsumers], const CUtensorMap& from, uint64_t* full) {
-    for (int i = 0; i < Config::kConsumers; ++i) {
-      load_tile(to[i], from, place.key + item.first_key + 64 * i, item.kv_head, place.batch, full);
-    }
-  };
+  constexpr int kBlockQ = Config::kBlockQ;
+  const int lane = threadIdx.x % 32;
+  const bool leads = lane == 0;
 
-  uint32_t key_bytes = sizeof smem.k;  // of K, which comes with the first Q, and of V, which comes with the first dO
+  uint32_t kv_phase = 0;
+  int count = 0;
   RingPosition<Config::kStages> at;
-  for (int head = item.first_head; head < item.end_head; ++head) {
-    const Stats* stats = args.stats + item.first_q_block(args, head);
-    int block = item.direction > 0 ? item.q_blocks.begin : item.q_blocks.end - 1;
-    for (int i = item.q_blocks.begin; i < item.q_blocks.end; ++i, block += item.direction) {
-      const int row = place.row + block * Config::kBlockQ;
-      uint64_t* full = smem.q_ring.begin_fill(at, Smem::QTile::kBytes + sizeof(Stats) + key_bytes);
-      if (key_bytes > 0) load_keys(smem.k, args.k, full);
-      load_tile(smem.q[at.stage], args.q, row, head, place.batch, full);
-      cuda::ptx::cp_async_bulk(cuda::ptx::space_cluster, cuda::ptx::space_global, &smem.stats[at.stage], stats + block,
-                               sizeof(Stats), full);
-      full = smem.dout_ring.begin_fill(at, Smem::QTile::kBytes + key_bytes);
-      if (key_bytes > 0) load_keys(smem.v, args.v, full);
-      load_tile(smem.dout[at.stage], args.dout, row, head, place.batch, full);
-      key_bytes = 0;
-      at.next();
+  for (int index = blockIdx.x; index < args.schedule.items(); kv_phase ^= 1) {
+    const Item<Config> item(args, index);
+    const Place place = args.sequences.place(item.sequence);
+    const Sequence keys = item.keys(args);
+    Range blocks = keys.blocks(item.first_key, Config::kBlockKv, kBlockQ);
+    if (blocks.begin >= blocks.end) blocks = {0, 1};  // nobody sees the keys: one step, for the zeros in dK and dV
+    const int own_key = item.first_key + 64 * (lane % Config::kConsumers);
+    const Range own_blocks = keys.blocks(own_key, 64, kBlockQ), own_full = keys.full_blocks(own_key, 64, kBlockQ);
+
+    const auto load_keys = [&](typename Smem::KvTile(&to)[Config::kConsumers], const CUtensorMap& from,
+                               uint64_t* full) {
+      expect_bytes(full, sizeof to);
+      for (int i = 0; i < Config::kConsumers; ++i) {
+        load_tile(to[i], from, place.key + item.first_key + 64 * i, item.kv_head, place.batch, full);
+      }
+    };
+    wait_phase(&smem.kv_empty, kv_phase ^ 1);
+    if (leads) {
+      smem.items[kv_phase] = index;
+      load_keys(smem.k, args.k, &smem.k_full);
+      load_keys(smem.v, args.v, &smem.v_full);
     }
+    __syncwarp();
+
+    for (int head = item.first_head; head < item.end_head; ++head) {
+      const int first_q_block = item.first_q_block(args, head);
+      int block = item.direction > 0 ? blocks.begin : blocks.end - 1;
+      for (int i = blocks.begin; i < blocks.end; ++i, block += item.direction) {
+        const bool sees = block >= own_blocks.begin && block < own_blocks.end;
+        const bool masked = block < own_full.begin || block >= own_full.end;
+        uint32_t flags =
+            (__ballot_sync(~0u, sees) & 3) * Step::kSeen | (__ballot_sync(~0u, masked) & 3) * Step::kMasked;
+        if (i == blocks.begin && head == item.first_head) flags |= Step::kFirst;
+        if (i + 1 == blocks.end && head + 1 == item.end_head) flags |= Step::kLast;
+        smem.q_ring.wait_empty(at);
+        if (leads) {
+          const int row = place.row + block * kBlockQ;
+          const Step step = {block * kBlockQ, first_q_block + block, flags};
+          smem.steps[at.stage] = step;
+          smem.dq_steps[count] = step;
+          uint64_t* full = smem.q_ring.begin_fill(at, Smem::QTile::kBytes + sizeof(Stats));
+          load_tile(smem.q[at.stage], args.q, row, head, place.batch, full);
+          cuda::ptx::cp_async_bulk(cuda::ptx::space_cluster, cuda::ptx::space_global, &smem.stats[at.stage],
+                                   args.stats + first_q_block + block, sizeof(Stats), full);
+          full = smem.dout_ring.begin_fill(at, Smem::QTile::kBytes);
+          load_tile(smem.dout[at.stage], args.dout, row, head, place.batch, full);
+        }
+        __syncwarp();
+        at.next();
+        count = (count + 1) % Smem::kDqSteps;
+      }
+    }
+    index = claim_item(args);
+  }
+  smem.q_ring.wait_empty(at);
+  if (leads) {
+    smem.steps[at.stage] = smem.dq_steps[count] = {.flags = Step::kEnd};
+    smem.q_ring.end_fill(at);
   }
 }
 
 // --------------------------------------------------------------------------------------------------------- consumer
 
-// A consumer warpgroup's registers and its place in the rings. All accumulators but dQ's have its 64 keys as rows.
+// A consumer warpgroup's registers and its place in the rings. All accumulators have its 64 keys as rows.
 template <class Config, Gradients kGradients>
 struct Consumer {
   using T = typename Config::T;
   using Smem = BackwardSmem<Config>;
   using KvTile = typename Smem::KvTile;
   using QTile = typename Smem::QTile;
-  using DsTile = typename Smem::DsTile;
   static constexpr int kHeadDim = Config::kHeadDim, kBlockQ = Config::kBlockQ;
   static constexpr bool kNeedsDq = kGradients != Gradients::kDkv, kNeedsDkv = kGradients != Gradients::kDq;
+  static constexpr bool kKvInRegisters = Config::kKvInRegisters;
 
   const BackwardArguments<Config>& args;
   Smem& smem;
   const int index;
-  // Operands that sum over the head dim, for S and dP; over queries, for dK and dV; over keys, for dQ.
+  // Operands that sum over the head dim, for S and dP; over queries, for dK and dV.
   const KMajor<KvTile> k, v;
   const KMajor<QTile> q, dout;
   const MnMajor<QTile> q_rows, dout_rows;
-  const MnMajor<DsTile> ds_rows;
-  const MnMajor<KvTile> k_rows;
-  RingPosition<Config::kStages> at;  // in both rings
-  int ds_stage = 0;
+  RingPosition<Config::kStages> at;  // in both rings: the step at hand
+  RingPosition<Config::kDsStages> ds_at;
+  const uint32_t ds_address;
+  uint32_t flags;  // of the step at hand
+  uint32_t item_phase = 0;
   int first_seeing[2];  // the first query that sees the thread's two keys
 
   float dk[kHeadDim / 2], dv[kHeadDim / 2];
+  uint32_t k_operand[kKvInRegisters ? kHeadDim / 16 : 1][4], v_operand[kKvInRegisters ? kHeadDim / 16 : 1][4];
 
   __device__ __forceinline__ Consumer(const BackwardArguments<Config>& args, Smem& smem, int index)
       : args(args),
@@ -184,9 +278,65 @@ struct Consumer {
         dout(smem.dout[0]),
         q_rows(smem.q[0]),
         dout_rows(smem.dout[0]),
-        // My part of dQ is a half of the rows, a slab of dS^T, or a half of the columns, a slab of K.
-        ds_rows(smem.ds[0], Config::kDqByRows ? index : 0),
-        k_rows(smem.k[0], Config::kDqByRows ? 0 : index) {}
+        ds_address(own_columns_address(smem.ds[0][index])) {}
+
+  // Consumers take turns at issuing products, so that one multiplies while the other works on P and dS. Steps in which
+  // one sees nothing have no turns.
+  __device__ __forceinline__ void await_turn(bool shared) {
+    if (shared) ptx::bar_sync(kTurnBarrier + index, 256);
+  }
+  __device__ __forceinline__ void pass_turn(bool shared = true) {
+    if (shared) ptx::bar_arrive(kTurnBarrier + 1 - index, 256);
+  }
+
+  // ---- the walk
+
+  __device__ __forceinline__ void read_step() {
+    smem.q_ring.wait_full(at);
+    flags = __shfl_sync(~0u, smem.steps[at.stage].flags, 0);  // uniform, as the compiler sees
+  }
+
+  __device__ __forceinline__ void hand_over_ds() {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&smem.ds_full[ds_at.stage][index]);
+    ds_at.next();
+  }
+  __device__ __forceinline__ void wait_for_ds_stage() { wait_phase(&smem.ds_empty[ds_at.stage], ds_at.phase ^ 1); }
+
+  // Passes over the item's steps whose queries see none of my keys. Returns whether there is another one.
+  __device__ __forceinline__ bool find_seen_step() {
+    while (!Step::is_seen(flags, index)) {
+      if constexpr (kNeedsDq) {
+        wait_for_ds_stage();
+        hand_over_ds();
+      }
+      smem.dout_ring.wait_full(at);
+      smem.dout_ring.release(at);
+      smem.q_ring.release(at);
+      at.next();
+      if (flags & Step::kLast) return false;
+      read_step();
+    }
+    return true;
+  }
+
+  // The flags of the item's next step, once its Q has arrived.
+  __device__ __forceinline__ uint32_t next_flags() {
+    if (flags & Step::kLast) return 0;
+    RingPosition<Config::kStages> next = at;
+    next.next();
+    smem.q_ring.wait_full(next);
+    return __shfl_sync(~0u, smem.steps[next.stage].flags, 0);
+  }
+
+  __device__ __forceinline__ bool next_step(uint32_t next_flags) {
+    at.next();
+    if (flags & Step::kLast) return false;
+    flags = next_flags;
+    return find_seen_step();
+  }
+
+  // ---- P and dS
 
   // The values of the queries that are the columns of the thread's fragment: of every 8, two neighbours.
   static __device__ __forceinline__ void load_queries(float2 (&to)[kBlockQ / 8], const float (&of_row)[kBlockQ]) {
@@ -196,6 +346,13 @@ struct Consumer {
 
   // P = exp(scale * S - lse), in place.
   __device__ __forceinline__ void exponentiate(float (&scores)[kBlockQ / 2], const float2 (&lse_log2)[kBlockQ / 8]) {
+    if (Step::is_masked(flags, index)) [[unlikely]] {
+      const int first_row = smem.steps[at.stage].first_row;
+      const int rows = args.sequences.each.rows - first_row;
+      const int first[2] = {first_seeing[0] - first_row, first_seeing[1] - first_row}, end[2] = {rows, rows};
+      mask_before(scores, first);
+      mask_from(scores, end);
+    }
 #pragma unroll
     for (int i = 0; i < kBlockQ / 2; i += 2) {
       const float2 lse = lse_log2[i / 4];
@@ -204,28 +361,174 @@ struct Consumer {
     }
   }
 
-  // dS = P * (dP - delta), rounded, as an operand.
-  __device__ __forceinline__ void make_ds(uint32_t (&ds)[kBlockQ / 16][4], const float (&p)[kBlockQ / 2],
-                                          const float (&dp)[kBlockQ / 2], const float2 (&deltas)[kBlockQ / 8]) {
+  // dS = P * (dP - delta), rounded, as an operand and in shared memory, where dQ's product reads it.
+  template <class P>
+  __device__ __forceinline__ void make_ds(uint32_t (&ds)[kBlockQ / 16][4], const P& p, const float (&dp)[kBlockQ / 2],
+                                          const float2 (&deltas)[kBlockQ / 8]) {
 #pragma unroll
     for (int i = 0; i < kBlockQ / 2; i += 2) {
-      const float2 delta = deltas[i / 4];
-      ds[i / 8][i % 8 / 2] = pack<T>(p[i] * (dp[i] - delta.x), p[i + 1] * (dp[i + 1] - delta.y));
+      const float2 delta = deltas[i / 4], x = p(i);
+      ds[i / 8][i % 8 / 2] = pack<T>(x.x * (dp[i] - delta.x), x.y * (dp[i + 1] - delta.y));
+    }
+    if constexpr (kNeedsDq) {
+#pragma unroll
+      for (int j = 0; j < kBlockQ / 16; ++j) store_columns(ds_address + ds_at.stage * sizeof smem.ds[0], j, ds[j]);
     }
   }
 
-  // dS^T into shared memory, where dQ's product reads it.
-  __device__ __forceinline__ void share_ds(const uint32_t (&ds)[kBlockQ / 16][4]) {
-#pragma unroll
-    for (int j = 0; j < kBlockQ / 16; ++j) store_columns(smem.ds[ds_stage], 64 * index, j, ds[j]);
+  __device__ __forceinline__ void issue_scores(float (&scores)[kBlockQ / 2]) {
+    if constexpr (kKvInRegisters) {
+      product_rs(scores, k_operand, q.at(at.stage), false);
+    } else {
+      product_ss(scores, k, q.at(at.stage));
+    }
+  }
+  __device__ __forceinline__ void issue_dp(float (&dp)[kBlockQ / 2]) {
+    if constexpr (kKvInRegisters) {
+      product_rs(dp, v_operand, dout.at(at.stage), false);
+    } else {
+      product_ss(dp, v, dout.at(at.stage));
+    }
   }
 
-  // Adds my part of dQ to the sums in global memory.
-  __device__ __forceinline__ void add_dq(const float (&dq)[32], SumPatch* sums) {
-#pragma unroll
-    for (int i = 0; i < SumPatch::kQuads; ++i) {
-      ptx::red_add_v4(reinterpret_cast<float*>(&sums[index].quad[i][threadIdx.x % 128]), dq[4 * i], dq[4 * i + 1],
-                      dq[4 * i + 2], dq[4 * i + 3]);
+  // ---- the order of work with K and V in registers: S and dP of a step under dV and dK of the step before
+
+  __device__ __forceinline__ void walk_two_ahead() {
+    float scores[kBlockQ / 2], dp[kBlockQ / 2];
+    float2 lse_log2[kBlockQ / 8], delta[kBlockQ / 8];
+
+    issue_scores(scores);
+    smem.dout_ring.wait_full(at);
+    issue_dp(dp);
+    load_queries(lse_log2, smem.stats[at.stage].lse_log2);
+    ptx::wgmma_wait_group<1>(scores);
+    exponentiate(scores, lse_log2);
+    if constexpr (kNeedsDq) wait_for_ds_stage();
+    load_queries(delta, smem.stats[at.stage].delta);
+    ptx::wgmma_wait_group<0>(dp);
+    for (;;) {
+      uint32_t p[kBlockQ / 16][4], ds[kBlockQ / 16][4];
+      to_operand<T>(p, scores);
+      make_ds(ds, [&](int i) { return make_float2(scores[i], scores[i + 1]); }, dp, delta);
+      const bool shared = Step::is_shared(flags);
+      const uint32_t next = next_flags();  // not while it is my turn
+      await_turn(shared);
+      if constexpr (kNeedsDkv) {
+        product_rs(dv, p, dout_rows.at(at.stage), true);
+        product_rs(dk, ds, q_rows.at(at.stage), true);
+      }
+      if constexpr (kNeedsDq) {
+        cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+        hand_over_ds();
+      }
+      const RingPosition<Config::kStages> done = at;
+      if (!next_step(next)) {
+        pass_turn(shared);
+        if constexpr (kNeedsDkv) ptx::wgmma_wait_group<0>(dv, dk);
+        smem.dout_ring.release(done);
+        smem.q_ring.release(done);
+        break;
+      }
+      issue_scores(scores);
+      if constexpr (kNeedsDkv) ptx::wgmma_wait_group<1>(dv, dk);
+      smem.dout_ring.release(done);
+      smem.q_ring.release(done);
+      smem.dout_ring.wait_full(at);
+      issue_dp(dp);
+      pass_turn(shared);
+      load_queries(lse_log2, smem.stats[at.stage].lse_log2);
+      ptx::wgmma_wait_group<1>(scores);
+      exponentiate(scores, lse_log2);
+      if constexpr (kNeedsDq) wait_for_ds_stage();
+      if constexpr (kNeedsDq) load_queries(delta, smem.stats[at.stage].delta);
+      ptx::wgmma_wait_group<0>(dp);
+      if constexpr (!kNeedsDq) load_queries(delta, smem.stats[at.stage].delta);  // earlier, and ptxas spills
+    }
+  }
+
+  // ---- the order of work without: S of a step beside dK of the step before, then dP beside dV
+
+  __device__ __forceinline__ void walk_one_ahead() {
+    uint32_t p[kBlockQ / 16][4];
+    {
+      float scores[kBlockQ / 2];
+      float2 lse_log2[kBlockQ / 8];
+      issue_scores(scores);
+      load_queries(lse_log2, smem.stats[at.stage].lse_log2);
+      ptx::wgmma_wait_group<0>(scores);
+      exponentiate(scores, lse_log2);
+      to_operand<T>(p, scores);
+    }
+    for (;;) {
+      uint32_t ds[kBlockQ / 16][4];
+      const bool shared = Step::is_shared(flags);
+      {
+        float dp[kBlockQ / 2];
+        float2 delta[kBlockQ / 8];
+        smem.dout_ring.wait_full(at);
+        await_turn(shared);
+        if constexpr (kNeedsDkv) product_rs(dv, p, dout_rows.at(at.stage), true);
+        issue_dp(dp);
+        pass_turn(shared);
+        load_queries(delta, smem.stats[at.stage].delta);
+        if constexpr (kNeedsDq) wait_for_ds_stage();
+        ptx::wgmma_wait_group<0>(dp, dv);
+        smem.dout_ring.release(at);
+        make_ds(ds, [&](int i) { return unpack<T>(p[i / 8][i % 8 / 2]); }, dp, delta);
+      }
+      const uint32_t next = next_flags();  // not while it is my turn
+      await_turn(shared);
+      if constexpr (kNeedsDkv) product_rs(dk, ds, q_rows.at(at.stage), true);
+      if constexpr (kNeedsDq) {
+        cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+        hand_over_ds();
+      }
+      const RingPosition<Config::kStages> done = at;
+      if (!next_step(next)) {
+        pass_turn(shared);
+        if constexpr (kNeedsDkv) ptx::wgmma_wait_group<0>(dk);
+        smem.q_ring.release(done);
+        break;
+      }
+      float scores[kBlockQ / 2];
+      float2 lse_log2[kBlockQ / 8];
+      issue_scores(scores);
+      pass_turn(shared);
+      load_queries(lse_log2, smem.stats[at.stage].lse_log2);
+      ptx::wgmma_wait_group<0>(scores, dk);
+      smem.q_ring.release(done);
+      exponentiate(scores, lse_log2);
+      to_operand<T>(p, scores);
+    }
+  }
+
+  // ---- an item
+
+  __device__ __forceinline__ void release_keys() {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&smem.kv_empty);
+  }
+
+  // dK and dV leave through shared memory by TMA, which clips the keys past the end.
+  __device__ __forceinline__ void store(const Item<Config>& item) {
+    const bool leads = threadIdx.x % 128 == 0;
+    const float dk_scale[2] = {args.scale, args.scale}, dv_scale[2] = {1.f, 1.f};
+    if constexpr (kKvInRegisters) {  // those of the item before have left
+      if (leads) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
+      ptx::bar_sync(kStoreBarrier + index, 128);
+    }
+    store_fragment<T, kHeadDim>(smem.out_dv(index), dv, dv_scale);
+    if constexpr (!kKvInRegisters && kNeedsDq) wait_phase(&smem.dq_done, item_phase);
+    store_fragment<T, kHeadDim>(smem.out_dk(index), dk, dk_scale);
+    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+    ptx::bar_sync(kStoreBarrier + index, 128);
+    if (leads) {
+      const Place place = args.sequences.place(item.sequence);
+      const int row = place.key + item.first_key + 64 * index;
+      if (args.needs_dv) store_tile(args.dv, smem.out_dv(index), row, item.kv_head, place.batch);
+      if (args.needs_dk) store_tile(args.dk, smem.out_dk(index), row, item.kv_head, place.batch);
+      cuda::ptx::cp_async_bulk_commit_group();
+      if constexpr (!kKvInRegisters) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
     }
   }
 
@@ -239,75 +542,6 @@ struct Consumer {
     }
   }
 
-  // P and dS of one Q block. P is computed under dP's product.
-  template <bool kMasked>
-  __device__ __forceinline__ void compute_p_ds(uint32_t (&p)[kBlockQ / 16][4], uint32_t (&ds)[kBlockQ / 16][4],
-                                               int first_row) {
-    float scores[kBlockQ / 2], dp[kBlockQ / 2];
-    float2 lse_log2[kBlockQ / 8], delta[kBlockQ / 8];
-    smem.q_ring.wait_full(at);
-    product_ss(scores, k, q.at(at.stage));
-    smem.dout_ring.wait_full(at);
-    product_ss(dp, v, dout.at(at.stage));
-    load_queries(lse_log2, smem.stats[at.stage].lse_log2);
-    ptx::wgmma_wait_group<1>(scores);
-    if constexpr (kMasked) {
-      const int from_block[2] = {first_seeing[0] - first_row, first_seeing[1] - first_row};
-      mask_before(scores, from_block);
-    }
-    exponentiate(scores, lse_log2);
-    to_operand<T>(p, scores);
-    if constexpr (kNeedsDq) load_queries(delta, smem.stats[at.stage].delta);  // hidden behind dP's product
-    ptx::wgmma_wait_group<0>(dp);
-    if constexpr (!kNeedsDq) load_queries(delta, smem.stats[at.stage].delta);  // earlier, and ptxas spills
-    make_ds(ds, scores, dp, delta);
-  }
-
-  // One Q block. dS has two buffers: before a consumer writes one again it passes the barrier of the step between, at
-  // which the other consumer arrives when its dQ of the step before that is done.
-  template <bool kMasked>
-  __device__ __forceinline__ void step(int first_row, SumPatch* sums) {
-    uint32_t p[kBlockQ / 16][4], ds[kBlockQ / 16][4];
-    float dq[32];
-    compute_p_ds<kMasked>(p, ds, first_row);
-    if constexpr (kNeedsDq) share_ds(ds);
-    if constexpr (kNeedsDkv) product_rs(dv, p, dout_rows.at(at.stage));
-    if constexpr (kNeedsDq) {
-      cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
-      ptx::bar_sync(kDsBarrier, 128 * Config::kConsumers);
-      product_ss(dq, ds_rows.at(ds_stage), k_rows);  // over the keys of both consumers
-    }
-    if constexpr (kNeedsDkv) ptx::wgmma_wait_group<kNeedsDq>(dv);
-    smem.dout_ring.release(at);
-    if constexpr (kNeedsDkv) product_rs(dk, ds, q_rows.at(at.stage));
-    if constexpr (kNeedsDq) {
-      ptx::wgmma_wait_group<kNeedsDkv>(dq);
-      ds_stage ^= 1;
-      add_dq(dq, sums);
-    }
-    if constexpr (kNeedsDkv) ptx::wgmma_wait_group<0>(dk);
-    smem.q_ring.release(at);
-    at.next();
-  }
-
-  // dK and dV leave through the shared memory of K and V by TMA, which clips the keys past the end.
-  __device__ __forceinline__ void store(const Item<Config>& item) {
-    ptx::bar_sync(kDsBarrier, 128 * Config::kConsumers);  // nobody reads K for dQ any more
-    const float dk_scale[2] = {args.scale, args.scale}, dv_scale[2] = {1.f, 1.f};
-    store_fragment<T, kHeadDim>(smem.v[index], dv, dv_scale);
-    store_fragment<T, kHeadDim>(smem.k[index], dk, dk_scale);
-    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
-    ptx::bar_sync(kStoreBarrier + index, 128);
-    if (threadIdx.x % 128 == 0) {
-      const Place place = args.sequences.place(item.sequence);
-      const int row = place.key + item.first_key + 64 * index;
-      if (args.needs_dv) store_tile(args.dv, smem.v[index], row, item.kv_head, place.batch);
-      if (args.needs_dk) store_tile(args.dk, smem.k[index], row, item.kv_head, place.batch);
-      cuda::ptx::cp_async_bulk_commit_group();
-      cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
-    }
-  }
-
   // Where other items share the KV head, dK and dV go to this item's copy of the float32 sums.
   __device__ __forceinline__ void store_share(const Item<Config>& item) {
     const KvSums& sums = item.coarse ? args.coarse_sums : args.fine_sums;
@@ -315,35 +549,139 @@ struct Consumer {
     if (args.needs_dk) write_sums(dk, item.own_patches(sums.dk, args));
   }
 
-  __device__ __forceinline__ void run(const Item<Config>& item) {
-    const Sequence keys = item.keys(args);
-    const int own_key = item.first_key + 64 * index + own_row();
+  // Worked out anew where it is needed: kept, it takes registers from the walk.
+  __device__ __forceinline__ Item<Config> item() const {
+    return Item<Config>(args, __shfl_sync(~0u, smem.items[item_phase], 0));
+  }
+
+  __device__ __forceinline__ void run_item() {
+    wait_phase(&smem.k_full, item_phase);
+    {
+      const Item<Config> item = this->item();
+      const Sequence keys = item.keys(args);
+      const int own_key = item.first_key + 64 * index + own_row();
 #pragma unroll
-    for (int r = 0; r < 2; ++r) first_seeing[r] = keys.first_key(own_key + 8 * r);
+      for (int r = 0; r < 2; ++r) first_seeing[r] = keys.first_key(own_key + 8 * r);
+    }
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.f;
-
-    for (int head = item.first_head; head < item.end_head; ++head) {
-      SumPatch* sums = args.dq_sums + item.first_q_block(args, head) * Workspace<Config>::kQPatches;
-      int block = item.direction > 0 ? item.q_blocks.begin : item.q_blocks.end - 1;
-      for (int i = item.q_blocks.begin; i < item.q_blocks.end; ++i, block += item.direction) {
-        SumPatch* block_sums = sums + block * Workspace<Config>::kQPatches;
-        if (block < item.full_block) [[unlikely]] {
-          step<true>(block * kBlockQ, block_sums);
-        } else {
-          step<false>(block * kBlockQ, block_sums);
-        }
+    wait_phase(&smem.v_full, item_phase);
+    if constexpr (kKvInRegisters) {
+      load_operand(k_operand, smem.k[index]);
+      load_operand(v_operand, smem.v[index]);
+      release_keys();
+    }
+    if (find_seen_step()) {
+      if constexpr (kKvInRegisters) {
+        walk_two_ahead();
+      } else {
+        walk_one_ahead();
       }
     }
     if constexpr (kNeedsDkv) {
+      const Item<Config> item = this->item();
       if (item.coarse && args.schedule.copies == 1) {
         store(item);
       } else {
         store_share(item);
       }
     }
+    if constexpr (!kKvInRegisters) release_keys();
+    item_phase ^= 1;
+  }
+
+  __device__ __forceinline__ void run() {
+    if (index == 1) pass_turn();  // the first turn is consumer 0's
+    for (;;) {
+      read_step();
+      if (flags & Step::kEnd) break;
+      run_item();
+    }
+    if constexpr (kNeedsDq) {
+      wait_for_ds_stage();
+      hand_over_ds();
+    }
+    if (threadIdx.x % 128 == 0) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
   }
 };
+
+// --------------------------------------------------------------------------------------------------------------- dQ
+
+// The warpgroup that owns dQ: of every step it multiplies both consumers' dS with K, and adds the product to the sums
+// in global memory. With K^T in registers it is dQ^T.
+template <class Config>
+__device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, BackwardSmem<Config>& smem) {
+  using Smem = BackwardSmem<Config>;
+  constexpr int kConsumers = Config::kConsumers;
+  constexpr int kSlabs = Config::kHeadDim / 64;
+  const MnMajor<typename Smem::DsTile> ds(smem.ds[0][0]);
+  const bool leads = threadIdx.x % 32 == 0;
+  uint32_t k_operand[kConsumers][Config::kKvInRegisters ? 4 : 1][4];
+
+  RingPosition<Config::kDsStages> at;
+  int count = 0, q_block;
+  uint32_t flags;
+  const auto await_step = [&] {
+    wait_phase(&smem.ds_full[at.stage][0], at.phase);
+    q_block = smem.dq_steps[count].q_block;
+    flags = __shfl_sync(~0u, smem.dq_steps[count].flags, 0);
+    count = (count + 1) % Smem::kDqSteps;
+  };
+  for (await_step(); !(flags & Step::kEnd);) {
+    if constexpr (Config::kKvInRegisters) {
+      if (flags & Step::kFirst) {
+#pragma unroll
+        for (int i = 0; i < kConsumers; ++i) load_operand_transposed(k_operand[i], smem.k[i]);
+        __syncwarp();
+        if (leads) cuda::ptx::mbarrier_arrive(&smem.kv_empty);
+      }
+    }
+    float4* sums = &args.dq_sums[int64_t{q_block} * kSlabs].quad[0][threadIdx.x % 128];
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab, sums += sizeof(SumPatch) / sizeof(float4)) {
+      float dq[32];
+      const auto product = [&](int consumer, bool accumulate) {
+        const auto ds_rows = ds.at(kConsumers * at.stage + consumer);
+        if constexpr (Config::kKvInRegisters) {
+          product_rs(dq, k_operand[consumer], ds_rows, accumulate);
+        } else {
+          product_ss(dq, ds_rows, MnMajor(smem.k[consumer], slab), accumulate);
+        }
+      };
+      if (Step::is_shared(flags)) {
+        product(0, false);
+        if (slab == 0) wait_phase(&smem.ds_full[at.stage][1], at.phase);
+        product(1, true);
+        ptx::wgmma_wait_group<0>(dq);
+      } else {
+        if (slab == 0) wait_phase(&smem.ds_full[at.stage][1], at.phase);
+        if (Step::is_seen(flags, 0)) {
+          product(0, false);
+          ptx::wgmma_wait_group<0>(dq);
+        } else {
+          product(1, false);
+          ptx::wgmma_wait_group<0>(dq);
+        }
+      }
+      if (slab + 1 == kSlabs) {
+        if (leads) cuda::ptx::mbarrier_arrive(&smem.ds_empty[at.stage]);
+        if constexpr (!Config::kKvInRegisters) {
+          if ((flags & Step::kLast) && leads) {
+            cuda::ptx::mbarrier_arrive(&smem.dq_done);
+            cuda::ptx::mbarrier_arrive(&smem.kv_empty);
+          }
+        }
+        at.next();
+        await_step();  // before the last sums leave, which takes long: the next product is behind them
+      }
+#pragma unroll
+      for (int i = 0; i < SumPatch::kQuads; ++i) {
+        ptx::red_add_v4(reinterpret_cast<float*>(sums + 128 * i), dq[4 * i], dq[4 * i + 1], dq[4 * i + 2],
+                        dq[4 * i + 3]);
+      }
+    }
+  }
+}
 
 // ----------------------------------------------------------------------------------------------------------- kernel
 
@@ -354,22 +692,34 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   auto& smem = *reinterpret_cast<BackwardSmem<Config>*>(dynamic_smem);
   // Through a shuffle, so that the compiler knows it is the same for the whole warp.
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  constexpr bool kNeedsDq = kGradients != Gradients::kDkv;
 
   if (threadIdx.x == 0) {
-    smem.q_ring.init(4 * Config::kConsumers);
-    smem.dout_ring.init(4 * Config::kConsumers);
+    constexpr int kConsumerWarps = 4 * Config::kConsumers;
+    smem.q_ring.init(kConsumerWarps);
+    smem.dout_ring.init(kConsumerWarps);
+    cuda::ptx::mbarrier_init(&smem.k_full, 1);
+    cuda::ptx::mbarrier_init(&smem.v_full, 1);
+    cuda::ptx::mbarrier_init(&smem.kv_empty, kConsumerWarps + (kNeedsDq ? 4 : 0));
+    for (int i = 0; i < Config::kDsStages; ++i) {
+      for (uint64_t& full : smem.ds_full[i]) cuda::ptx::mbarrier_init(&full, 4);
+      cuda::ptx::mbarrier_init(&smem.ds_empty[i], 4);
+    }
+    cuda::ptx::mbarrier_init(&smem.dq_done, 4);
     cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
     for (const CUtensorMap* map : {&args.q, &args.k, &args.v, &args.dout}) ptx::prefetch_tensormap(map);
   }
   __syncthreads();
 
-  const Item<Config> item(args, blockIdx.x);
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) load(args, smem, item);
-  } else {
+    if (threadIdx.x < 32) load(args, smem);
+  } else if (warpgroup <= Config::kConsumers) {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    Consumer<Config, kGradients>(args, smem, warpgroup - 1).run(item);
+    Consumer<Config, kGradients>(args, smem, warpgroup - 1).run();
+  } else {
+    ptx::setmaxnreg_dec<Config::kDqRegisters>();
+    if constexpr (kNeedsDq) sum_dq(args, smem);
   }
 }
 
@@ -395,6 +745,7 @@ BackwardArguments<Config> make_arguments(const BackwardParams& params) {
   args.dq_sums = workspace.dq.patches;
   args.coarse_sums = workspace.coarse;
   args.fine_sums = workspace.fine;
+  args.item_counter = workspace.item_counter;
   args.schedule = workspace.schedule;
   args.sequences = workspace.sequences;
   args.heads = static_cast<int>(problem.heads);
@@ -407,7 +758,8 @@ template <class Config, Gradients kGradients>
 void launch_products(const BackwardArguments<Config>& args, cudaStream_t stream) {
   constexpr int kBytes = sizeof(BackwardSmem<Config>);
   allow_shared_memory<backward_kernel<Config, kGradients>, kBytes>(current_device());
-  backward_kernel<Config, kGradients><<<args.schedule.items(), Config::kThreads, kBytes, stream>>>(args);
+  const int blocks = std::min(args.schedule.items(), multiprocessors_to_fill());
+  backward_kernel<Config, kGradients><<<blocks, Config::kThreads, kBytes, stream>>>(args);
   check_cuda(cudaGetLastError(), "launching the backward kernel");
 }
 

@@ -29,17 +29,18 @@ struct BackwardConfig {
   static constexpr int kBlockQ = kPlan.block_q;
   static constexpr int kBlockKv = kPlan.block_kv;
   static constexpr int kStages = kPlan.stages;
+  static constexpr int kDsStages = kPlan.ds_stages;
+  static constexpr bool kKvInRegisters = kPlan.kv_in_registers;
   static constexpr int kConsumers = 2;
-  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kThreads = 128 * (2 + kConsumers);
 
-  // The SM's 65536 registers, shared out by setmaxnreg in multiples of 8: 24 + 2 * 240 <= 504.
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  // The SM's 65536 registers, shared out by setmaxnreg in multiples of 8: producer + 2 * consumer + dQ <= 512.
+  static constexpr int kProducerRegisters = 32;
+  static constexpr int kConsumerRegisters = kKvInRegisters ? 192 : 208;
+  static constexpr int kDqRegisters = 512 - kProducerRegisters - kConsumers * kConsumerRegisters;
 
-  static_assert(kPlan.built() && kBlockKv == 64 * kConsumers && kHeadDim % kSlabColumns == 0);
-  // The consumers share dQ's product by rows where there are 128 of them, else by halves of the head dim.
-  static constexpr bool kDqByRows = kBlockQ == 128;
-  static_assert(kBlockQ * kHeadDim == 2 * 64 * 64 && (kBlockQ == 64 || kDqByRows), "each consumer's dQ is 64 x 64");
+  static_assert(kPlan.built() && kBlockQ == 64 && kBlockKv == 64 * kConsumers && kHeadDim % kSlabColumns == 0);
+  static_assert(!kKvInRegisters || kHeadDim == 64, "K^T is one 64-row operand");
 };
 
 // Calls f with the config of the problem's head dim and type.
@@ -69,7 +70,7 @@ struct alignas(16) RowStats {
 // 64 x 64 float32 sums in the order in which a consumer's threads hold them: quads of registers, quad by quad for all
 // 128 threads, so that what a warp writes is contiguous. Registers 4 q .. 4 q + 3 of thread t are (row, column),
 // (row, column + 1), (row + 8, column), (row + 8, column + 1) with row = 16 (t / 32) + t % 32 / 4 and
-// column = 8 q + 2 (t % 4).
+// column = 8 q + 2 (t % 4). Where K is in registers, rows and columns of dQ's patches change places: they hold dQ^T.
 struct SumPatch {
   static constexpr int kQuads = 8;
   float4 quad[kQuads][128];
@@ -106,6 +107,7 @@ struct Workspace {
   Sums dq;
   KvSums coarse, fine;  // of dK and dV, where several items share a KV head's query heads: a copy for each
   Stats* stats;         // of every Q block
+  int* item_counter;
   int64_t bytes;
 
   explicit Workspace(const BackwardParams& p)
@@ -133,6 +135,7 @@ struct Workspace {
     coarse = take_kv_sums({nullptr, 0, coarse_blocks, schedule.copies});
     fine = take_kv_sums({nullptr, schedule.coarse.items() / schedule.copies, fine_blocks, schedule.group});
     stats = static_cast<Stats*>(take(int64_t{q_blocks} * sizeof(Stats)));
+    item_counter = static_cast<int*>(take(16));
   }
 };
 

@@ -26,6 +26,7 @@ struct PrepareArguments {
   const float* lse;
   RowStats<Config::kBlockQ>* stats;
   SumPatch* dq;  // null: dq is not needed
+  int* item_counter;
   Sequences sequences;
   int heads;
 };
@@ -68,6 +69,7 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_const
     }
   }
 
+  if (blockIdx.x == 0 && threadIdx.x == 0) *args.item_counter = 0;
   if (args.dq != nullptr) {
     auto* quads = reinterpret_cast<float4*>(args.dq + int64_t{blockIdx.x} * kDqPatches);
     constexpr int kQuads = kDqPatches * sizeof(SumPatch) / sizeof(float4);
@@ -85,37 +87,74 @@ struct ConvertArguments {
   float scale;
 };
 
-template <class T, int kHeadDim, int kBlockRows>
+// Which 8 columns of which two rows of a block are a thread's in its `piece`-th turn, and where they lie in the
+// patches. Neighbouring threads take neighbouring columns, so that rows are written whole.
+template <bool kTransposed, int kHeadDim>
+struct Piece {
+  int patch, quad, thread;  // of the first four sums
+  int half;                 // transposed: which two of each four
+  int first_row, column;    // in the block
+
+  __device__ __forceinline__ explicit Piece(int piece) {
+    constexpr int kColumnPatches = kHeadDim / 64;
+    const int number = piece * kRowThreads + threadIdx.x;
+    patch = number / (SumPatch::kQuads * 32);
+    const int first = 64 * (patch / kColumnPatches);
+    if constexpr (kTransposed) {  // a patch's rows are columns: 8 threads that are 4 apart hold 8 of them, of two rows
+      static_assert(kColumnPatches == 1);
+      const int chunk = number % 8, row_pair = number / 8 % 4;
+      quad = number / 32 % 8;
+      thread = 32 * (chunk / 2) + row_pair;
+      half = chunk % 2;
+      first_row = first + 8 * quad + 2 * row_pair;
+      column = 8 * chunk;
+    } else {  // four neighbouring threads hold 8 columns of two rows
+      const int group = number / SumPatch::kQuads % 32;
+      quad = number % SumPatch::kQuads;
+      thread = 4 * group;
+      first_row = first + group / 8 * 16 + group % 8;
+      column = 64 * (patch % kColumnPatches) + 8 * quad;
+    }
+  }
+
+  static constexpr int kRowDistance = kTransposed ? 1 : 8;
+
+  // The i-th two columns of both rows: (row, column), (row, column + 1), (next row, column), (next row, column + 1).
+  __device__ __forceinline__ float4 load(const SumPatch* patches, int i) const {
+    const float4(&sums)[128] = patches[patch].quad[quad];
+    if constexpr (kTransposed) {
+      const auto pair = [&](int j) { return reinterpret_cast<const float2*>(&sums[thread + 4 * j])[half]; };
+      const float2 a = pair(2 * i), b = pair(2 * i + 1);
+      return make_float4(a.x, b.x, a.y, b.y);
+    } else {
+      return sums[thread + i];
+    }
+  }
+};
+
+template <class T, int kHeadDim, int kBlockRows, bool kTransposed>
 __global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_constant__ ConvertArguments args) {
-  constexpr int kColumnPatches = kHeadDim / 64, kPatches = kBlockRows / 64 * kColumnPatches;
+  constexpr int kPatches = kBlockRows / 64 * (kHeadDim / 64);
   const Block block = args.sequences.locate(args.from.first_block + blockIdx.x, args.heads, kBlockRows);
   const Place place = args.sequences.place(block.sequence);
   const int rows = args.sequences.at(block.sequence).rows;
   const SumPatch* patches = args.from.patches + int64_t{blockIdx.x} * kPatches;
+  using Piece = Piece<kTransposed, kHeadDim>;
 
-  // Four neighbouring threads of the product hold 8 columns of two rows: 16 bytes of each. Such a piece is a thread's
-  // here; neighbouring threads take neighbouring columns, so that rows are written whole.
   constexpr int kPieces = kPatches * SumPatch::kQuads * 32 / kRowThreads;
-  const auto quad = [](int piece) { return (piece * kRowThreads + threadIdx.x) % SumPatch::kQuads; };
-  const auto group = [](int piece) { return (piece * kRowThreads + threadIdx.x) / SumPatch::kQuads % 32; };
-  const auto patch = [](int piece) { return (piece * kRowThreads + threadIdx.x) / (SumPatch::kQuads * 32); };
-  const auto load = [&](int copy, int piece, int i) {
-    const SumPatch& from = patches[int64_t{copy} * args.from.blocks * kPatches + patch(piece)];
-    return from.quad[quad(piece)][4 * group(piece) + i];
-  };
-
   float4 sums[kPieces][4];  // all loads are under way before the first is needed
 #pragma unroll
   for (int piece = 0; piece < kPieces; ++piece) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums[piece][i] = load(0, piece, i);
+    for (int i = 0; i < 4; ++i) sums[piece][i] = Piece(piece).load(patches, i);
   }
   for (int copy = 1; copy < args.from.copies; ++copy) {  // in this order, so that the sum is the same in every run
+    patches += int64_t{args.from.blocks} * kPatches;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float4 x = load(copy, piece, i);
+        const float4 x = Piece(piece).load(patches, i);
         float4& sum = sums[piece][i];
         sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
       }
@@ -124,6 +163,7 @@ __global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_const
 
 #pragma unroll
   for (int piece = 0; piece < kPieces; ++piece) {
+    const Piece at(piece);
     uint32_t bits[2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -131,25 +171,22 @@ __global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_const
       bits[0][i] = pack<T>(sum.x * args.scale, sum.y * args.scale);
       bits[1][i] = pack<T>(sum.z * args.scale, sum.w * args.scale);
     }
-    const int column = 64 * (patch(piece) % kColumnPatches) + 8 * quad(piece);
-    const int first_row =
-        block.index * kBlockRows + 64 * (patch(piece) / kColumnPatches) + group(piece) / 8 * 16 + group(piece) % 8;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = first_row + 8 * r;
+      const int row = block.index * kBlockRows + at.first_row + Piece::kRowDistance * r;
       if (row < rows) {
-        *reinterpret_cast<uint4*>(element<T>(args.to, place.batch, place.row + row, block.head, column)) =
+        *reinterpret_cast<uint4*>(element<T>(args.to, place.batch, place.row + row, block.head, at.column)) =
             make_uint4(bits[r][0], bits[r][1], bits[r][2], bits[r][3]);
       }
     }
   }
 }
 
-template <class T, int kHeadDim, int kBlockRows>
+template <class T, int kHeadDim, int kBlockRows, bool kTransposed = false>
 void convert(const Sums& from, const Tensor& to, const Sequences& sequences, int64_t heads, float scale,
              cudaStream_t stream) {
   if (from.patches == nullptr) return;
-  convert_kernel<T, kHeadDim, kBlockRows>
+  convert_kernel<T, kHeadDim, kBlockRows, kTransposed>
       <<<from.blocks, kRowThreads, 0, stream>>>({from, to, sequences, static_cast<int>(heads), scale});
   check_cuda(cudaGetLastError(), "launching the kernel after the backward's");
 }
@@ -163,6 +200,7 @@ void prepare(const BackwardParams& params, cudaStream_t stream) {
                                                         .lse = params.lse,
                                                         .stats = workspace.stats,
                                                         .dq = workspace.dq.patches,
+                                                        .item_counter = workspace.item_counter,
                                                         .sequences = workspace.sequences,
                                                         .heads = static_cast<int>(params.problem.heads)});
   check_cuda(cudaGetLastError(), "launching the kernel before the backward's");
@@ -175,7 +213,8 @@ void convert_all(const BackwardParams& params, cudaStream_t stream) {
   const Problem& problem = params.problem;
   const float scale = problem.softmax_scale();
   const Sequences queries = workspace.sequences, keys = queries.transposed();
-  convert<T, Config::kHeadDim, Config::kBlockQ>(workspace.dq, params.dq, queries, problem.heads, scale, stream);
+  convert<T, Config::kHeadDim, Config::kBlockQ, Config::kKvInRegisters>(workspace.dq, params.dq, queries, problem.heads,
+                                                                        scale, stream);
   for (const KvSums* sums : {&workspace.coarse, &workspace.fine}) {
     convert<T, Config::kHeadDim, Config::kBlockKv>(sums->dk, params.dk, keys, problem.kv_heads, scale, stream);
     convert<T, Config::kHeadDim, Config::kBlockKv>(sums->dv, params.dv, keys, problem.kv_heads, 1.f, stream);

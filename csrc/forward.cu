@@ -291,7 +291,7 @@ struct Consumer {
     await_turn();
     product_ss(scores, q, k.at(k_at.stage));
     smem.v_ring.wait_full(v_at);
-    product_rs(out, p, v.at(v_at.stage));
+    product_rs(out, p, v.at(v_at.stage), true);
     pass_turn();
     ptx::wgmma_wait_group<1>(scores);
     release_k();
@@ -309,7 +309,7 @@ struct Consumer {
 
   __device__ __forceinline__ void last_output() {
     smem.v_ring.wait_full(v_at);
-    product_rs(out, p, v.at(v_at.stage));
+    product_rs(out, p, v.at(v_at.stage), true);
     ptx::wgmma_wait_group<0>(out);
     release_v();
   }

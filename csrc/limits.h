@@ -25,9 +25,12 @@ struct ForwardPlan {
 };
 
 struct BackwardPlan {
-  int block_q = 0;   // query rows of one step of the main loop
-  int block_kv = 0;  // keys of one work item: 64 per consumer warpgroup
-  int stages = 0;    // Q blocks, and as many dO blocks, in flight
+  int block_q = 0;    // query rows of one step of the main loop
+  int block_kv = 0;   // keys of one work item: 64 per consumer warpgroup
+  int stages = 0;     // Q blocks, and as many dO blocks, in flight
+  int ds_stages = 0;  // dS blocks in flight, from the consumers to the warpgroup that computes dQ
+  // K and V stay in registers as the left operands of S, dP and dQ^T. Otherwise they are read from shared memory.
+  bool kv_in_registers = false;
   constexpr bool built() const { return block_q > 0; }
 };
 
@@ -42,12 +45,12 @@ inline constexpr HeadDimLimits kLimits[] = {
     // step and use one unit at a time.
     {.head_dim = 64,
      .forward = {.block_q = 192, .block_kv = 128, .stages = 2, .turns = true},
-     .backward = {.block_q = 128, .block_kv = 128, .stages = 2}},
+     .backward = {.block_q = 64, .block_kv = 128, .stages = 4, .ds_stages = 3, .kv_in_registers = true}},
     // Without turns: here two warpgroups keep out of step by themselves (docs/tuning.md).
-    // Backward: dK and dV take 128 registers a thread, which leaves room for 64 rows of S and dP.
+    // Backward: dK and dV take 128 registers a thread, which leaves room for one of S and dP at a time.
     {.head_dim = 128,
      .forward = {.block_q = 128, .block_kv = 128, .stages = 2},
-     .backward = {.block_q = 64, .block_kv = 128, .stages = 2}},
+     .backward = {.block_q = 64, .block_kv = 128, .stages = 3, .ds_stages = 2}},
     // O takes 128 registers a thread, so that there are two warpgroups, and beside Q's 64 KB shared memory holds two
     // blocks of 80 keys of K and of V.
     {.head_dim = 256, .forward = {.block_q = 128, .block_kv = 80, .stages = 2, .turns = true}, .backward = {}},

@@ -48,7 +48,7 @@ struct Product {
       if constexpr (kFromRegisters) {
         ptx::wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kSteps; ++k) ptx::Wgmma<kN>::template rs<T>(d, a_registers[k], b.step(k), k > 0);
+        for (int k = 0; k < kSteps; ++k) ptx::Wgmma<kN>::template rs_mn<T>(d, a_registers[k], b.step(k), k > 0);
         ptx::wgmma_commit_group();
       } else {
         product_ss(d, a, b);

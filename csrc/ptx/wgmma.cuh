@@ -38,11 +38,14 @@ __device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commi
 
 // wgmma.wait_group: returns when at most kPending groups are in flight. The accumulators named are those that become
 // readable: passing them keeps the compiler from moving a read above the wait, which it could not know of otherwise.
-template <int kPending, int kRegisters>
-__device__ __forceinline__ void wgmma_wait_group(float (&ready)[kRegisters]) {
+template <int kPending, int... kRegisters>
+__device__ __forceinline__ void wgmma_wait_group(float (&... ready)[kRegisters]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  const auto touch = []<int n>(float(&registers)[n]) {
 #pragma unroll
-  for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(ready[i])::"memory");
+    for (int i = 0; i < n; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+  };
+  (touch(ready), ...);
 }
 
 // wgmma.mma_async.m64n<N>k16 with float32 accumulators.
@@ -91,9 +94,28 @@ struct Wgmma<64> {
         : "l"(desc_a), "l"(desc_b), "r"(scale_d), "C"(WgmmaType<T>::name));
   }
 
-  // d (64 x 64, float32) = a (64 x 16, registers) * b (16 x 64, shared memory, MN-major) + scale_d * d
+  // d (64 x 64, float32) = a (64 x 16, registers) * b (16 x 64, shared memory, K-major) + scale_d * d
   template <class T>
   static __device__ __forceinline__ void rs(float (&d)[32], const uint32_t (&a)[4], uint64_t desc_b, int scale_d) {
+    asm volatile(
+        "{\n.reg .pred accumulate;\n"
+        "setp.ne.b32 accumulate, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.%38.%38 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19,"
+        " %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, accumulate, 1, 1, 0;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+          "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+          "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
+          "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
+          "+f"(d[30]), "+f"(d[31])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc_b), "r"(scale_d), "C"(WgmmaType<T>::name));
+  }
+
+  // d (64 x 64, float32) = a (64 x 16, registers) * b (16 x 64, shared memory, MN-major) + scale_d * d
+  template <class T>
+  static __device__ __forceinline__ void rs_mn(float (&d)[32], const uint32_t (&a)[4], uint64_t desc_b, int scale_d) {
     asm volatile(
         "{\n.reg .pred accumulate;\n"
         "setp.ne.b32 accumulate, %37, 0;\n"
@@ -164,7 +186,7 @@ struct Wgmma<128> {
 
   // d (64 x 128, float32) = a (64 x 16, registers) * b (16 x 128, shared memory, MN-major) + scale_d * d
   template <class T>
-  static __device__ __forceinline__ void rs(float (&d)[64], const uint32_t (&a)[4], uint64_t desc_b, int scale_d) {
+  static __device__ __forceinline__ void rs_mn(float (&d)[64], const uint32_t (&a)[4], uint64_t desc_b, int scale_d) {
     asm volatile(
         "{\n.reg .pred accumulate;\n"
         "setp.ne.b32 accumulate, %69, 0;\n"
@@ -193,7 +215,7 @@ template <>
 struct Wgmma<256> {
   // d (64 x 256, float32) = a (64 x 16, registers) * b (16 x 256, shared memory, MN-major) + scale_d * d
   template <class T>
-  static __device__ __forceinline__ void rs(float (&d)[128], const uint32_t (&a)[4], uint64_t desc_b, int scale_d) {
+  static __device__ __forceinline__ void rs_mn(float (&d)[128], const uint32_t (&a)[4], uint64_t desc_b, int scale_d) {
     asm volatile(
         "{\n.reg .pred accumulate;\n"
         "setp.ne.b32 accumulate, %133, 0;\n"

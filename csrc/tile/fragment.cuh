@@ -67,24 +67,52 @@ __device__ __forceinline__ void to_operand(uint32_t (&a)[kSteps][4], const float
   }
 }
 
-// Stores columns 16 j .. 16 j + 15 of 64 rows, given as an A operand, into a swizzled tile from `first_row` on.
+// Loads a tile of 64 rows as an A operand.
+template <class T, int kColumns>
+__device__ __forceinline__ void load_operand(uint32_t (&a)[kColumns / 16][4], const SmemTile<T, 64, kColumns>& tile) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+#pragma unroll
+  for (int k = 0; k < kColumns / 16; ++k) {
+    ptx::ldmatrix_x4(a[k], tile.chunk_address(k / 4, row, k % 4 * 2 + lane / 16));
+  }
+}
+
+// Loads the transposed tile as an A operand.
+template <class T, int kRows>
+__device__ __forceinline__ void load_operand_transposed(uint32_t (&a)[kRows / 16][4],
+                                                        const SmemTile<T, kRows, 64>& tile) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < kRows / 16; ++k) {
+    const int row = 16 * k + lane / 16 * 8 + lane % 8, chunk = threadIdx.x / 32 % 4 * 2 + lane / 8 % 2;
+    ptx::ldmatrix_x4_trans(a[k], tile.chunk_address(0, row, chunk));
+  }
+}
+
+// Where the thread stores its part of a 64-row operand in a swizzled tile.
 template <class Tile>
-__device__ __forceinline__ void store_columns(Tile& tile, int first_row, int j, const uint32_t (&a)[4]) {
-  const int lane = threadIdx.x % 32, row = first_row + threadIdx.x / 32 % 4 * 16 + lane % 16;
-  ptx::stmatrix_x4(tile.chunk_address(j / 4, row, j % 4 * 2 + lane / 16), a[0], a[1], a[2], a[3]);
+__device__ __forceinline__ uint32_t own_columns_address(const Tile& tile) {
+  const int lane = threadIdx.x % 32;
+  return tile.chunk_address(0, threadIdx.x / 32 % 4 * 16 + lane % 16, lane / 16);
+}
+
+// Stores columns 16 j .. 16 j + 15 of 64 rows, given as an A operand. The swizzle is an exclusive or.
+__device__ __forceinline__ void store_columns(uint32_t own_address, int j, const uint32_t (&a)[4]) {
+  ptx::stmatrix_x4((own_address ^ (j % 4 * 32)) + j / 4 * 64 * kRowBytes, a[0], a[1], a[2], a[3]);
 }
 
 // Stores a 64-row accumulator, each of the thread's two rows scaled, as T into a swizzled tile.
 template <class T, int kColumns>
 __device__ __forceinline__ void store_fragment(SmemTile<T, 64, kColumns>& tile, const float (&acc)[kColumns / 2],
                                                const float (&row_scale)[2]) {
+  const uint32_t address = own_columns_address(tile);
 #pragma unroll
   for (int j = 0; j < kColumns / 16; ++j) {
     const float* x = acc + 8 * j;
     const uint32_t a[4] = {
         pack<T>(x[0] * row_scale[0], x[1] * row_scale[0]), pack<T>(x[2] * row_scale[1], x[3] * row_scale[1]),
         pack<T>(x[4] * row_scale[0], x[5] * row_scale[0]), pack<T>(x[6] * row_scale[1], x[7] * row_scale[1])};
-    store_columns(tile, 0, j, a);
+    store_columns(address, j, a);
   }
 }
 

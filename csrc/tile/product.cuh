@@ -1,5 +1,5 @@
-// Products of 64 rows by wgmma, over whole operands: acc = A B, or acc += A B. They are issued here, and run until
-// ptx::wgmma_wait_group says that they are done.
+// Products of 64 rows by wgmma, over whole operands: acc = A B or, with `accumulate`, acc += A B. They are issued here,
+// and run until ptx::wgmma_wait_group says that they are done.
 #pragma once
 
 #include <cstdint>
@@ -73,30 +73,37 @@ struct MnMajor {
   __device__ __forceinline__ explicit MnMajor(uint64_t descriptor) : descriptor(descriptor) {}
 };
 
-// Issues acc = A B, both from shared memory.
+// Issues the product of A and B from shared memory.
 template <class A, class B, int kRegisters>
-__device__ __forceinline__ void product_ss(float (&acc)[kRegisters], const A& a, const B& b) {
+__device__ __forceinline__ void product_ss(float (&acc)[kRegisters], const A& a, const B& b, bool accumulate = false) {
   using Product = ptx::Wgmma<2 * kRegisters>;
   static_assert(A::kMnMajor == B::kMnMajor);
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < A::kSteps; ++k) {
     if constexpr (A::kMnMajor) {
-      Product::template ss_mn<typename A::Element>(acc, a.step(k), b.step(k), k > 0);
+      Product::template ss_mn<typename A::Element>(acc, a.step(k), b.step(k), k > 0 || accumulate);
     } else {
-      Product::template ss<typename A::Element>(acc, a.step(k), b.step(k), k > 0);
+      Product::template ss<typename A::Element>(acc, a.step(k), b.step(k), k > 0 || accumulate);
     }
   }
   ptx::wgmma_commit_group();
 }
 
-// Issues acc += A B, A from registers.
+// Issues the product of A from registers and B from shared memory.
 template <class B, int kRegisters, int kSteps>
-__device__ __forceinline__ void product_rs(float (&acc)[kRegisters], const uint32_t (&a)[kSteps][4], const B& b) {
+__device__ __forceinline__ void product_rs(float (&acc)[kRegisters], const uint32_t (&a)[kSteps][4], const B& b,
+                                           bool accumulate) {
+  using Product = ptx::Wgmma<2 * kRegisters>;
+  static_assert(kSteps == B::kSteps);
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    ptx::Wgmma<2 * kRegisters>::template rs<typename B::Element>(acc, a[k], b.step(k), 1);
+    if constexpr (B::kMnMajor) {
+      Product::template rs_mn<typename B::Element>(acc, a[k], b.step(k), k > 0 || accumulate);
+    } else {
+      Product::template rs<typename B::Element>(acc, a[k], b.step(k), k > 0 || accumulate);
+    }
   }
   ptx::wgmma_commit_group();
 }

@@ -29,6 +29,12 @@ __device__ __forceinline__ void wait_phase(uint64_t* barrier, uint32_t parity) {
   }
 }
 
+// Arrives at a barrier of one arrival, and announces how many bytes will be copied before its phase completes.
+__device__ __forceinline__ void expect_bytes(uint64_t* barrier, uint32_t bytes) {
+  cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared, barrier,
+                                       bytes);
+}
+
 template <int kStages>
 struct Ring {
   uint64_t full[kStages];   // producer -> consumers: the stage's bytes have arrived
@@ -47,8 +53,7 @@ struct Ring {
   // Producer: waits until the stage is free and announces how many bytes will be copied into it.
   __device__ __forceinline__ uint64_t* begin_fill(RingPosition<kStages> at, uint32_t bytes) {
     wait_empty(at);
-    cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared,
-                                         &full[at.stage], bytes);
+    expect_bytes(&full[at.stage], bytes);
     return &full[at.stage];
   }
 
