@@ -43,15 +43,16 @@ enum class Gradients { kAll, kDq, kDkv };
 
 // One step of the walk, as the producer tells all others: a Q block of one of the item's query heads.
 struct alignas(16) Step {
-  enum Flags : uint32_t { kSeen = 1, kMasked = 4, kFirst = 16, kLast = 32, kEnd = 64 };
+  // kSeen, kWhole: a bit for each consumer, whose keys some of the queries see, or all of them see whole; kFirst,
+  // kLast: of the item; kEnd: there is no item any more.
+  enum Flags : uint32_t { kSeen = 1, kWhole = 4, kFirst = 16, kLast = 32, kEnd = 64 };
 
+  uint32_t flags;
   int first_row;  // in its sequence
   int q_block;    // in the workspace
-  uint32_t
-      flags;  // kSeen, kMasked: a bit for each consumer; kFirst, kLast: of the item; kEnd: there is no item any more
 
   static __device__ __forceinline__ bool is_seen(uint32_t flags, int consumer) { return flags >> consumer & kSeen; }
-  static __device__ __forceinline__ bool is_masked(uint32_t flags, int consumer) { return flags >> consumer & kMasked; }
+  static __device__ __forceinline__ bool is_whole(uint32_t flags, int consumer) { return flags >> consumer & kWhole; }
   static __device__ __forceinline__ bool is_shared(uint32_t flags) { return (flags & 3 * kSeen) == 3 * kSeen; }
 };
 
@@ -160,12 +161,13 @@ template <class Config>
 __device__ __forceinline__ int claim_item(const BackwardArguments<Config>& args) {
   int claimed = 0;
   if (threadIdx.x % 32 == 0) claimed = atomicAdd(args.item_counter, 1);
-  return gridDim.x + __shfl_sync(~0u, claimed, 0);
+  return __shfl_sync(~0u, claimed, 0);
 }
 
 // --------------------------------------------------------------------------------------------------------- producer
 
-// One warp, which takes items and knows where their walks lead. Lane i works out what consumer i sees.
+// One warp, which takes items and knows where their walks lead. Each of its first four lanes works out one of the flags
+// of a step that depend on what a consumer sees.
 template <class Config>
 __device__ __forceinline__ void load(const BackwardArguments<Config>& args, BackwardSmem<Config>& smem) {
   using Smem = BackwardSmem<Config>;
@@ -183,8 +185,10 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
     const Sequence keys = item.keys(args);
     Range blocks = keys.blocks(item.first_key, Config::kBlockKv, kBlockQ);
     if (blocks.begin >= blocks.end) blocks = {0, 1};  // nobody sees the keys: one step, for the zeros in dK and dV
-    const int own_key = item.first_key + 64 * (lane % Config::kConsumers);
-    const Range own_blocks = keys.blocks(own_key, 64, kBlockQ), own_full = keys.full_blocks(own_key, 64, kBlockQ);
+    const bool up = item.direction > 0;
+    const int first_block = up ? blocks.begin : blocks.end - 1, last_block = up ? blocks.end - 1 : blocks.begin;
+    const int own_key = item.first_key + 64 * (lane % 2);
+    const Range own = lane / 2 % 2 == 0 ? keys.blocks(own_key, 64, kBlockQ) : keys.full_blocks(own_key, 64, kBlockQ);
 
     const auto load_keys = [&](typename Smem::KvTile(&to)[Config::kConsumers], const CUtensorMap& from,
                                uint64_t* full) {
@@ -203,18 +207,15 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
 
     for (int head = item.first_head; head < item.end_head; ++head) {
       const int first_q_block = item.first_q_block(args, head);
-      int block = item.direction > 0 ? blocks.begin : blocks.end - 1;
-      for (int i = blocks.begin; i < blocks.end; ++i, block += item.direction) {
-        const bool sees = block >= own_blocks.begin && block < own_blocks.end;
-        const bool masked = block < own_full.begin || block >= own_full.end;
+      for (int block = first_block;; block += first_block <= last_block ? 1 : -1) {
         uint32_t flags =
-            (__ballot_sync(~0u, sees) & 3) * Step::kSeen | (__ballot_sync(~0u, masked) & 3) * Step::kMasked;
-        if (i == blocks.begin && head == item.first_head) flags |= Step::kFirst;
-        if (i + 1 == blocks.end && head + 1 == item.end_head) flags |= Step::kLast;
+            __ballot_sync(~0u, block >= own.begin && block < own.end) & (3 * Step::kSeen | 3 * Step::kWhole);
+        if (block == first_block && head == item.first_head) flags |= Step::kFirst;
+        if (block == last_block && head + 1 == item.end_head) flags |= Step::kLast;
         smem.q_ring.wait_empty(at);
         if (leads) {
           const int row = place.row + block * kBlockQ;
-          const Step step = {block * kBlockQ, first_q_block + block, flags};
+          const Step step = {flags, block * kBlockQ, first_q_block + block};
           smem.steps[at.stage] = step;
           smem.dq_steps[count] = step;
           uint64_t* full = smem.q_ring.begin_fill(at, Smem::QTile::kBytes + sizeof(Stats));
@@ -227,6 +228,7 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
         __syncwarp();
         at.next();
         count = (count + 1) % Smem::kDqSteps;
+        if (block == last_block) break;
       }
     }
     index = claim_item(args);
@@ -285,7 +287,7 @@ struct Consumer {
   __device__ __forceinline__ void await_turn(bool shared) {
     if (shared) ptx::bar_sync(kTurnBarrier + index, 256);
   }
-  __device__ __forceinline__ void pass_turn(bool shared = true) {
+  __device__ __forceinline__ void pass_turn(bool shared) {
     if (shared) ptx::bar_arrive(kTurnBarrier + 1 - index, 256);
   }
 
@@ -346,9 +348,8 @@ struct Consumer {
 
   // P = exp(scale * S - lse), in place.
   __device__ __forceinline__ void exponentiate(float (&scores)[kBlockQ / 2], const float2 (&lse_log2)[kBlockQ / 8]) {
-    if (Step::is_masked(flags, index)) [[unlikely]] {
-      const int first_row = smem.steps[at.stage].first_row;
-      const int rows = args.sequences.each.rows - first_row;
+    if (!Step::is_whole(flags, index)) [[unlikely]] {
+      const int first_row = smem.steps[at.stage].first_row, rows = args.sequences.each.rows - first_row;
       const int first[2] = {first_seeing[0] - first_row, first_seeing[1] - first_row}, end[2] = {rows, rows};
       mask_before(scores, first);
       mask_from(scores, end);
@@ -410,9 +411,6 @@ struct Consumer {
       uint32_t p[kBlockQ / 16][4], ds[kBlockQ / 16][4];
       to_operand<T>(p, scores);
       make_ds(ds, [&](int i) { return make_float2(scores[i], scores[i + 1]); }, dp, delta);
-      const bool shared = Step::is_shared(flags);
-      const uint32_t next = next_flags();  // not while it is my turn
-      await_turn(shared);
       if constexpr (kNeedsDkv) {
         product_rs(dv, p, dout_rows.at(at.stage), true);
         product_rs(dk, ds, q_rows.at(at.stage), true);
@@ -422,8 +420,7 @@ struct Consumer {
         hand_over_ds();
       }
       const RingPosition<Config::kStages> done = at;
-      if (!next_step(next)) {
-        pass_turn(shared);
+      if (!next_step(next_flags())) {
         if constexpr (kNeedsDkv) ptx::wgmma_wait_group<0>(dv, dk);
         smem.dout_ring.release(done);
         smem.q_ring.release(done);
@@ -435,7 +432,6 @@ struct Consumer {
       smem.q_ring.release(done);
       smem.dout_ring.wait_full(at);
       issue_dp(dp);
-      pass_turn(shared);
       load_queries(lse_log2, smem.stats[at.stage].lse_log2);
       ptx::wgmma_wait_group<1>(scores);
       exponentiate(scores, lse_log2);
@@ -558,10 +554,9 @@ struct Consumer {
     wait_phase(&smem.k_full, item_phase);
     {
       const Item<Config> item = this->item();
-      const Sequence keys = item.keys(args);
       const int own_key = item.first_key + 64 * index + own_row();
 #pragma unroll
-      for (int r = 0; r < 2; ++r) first_seeing[r] = keys.first_key(own_key + 8 * r);
+      for (int r = 0; r < 2; ++r) first_seeing[r] = item.keys(args).first_key(own_key + 8 * r);
     }
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.f;
@@ -591,7 +586,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
-    if (index == 1) pass_turn();  // the first turn is consumer 0's
+    if (!kKvInRegisters && index == 1) pass_turn(true);  // the first turn is consumer 0's
     for (;;) {
       read_step();
       if (flags & Step::kEnd) break;
@@ -623,8 +618,9 @@ __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, Ba
   uint32_t flags;
   const auto await_step = [&] {
     wait_phase(&smem.ds_full[at.stage][0], at.phase);
-    q_block = smem.dq_steps[count].q_block;
-    flags = __shfl_sync(~0u, smem.dq_steps[count].flags, 0);
+    const Step step = smem.dq_steps[count];
+    flags = __shfl_sync(~0u, step.flags, 0);  // uniform, as the compiler sees
+    q_block = __shfl_sync(~0u, step.q_block, 0);
     count = (count + 1) % Smem::kDqSteps;
   };
   for (await_step(); !(flags & Step::kEnd);) {
@@ -710,6 +706,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (const CUtensorMap* map : {&args.q, &args.k, &args.v, &args.dout}) ptx::prefetch_tensormap(map);
   }
   __syncthreads();
+  cudaGridDependencySynchronize();  // from here on it reads what `prepare` has written
+  cudaTriggerProgrammaticLaunchCompletion();
 
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
@@ -726,11 +724,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 // ----------------------------------------------------------------------------------------------------------- launch
 
 template <class Config>
-BackwardArguments<Config> make_arguments(const BackwardParams& params) {
+BackwardArguments<Config> make_arguments(const BackwardParams& params, const Workspace<Config>& workspace) {
   using Smem = BackwardSmem<Config>;
   const Problem& problem = params.problem;
   const Shape q_shape = problem.q_shape(), k_shape = problem.k_shape();
-  const Workspace<Config> workspace(params);
 
   BackwardArguments<Config> args;
   args.q = make_tensor_map<typename Smem::QTile>("q", params.q, q_shape);
@@ -755,12 +752,11 @@ BackwardArguments<Config> make_arguments(const BackwardParams& params) {
 }
 
 template <class Config, Gradients kGradients>
-void launch_products(const BackwardArguments<Config>& args, cudaStream_t stream) {
+void launch_products(const BackwardArguments<Config>& args, int thread_blocks, cudaStream_t stream) {
   constexpr int kBytes = sizeof(BackwardSmem<Config>);
   allow_shared_memory<backward_kernel<Config, kGradients>, kBytes>(current_device());
-  const int blocks = std::min(args.schedule.items(), multiprocessors_to_fill());
-  backward_kernel<Config, kGradients><<<blocks, Config::kThreads, kBytes, stream>>>(args);
-  check_cuda(cudaGetLastError(), "launching the backward kernel");
+  launch_overlapped(backward_kernel<Config, kGradients>, thread_blocks, Config::kThreads, kBytes, stream, args,
+                    "launching the backward kernel");
 }
 
 template <class Config>
@@ -771,13 +767,14 @@ void launch(const BackwardParams& params, cudaStream_t stream) {
   // Before the tensor maps are encoded: the driver asks for a current context there, and a thread whose first call to
   // CUDA this is, such as autograd's, has one only after a call of the runtime.
   launch_prepare(params, stream);
-  const BackwardArguments<Config> args = make_arguments<Config>(params);
+  const Workspace<Config> workspace(params);
+  const BackwardArguments<Config> args = make_arguments(params, workspace);
   if (needs_dq && needs_dkv) {
-    launch_products<Config, Gradients::kAll>(args, stream);
+    launch_products<Config, Gradients::kAll>(args, workspace.thread_blocks, stream);
   } else if (needs_dq) {
-    launch_products<Config, Gradients::kDq>(args, stream);
+    launch_products<Config, Gradients::kDq>(args, workspace.thread_blocks, stream);
   } else {
-    launch_products<Config, Gradients::kDkv>(args, stream);
+    launch_products<Config, Gradients::kDkv>(args, workspace.thread_blocks, stream);
   }
   launch_convert(params, stream);
 }

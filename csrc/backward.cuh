@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -103,7 +104,8 @@ struct Workspace {
 
   Sequences sequences;
   KeySchedule schedule;
-  int q_blocks;  // of all heads
+  int thread_blocks;  // of the products: as many as run at once, or fewer
+  int q_blocks;       // of all heads
   Sums dq;
   KvSums coarse, fine;  // of dK and dV, where several items share a KV head's query heads: a copy for each
   Stats* stats;         // of every Q block
@@ -113,6 +115,7 @@ struct Workspace {
   explicit Workspace(const BackwardParams& p)
       : sequences(p.problem.sequences()),
         schedule(backward_schedule(p.problem, Config::kPlan, multiprocessors_to_fill())),
+        thread_blocks(std::min(schedule.items(), multiprocessors_to_fill())),
         q_blocks(static_cast<int>(sequences.block_count(static_cast<int>(p.problem.heads), Config::kBlockQ))) {
     bytes = 0;
     const auto take = [&](int64_t size) -> void* {  // null while only the bytes are asked for
@@ -135,7 +138,7 @@ struct Workspace {
     coarse = take_kv_sums({nullptr, 0, coarse_blocks, schedule.copies});
     fine = take_kv_sums({nullptr, schedule.coarse.items() / schedule.copies, fine_blocks, schedule.group});
     stats = static_cast<Stats*>(take(int64_t{q_blocks} * sizeof(Stats)));
-    item_counter = static_cast<int*>(take(16));
+    item_counter = static_cast<int*>(take(sizeof(int)));
   }
 };
 

@@ -27,12 +27,14 @@ struct PrepareArguments {
   RowStats<Config::kBlockQ>* stats;
   SumPatch* dq;  // null: dq is not needed
   int* item_counter;
+  int thread_blocks;  // of the products
   Sequences sequences;
   int heads;
 };
 
 template <class Config>
 __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_constant__ PrepareArguments<Config> args) {
+  cudaTriggerProgrammaticLaunchCompletion();
   using T = typename Config::T;
   constexpr int kLanes = Config::kHeadDim / 8;  // a row's threads, 16 bytes each
   constexpr int kDqPatches = Workspace<Config>::kQPatches;
@@ -69,7 +71,8 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_const
     }
   }
 
-  if (blockIdx.x == 0 && threadIdx.x == 0) *args.item_counter = 0;
+  // The items that the thread blocks of the products begin with are not to be claimed.
+  if (blockIdx.x == 0 && threadIdx.x == 0) *args.item_counter = args.thread_blocks;
   if (args.dq != nullptr) {
     auto* quads = reinterpret_cast<float4*>(args.dq + int64_t{blockIdx.x} * kDqPatches);
     constexpr int kQuads = kDqPatches * sizeof(SumPatch) / sizeof(float4);
@@ -87,39 +90,39 @@ struct ConvertArguments {
   float scale;
 };
 
-// Which 8 columns of which two rows of a block are a thread's in its `piece`-th turn, and where they lie in the
-// patches. Neighbouring threads take neighbouring columns, so that rows are written whole.
+// 8 columns of two rows of a block of sums. Pieces of neighbouring numbers have neighbouring columns, so that rows are
+// written whole.
 template <bool kTransposed, int kHeadDim>
-struct Piece {
-  int patch, quad, thread;  // of the first four sums
-  int half;                 // transposed: which two of each four
-  int first_row, column;    // in the block
+struct SumPiece {
+  static constexpr int kColumnPatches = kHeadDim / 64;
+  static constexpr int kRowDistance = kTransposed ? 1 : 8;
 
-  __device__ __forceinline__ explicit Piece(int piece) {
-    constexpr int kColumnPatches = kHeadDim / 64;
-    const int number = piece * kRowThreads + threadIdx.x;
+  unsigned patch, quad, thread;  // of the first four sums
+  unsigned half;                 // transposed: which two of each four
+  int row, column;               // in the block; the other row is kRowDistance further
+
+  __device__ __forceinline__ explicit SumPiece(unsigned number) {
     patch = number / (SumPatch::kQuads * 32);
-    const int first = 64 * (patch / kColumnPatches);
+    row = 64 * (patch / kColumnPatches);
     if constexpr (kTransposed) {  // a patch's rows are columns: 8 threads that are 4 apart hold 8 of them, of two rows
       static_assert(kColumnPatches == 1);
-      const int chunk = number % 8, row_pair = number / 8 % 4;
+      const unsigned chunk = number % 8, row_pair = number / 8 % 4;
       quad = number / 32 % 8;
       thread = 32 * (chunk / 2) + row_pair;
       half = chunk % 2;
-      first_row = first + 8 * quad + 2 * row_pair;
+      row += 8 * quad + 2 * row_pair;
       column = 8 * chunk;
     } else {  // four neighbouring threads hold 8 columns of two rows
-      const int group = number / SumPatch::kQuads % 32;
+      const unsigned group = number / SumPatch::kQuads % 32;
       quad = number % SumPatch::kQuads;
       thread = 4 * group;
-      first_row = first + group / 8 * 16 + group % 8;
+      half = 0;
+      row += group / 8 * 16 + group % 8;
       column = 64 * (patch % kColumnPatches) + 8 * quad;
     }
   }
 
-  static constexpr int kRowDistance = kTransposed ? 1 : 8;
-
-  // The i-th two columns of both rows: (row, column), (row, column + 1), (next row, column), (next row, column + 1).
+  // The i-th two columns: (row, column), (row, column + 1), and those of the other row.
   __device__ __forceinline__ float4 load(const SumPatch* patches, int i) const {
     const float4(&sums)[128] = patches[patch].quad[quad];
     if constexpr (kTransposed) {
@@ -130,23 +133,44 @@ struct Piece {
       return sums[thread + i];
     }
   }
+
+  // Writes them, scaled, to a block of `rows` rows. sum(i) are the i-th two columns.
+  template <class T, class Sum>
+  __device__ __forceinline__ void write(T* block, int64_t row_stride, int rows, const Sum& sum, float scale) const {
+    uint32_t bits[2][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 x = sum(i);
+      bits[0][i] = pack<T>(x.x * scale, x.y * scale);
+      bits[1][i] = pack<T>(x.z * scale, x.w * scale);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (row + kRowDistance * r < rows) {
+        *reinterpret_cast<uint4*>(block + (row + kRowDistance * r) * row_stride + column) =
+            make_uint4(bits[r][0], bits[r][1], bits[r][2], bits[r][3]);
+      }
+    }
+  }
 };
 
 template <class T, int kHeadDim, int kBlockRows, bool kTransposed>
 __global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_constant__ ConvertArguments args) {
+  cudaGridDependencySynchronize();
+  using Piece = SumPiece<kTransposed, kHeadDim>;
   constexpr int kPatches = kBlockRows / 64 * (kHeadDim / 64);
+  constexpr int kPieces = kPatches * SumPatch::kQuads * 32 / kRowThreads;  // of a thread
   const Block block = args.sequences.locate(args.from.first_block + blockIdx.x, args.heads, kBlockRows);
   const Place place = args.sequences.place(block.sequence);
-  const int rows = args.sequences.at(block.sequence).rows;
+  const int first_row = block.index * kBlockRows, rows = args.sequences.at(block.sequence).rows - first_row;
   const SumPatch* patches = args.from.patches + int64_t{blockIdx.x} * kPatches;
-  using Piece = Piece<kTransposed, kHeadDim>;
+  const auto own = [](int piece) { return Piece(piece * kRowThreads + threadIdx.x); };
 
-  constexpr int kPieces = kPatches * SumPatch::kQuads * 32 / kRowThreads;
   float4 sums[kPieces][4];  // all loads are under way before the first is needed
 #pragma unroll
   for (int piece = 0; piece < kPieces; ++piece) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums[piece][i] = Piece(piece).load(patches, i);
+    for (int i = 0; i < 4; ++i) sums[piece][i] = own(piece).load(patches, i);
   }
   for (int copy = 1; copy < args.from.copies; ++copy) {  // in this order, so that the sum is the same in every run
     patches += int64_t{args.from.blocks} * kPatches;
@@ -154,31 +178,17 @@ __global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_const
     for (int piece = 0; piece < kPieces; ++piece) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float4 x = Piece(piece).load(patches, i);
+        const float4 x = own(piece).load(patches, i);
         float4& sum = sums[piece][i];
         sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
       }
     }
   }
 
+  T* to = element<T>(args.to, place.batch, place.row + first_row, block.head, 0);
 #pragma unroll
   for (int piece = 0; piece < kPieces; ++piece) {
-    const Piece at(piece);
-    uint32_t bits[2][4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float4& sum = sums[piece][i];
-      bits[0][i] = pack<T>(sum.x * args.scale, sum.y * args.scale);
-      bits[1][i] = pack<T>(sum.z * args.scale, sum.w * args.scale);
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = block.index * kBlockRows + at.first_row + Piece::kRowDistance * r;
-      if (row < rows) {
-        *reinterpret_cast<uint4*>(element<T>(args.to, place.batch, place.row + row, block.head, at.column)) =
-            make_uint4(bits[r][0], bits[r][1], bits[r][2], bits[r][3]);
-      }
-    }
+    own(piece).write(to, args.to.strides.row, rows, [&](int i) { return sums[piece][i]; }, args.scale);
   }
 }
 
@@ -186,9 +196,9 @@ template <class T, int kHeadDim, int kBlockRows, bool kTransposed = false>
 void convert(const Sums& from, const Tensor& to, const Sequences& sequences, int64_t heads, float scale,
              cudaStream_t stream) {
   if (from.patches == nullptr) return;
-  convert_kernel<T, kHeadDim, kBlockRows, kTransposed>
-      <<<from.blocks, kRowThreads, 0, stream>>>({from, to, sequences, static_cast<int>(heads), scale});
-  check_cuda(cudaGetLastError(), "launching the kernel after the backward's");
+  launch_overlapped(convert_kernel<T, kHeadDim, kBlockRows, kTransposed>, from.blocks, kRowThreads, 0, stream,
+                    ConvertArguments{from, to, sequences, static_cast<int>(heads), scale},
+                    "launching the kernel after the backward's");
 }
 
 template <class Config>
@@ -201,6 +211,7 @@ void prepare(const BackwardParams& params, cudaStream_t stream) {
                                                         .stats = workspace.stats,
                                                         .dq = workspace.dq.patches,
                                                         .item_counter = workspace.item_counter,
+                                                        .thread_blocks = workspace.thread_blocks,
                                                         .sequences = workspace.sequences,
                                                         .heads = static_cast<int>(params.problem.heads)});
   check_cuda(cudaGetLastError(), "launching the kernel before the backward's");

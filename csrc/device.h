@@ -44,4 +44,23 @@ void allow_shared_memory(int device) {
   if (device < 64) allowed[device].store(true, std::memory_order_release);
 }
 
+// Launches a kernel that may begin before the one ahead of it in the stream has ended: what it does until it calls
+// cudaGridDependencySynchronize() overlaps with that one's end (programmatic dependent launch). The one ahead says from
+// when on by cudaTriggerProgrammaticLaunchCompletion().
+template <class Arguments>
+void launch_overlapped(void (*kernel)(Arguments), int blocks, int threads, int shared_bytes, cudaStream_t stream,
+                       const Arguments& args, const char* what) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, args), what);
+}
+
 }  // namespace flash_attn_ext
