@@ -262,7 +262,6 @@ struct Consumer {
   const MnMajor<QTile> q_rows, dout_rows;
   RingPosition<Config::kStages> at;  // in both rings: the step at hand
   RingPosition<Config::kDsStages> ds_at;
-  const uint32_t ds_address;
   uint32_t flags;  // of the step at hand
   uint32_t item_phase = 0;
   int first_seeing[2];  // the first query that sees the thread's two keys
@@ -279,8 +278,7 @@ struct Consumer {
         q(smem.q[0]),
         dout(smem.dout[0]),
         q_rows(smem.q[0]),
-        dout_rows(smem.dout[0]),
-        ds_address(own_columns_address(smem.ds[0][index])) {}
+        dout_rows(smem.dout[0]) {}
 
   // Consumers take turns at issuing products, so that one multiplies while the other works on P and dS. Steps in which
   // one sees nothing have no turns.
@@ -372,8 +370,9 @@ struct Consumer {
       ds[i / 8][i % 8 / 2] = pack<T>(x.x * (dp[i] - delta.x), x.y * (dp[i + 1] - delta.y));
     }
     if constexpr (kNeedsDq) {
+      const uint32_t address = own_columns_address(smem.ds[ds_at.stage][index]);
 #pragma unroll
-      for (int j = 0; j < kBlockQ / 16; ++j) store_columns(ds_address + ds_at.stage * sizeof smem.ds[0], j, ds[j]);
+      for (int j = 0; j < kBlockQ / 16; ++j) store_columns(address, j, ds[j]);
     }
   }
 
