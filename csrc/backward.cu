@@ -70,13 +70,15 @@ struct BackwardSmem {
   QTile q[Config::kStages];
   QTile dout[Config::kStages];
   DsTile ds[kDsStages][Config::kConsumers];
-  // dK and dV on their way out. With K and V in registers the next item's arrive meanwhile; without, dK and dV leave
-  // through their place.
+  // dK and dV on their way out, while the next item begins. Where shared memory has no room for both, dV leaves through
+  // V's place.
+  KvTile out_dk[Config::kConsumers];
+  static constexpr bool kOwnOutDv = Config::kKvInRegisters;
   struct None {};
   struct OutBuffer {
-    KvTile dk[Config::kConsumers], dv[Config::kConsumers];
+    KvTile dv[Config::kConsumers];
   };
-  [[no_unique_address]] std::conditional_t<Config::kKvInRegisters, OutBuffer, None> out_buffer;
+  [[no_unique_address]] std::conditional_t<kOwnOutDv, OutBuffer, None> out_buffer;
   RowStats<Config::kBlockQ> stats[Config::kStages];
   Step steps[Config::kStages];
   // For dQ, which is behind the consumers: a step is not written anew before dQ has read it.
@@ -87,21 +89,12 @@ struct BackwardSmem {
 
   QRing q_ring;  // Q, stats and step
   QRing dout_ring;
-  uint64_t k_full, v_full;                          // the item's, and its number
-  uint64_t kv_empty;                                // all -> producer: nobody reads them any more
+  Ring<1> k_ring, v_ring;                           // of the item
   uint64_t ds_full[kDsStages][Config::kConsumers];  // a consumer -> dQ
   uint64_t ds_empty[kDsStages];                     // dQ -> consumers
-  uint64_t dq_done;  // dQ -> consumers: the item's last dQ is there (without K in registers: it read K until then)
 
-  __device__ KvTile& out_dk(int consumer) {
-    if constexpr (Config::kKvInRegisters) {
-      return out_buffer.dk[consumer];
-    } else {
-      return k[consumer];
-    }
-  }
   __device__ KvTile& out_dv(int consumer) {
-    if constexpr (Config::kKvInRegisters) {
+    if constexpr (kOwnOutDv) {
       return out_buffer.dv[consumer];
     } else {
       return v[consumer];
@@ -176,10 +169,10 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
   const int lane = threadIdx.x % 32;
   const bool leads = lane == 0;
 
-  uint32_t kv_phase = 0;
+  RingPosition<1> item_at;
   int count = 0;
   RingPosition<Config::kStages> at;
-  for (int index = blockIdx.x; index < args.schedule.items(); kv_phase ^= 1) {
+  for (int index = blockIdx.x; index < args.schedule.items(); item_at.next()) {
     const Item<Config> item(args, index);
     const Place place = args.sequences.place(item.sequence);
     const Sequence keys = item.keys(args);
@@ -190,19 +183,17 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
     const int own_key = item.first_key + 64 * (lane % 2);
     const Range own = lane / 2 % 2 == 0 ? keys.blocks(own_key, 64, kBlockQ) : keys.full_blocks(own_key, 64, kBlockQ);
 
-    const auto load_keys = [&](typename Smem::KvTile(&to)[Config::kConsumers], const CUtensorMap& from,
-                               uint64_t* full) {
-      expect_bytes(full, sizeof to);
+    const auto load_keys = [&](typename Smem::KvTile(&to)[Config::kConsumers], Ring<1>& ring, const CUtensorMap& from) {
+      ring.wait_empty(item_at);
+      if (!leads) return;
+      if (&ring == &smem.k_ring) smem.items[item_at.phase] = index;
+      uint64_t* full = ring.begin_fill(item_at, sizeof to);
       for (int i = 0; i < Config::kConsumers; ++i) {
         load_tile(to[i], from, place.key + item.first_key + 64 * i, item.kv_head, place.batch, full);
       }
     };
-    wait_phase(&smem.kv_empty, kv_phase ^ 1);
-    if (leads) {
-      smem.items[kv_phase] = index;
-      load_keys(smem.k, args.k, &smem.k_full);
-      load_keys(smem.v, args.v, &smem.v_full);
-    }
+    load_keys(smem.k, smem.k_ring, args.k);
+    load_keys(smem.v, smem.v_ring, args.v);
     __syncwarp();
 
     for (int head = item.first_head; head < item.end_head; ++head) {
@@ -263,7 +254,7 @@ struct Consumer {
   RingPosition<Config::kStages> at;  // in both rings: the step at hand
   RingPosition<Config::kDsStages> ds_at;
   uint32_t flags;  // of the step at hand
-  uint32_t item_phase = 0;
+  RingPosition<1> item_at;
   int first_seeing[2];  // the first query that sees the thread's two keys
 
   float dk[kHeadDim / 2], dv[kHeadDim / 2];
@@ -499,32 +490,26 @@ struct Consumer {
 
   // ---- an item
 
-  __device__ __forceinline__ void release_keys() {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&smem.kv_empty);
-  }
-
   // dK and dV leave through shared memory by TMA, which clips the keys past the end.
   __device__ __forceinline__ void store(const Item<Config>& item) {
     const bool leads = threadIdx.x % 128 == 0;
     const float dk_scale[2] = {args.scale, args.scale}, dv_scale[2] = {1.f, 1.f};
-    if constexpr (kKvInRegisters) {  // those of the item before have left
-      if (leads) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
-      ptx::bar_sync(kStoreBarrier + index, 128);
-    }
+    if (leads) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});  // those of the item before have left
+    ptx::bar_sync(kStoreBarrier + index, 128);
     store_fragment<T, kHeadDim>(smem.out_dv(index), dv, dv_scale);
-    if constexpr (!kKvInRegisters && kNeedsDq) wait_phase(&smem.dq_done, item_phase);
-    store_fragment<T, kHeadDim>(smem.out_dk(index), dk, dk_scale);
+    store_fragment<T, kHeadDim>(smem.out_dk[index], dk, dk_scale);
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     ptx::bar_sync(kStoreBarrier + index, 128);
     if (leads) {
       const Place place = args.sequences.place(item.sequence);
       const int row = place.key + item.first_key + 64 * index;
       if (args.needs_dv) store_tile(args.dv, smem.out_dv(index), row, item.kv_head, place.batch);
-      if (args.needs_dk) store_tile(args.dk, smem.out_dk(index), row, item.kv_head, place.batch);
       cuda::ptx::cp_async_bulk_commit_group();
-      if constexpr (!kKvInRegisters) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
+      if (args.needs_dk) store_tile(args.dk, smem.out_dk[index], row, item.kv_head, place.batch);
+      cuda::ptx::cp_async_bulk_commit_group();
+      if constexpr (!Smem::kOwnOutDv) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<1>{});
     }
+    __syncwarp();
   }
 
   // Writes my 64 rows of dK or dV to sums in global memory.
@@ -546,11 +531,11 @@ struct Consumer {
 
   // Worked out anew where it is needed: kept, it takes registers from the walk.
   __device__ __forceinline__ Item<Config> item() const {
-    return Item<Config>(args, __shfl_sync(~0u, smem.items[item_phase], 0));
+    return Item<Config>(args, __shfl_sync(~0u, smem.items[item_at.phase], 0));
   }
 
   __device__ __forceinline__ void run_item() {
-    wait_phase(&smem.k_full, item_phase);
+    smem.k_ring.wait_full(item_at);
     {
       const Item<Config> item = this->item();
       const int own_key = item.first_key + 64 * index + own_row();
@@ -559,11 +544,13 @@ struct Consumer {
     }
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.f;
-    wait_phase(&smem.v_full, item_phase);
+    smem.v_ring.wait_full(item_at);
     if constexpr (kKvInRegisters) {
       load_operand(k_operand, smem.k[index]);
       load_operand(v_operand, smem.v[index]);
-      release_keys();
+      __syncwarp();
+      smem.k_ring.release(item_at);
+      smem.v_ring.release(item_at);
     }
     if (find_seen_step()) {
       if constexpr (kKvInRegisters) {
@@ -572,6 +559,7 @@ struct Consumer {
         walk_one_ahead();
       }
     }
+    if constexpr (!kKvInRegisters) smem.k_ring.release(item_at);
     if constexpr (kNeedsDkv) {
       const Item<Config> item = this->item();
       if (item.coarse && args.schedule.copies == 1) {
@@ -580,8 +568,8 @@ struct Consumer {
         store_share(item);
       }
     }
-    if constexpr (!kKvInRegisters) release_keys();
-    item_phase ^= 1;
+    if constexpr (!kKvInRegisters) smem.v_ring.release(item_at);
+    item_at.next();
   }
 
   __device__ __forceinline__ void run() {
@@ -628,7 +616,7 @@ __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, Ba
 #pragma unroll
         for (int i = 0; i < kConsumers; ++i) load_operand_transposed(k_operand[i], smem.k[i]);
         __syncwarp();
-        if (leads) cuda::ptx::mbarrier_arrive(&smem.kv_empty);
+        smem.k_ring.release({});
       }
     }
     float4* sums = &args.dq_sums[int64_t{q_block} * kSlabs].quad[0][threadIdx.x % 128];
@@ -661,10 +649,7 @@ __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, Ba
       if (slab + 1 == kSlabs) {
         if (leads) cuda::ptx::mbarrier_arrive(&smem.ds_empty[at.stage]);
         if constexpr (!Config::kKvInRegisters) {
-          if ((flags & Step::kLast) && leads) {
-            cuda::ptx::mbarrier_arrive(&smem.dq_done);
-            cuda::ptx::mbarrier_arrive(&smem.kv_empty);
-          }
+          if (flags & Step::kLast) smem.k_ring.release({});
         }
         at.next();
         await_step();  // before the last sums leave, which takes long: the next product is behind them
@@ -693,14 +678,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     constexpr int kConsumerWarps = 4 * Config::kConsumers;
     smem.q_ring.init(kConsumerWarps);
     smem.dout_ring.init(kConsumerWarps);
-    cuda::ptx::mbarrier_init(&smem.k_full, 1);
-    cuda::ptx::mbarrier_init(&smem.v_full, 1);
-    cuda::ptx::mbarrier_init(&smem.kv_empty, kConsumerWarps + (kNeedsDq ? 4 : 0));
+    smem.k_ring.init(kConsumerWarps + (kNeedsDq ? 4 : 0));
+    smem.v_ring.init(kConsumerWarps);
     for (int i = 0; i < Config::kDsStages; ++i) {
       for (uint64_t& full : smem.ds_full[i]) cuda::ptx::mbarrier_init(&full, 4);
       cuda::ptx::mbarrier_init(&smem.ds_empty[i], 4);
     }
-    cuda::ptx::mbarrier_init(&smem.dq_done, 4);
     cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
     for (const CUtensorMap* map : {&args.q, &args.k, &args.v, &args.dout}) ptx::prefetch_tensormap(map);
   }
