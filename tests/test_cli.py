@@ -180,6 +180,105 @@ FAMILIES = {
     ),
 }
 
+# The whole answer: part, heads, KV heads, head dims of q and of v, scale, needs; what is not looked at, what is noted.
+MLA = ("model", 16, 16, 192, 128)
+PADDING = "need a padding mask"
+ANSWERS = {
+    "deepseek-v2-rope-parameters": ([(*MLA, "0.114721", set())], [], "softmax_scale=0.114721: rope_parameters"),
+    "deepseek-v3-rope-parameters": ([(*MLA, "0.135234", set())], [], "softmax_scale=0.135234: rope_parameters"),
+    "deepseek-v3-default-rope": ([(*MLA, "192**-0.5", set())], [], ""),
+    "ministral-3": ([("model", 24, 8, 128, 128, "128**-0.5", set())], [], ""),  # its mscale is the rotary embedding's
+    "gemma-3n": ([("text_config", 4, 2, 256, 256, "1.0", {"sliding window"})], [], "softmax_scale=1.0"),
+    "gemma-4": (
+        [
+            ("text_config, sliding_attention", 8, 4, 256, 256, "1.0", {"sliding window"}),
+            ("text_config, full_attention", 8, 2, 512, 512, "1.0", set()),
+        ],
+        [],
+        "calls with images need that mask",
+    ),
+    "gemma-4-global-head-dim": (
+        [
+            ("model, sliding_attention", 8, 4, 256, 256, "1.0", {"sliding window"}),
+            ("model, full_attention", 8, 2, 512, 512, "1.0", set()),
+        ],
+        [],
+        "softmax_scale=1.0",
+    ),
+    "zamba-2": (
+        [("model", 8, 8, 128, 128, "(128/2)**-0.5", set())],
+        ["hybrid in 1 of 4 layers of model", "linear_attention in 3 of 4 layers of model"],
+        "softmax_scale=(128/2)**-0.5",
+    ),
+    "gpt2-inverse-layers": (
+        [("model", 8, 8, 64, 64, "64**-0.5/(layer + 1)", set())],
+        [],
+        "softmax_scale=64**-0.5/(layer + 1) in layer 0, 1, ...",
+    ),
+    "doge": ([("model", 4, 2, 128, 128, "128**-0.5", {"additive mask"})], [], ""),
+    "mimo-v2": (
+        [
+            ("model, full_attention", 32, 4, 192, 128, "192**-0.5", set()),
+            ("model, sliding_attention", 32, 8, 192, 128, "192**-0.5", {"sliding window", "attention sinks"}),
+        ],
+        [],
+        "",
+    ),
+    "mimo-v2-swa-keys": (
+        [
+            ("model, full_attention", 32, 4, 192, 128, "192**-0.5", set()),
+            ("model, sliding_attention", 32, 8, 192, 128, "192**-0.5", {"sliding window", "attention sinks"}),
+        ],
+        [],
+        "",
+    ),
+    "deepseek-v4": (
+        [("model", 32, 1, 512, 512, "512**-0.5", {"sliding window", "attention sinks", "sparse attention"})],
+        [
+            "compressed_sparse_attention in 1 of 3 layers of model",
+            "heavily_compressed_attention in 2 of 3 layers of model",
+        ],
+        "",
+    ),
+    "jamba": ([("model", 16, 8, 128, 128, "128**-0.5", set())], ["mamba in 14 of 16 layers of model"], ""),
+    "bamba": ([("model", 16, 8, 128, 128, "128**-0.5", set())], ["mamba in 10 of 12 layers of model"], ""),
+    "nemotron-h": (
+        [("model", 16, 8, 128, 128, "128**-0.5", set())],
+        ["linear_attention in 2 of 5 layers of model"],
+        "",
+    ),
+    "nemotron-h-letters": ([("model", 16, 8, 128, 128, "128**-0.5", set())], ["mamba in 2 of 5 layers of model"], ""),
+    "falcon-h1": (
+        [("model", 8, 2, 128, 128, "128**-0.5", set())],
+        [
+            "layers of model that mix tokens in another way: "
+            "there are keys such as mamba_d_ssm, and no list of such layers"
+        ],
+        "",
+    ),
+    "qwen3-next": (
+        [("model", 8, 2, 128, 128, "128**-0.5", set())],
+        ["linear_attention in 6 of 8 layers of model"],
+        "",
+    ),
+    "recurrent-gemma": (
+        [("model", 8, 1, 128, 128, "128**-0.5", {"sliding window"})],
+        ["recurrent in 4 of 5 layers of model"],
+        "",
+    ),
+    "dbrx": ([("model", 16, 4, 128, 128, "128**-0.5", set())], [], ""),
+    "mpt": ([("model", 8, 8, 128, 128, "0.125", {"ALiBi"})], [], "softmax_scale=0.125: softmax_scale"),
+    "granite-swa": (
+        [("model", 8, 2, 128, 128, "0.0078125", {"sliding window", "attention sinks"})],
+        [],
+        "softmax_scale=0.0078125: attention_multiplier",
+    ),
+    "paligemma": ([("text_config", 8, 1, 128, 128, "128**-0.5", {"prefix mask"})], [], ""),
+    "hrm-text": ([("model", 8, 8, 128, 128, "128**-0.5", {"prefix mask"})], [], ""),
+    "bert": ([("model", 8, 8, 64, 64, "64**-0.5", set())], [], PADDING),
+    "llama-3-8b": ([("model", 32, 8, 128, 128, "128**-0.5", set())], [], ""),
+}
+
 # What is said of each part of a model, and what of it cannot be looked at.
 TWELVE_HEADS = {"hidden_size": 768, "num_attention_heads": 12}
 PARTS = {
@@ -296,6 +395,30 @@ def test_known_models(name, capsys):
     assert answer["runs"] == (runs and not_built <= {"dropout"})
     assert answer["trains"] == (trains and not not_built)
     assert code == (0 if answer["runs"] and answer["trains"] else 1)
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_whole_answers(name):
+    parts, not_looked_at, note = ANSWERS[name]
+    read = models.read(json.loads((CONFIGS / f"{name}.json").read_text()))
+    assert [(a.part, a.heads, a.kv_heads, a.head_dim, a.head_dim_v, a.softmax_scale, names(a)) for a in read] == parts
+    assert [what for a in read for what in a.not_looked_at] == not_looked_at
+    notes = [text for a in read for text in a.notes]
+    assert any(note in text for text in notes) if note else not notes
+
+
+def test_layers_of_another_kind_make_the_answer_a_part(capsys):
+    code, stdout, _ = run(capsys, "check", CONFIGS / "jamba.json")
+    assert code == 1 and "not looked at: mamba in 14 of 16 layers" in stdout and "What was looked at" in stdout
+
+
+def test_a_learned_scale_is_not_guessed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(limits, "TABLE", rows_where((64, 128)))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "gemma4_audio", "hidden_size": 768, "num_attention_heads": 8}))
+    _, answer = json_of(capsys, "check", path)
+    assert answer["parts"][0]["softmax_scale"] is None
+    assert "the scale is not known" in (words := run(capsys, "check", path)[1]) and "96**-0.5" not in words
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -445,7 +568,11 @@ def test_kv_heads_that_do_not_divide(capsys):
         ('{"num_heads": 1, "head_dim": ' + "9" * 5000 + "}", "too many digits|2**63"),
         ('{"num_heads": 1, "head_dim": ' + "9" * 400 + "}", "2**63"),
         ('{"num_heads": 1, "hidden_size": 64, "attention_dropout": 1e999}', "attention_dropout is inf"),
-        ('{"num_heads": 8, "head_dim": 64, "rope_scaling": {"factor": 2, "mscale_all_dim": 1e200}}', "mscale_all_dim"),
+        (
+            '{"num_heads": 8, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, '
+            '"rope_scaling": {"type": "yarn", "factor": 2, "mscale_all_dim": 1e200}}',
+            "mscale_all_dim",
+        ),
         ('{"model_type": "mamba2", "num_heads": 128, "head_dim": 64}', "a mamba2, which has no softmax attention"),
         ('{"text_config": {"model_type": "llama", "num_attention_heads": "\\u001b[2J"}}', "'\\x1b[2J'"),
         ('{"\\u001b[2J": 1}', "its keys: \\x1b[2J"),
@@ -458,6 +585,66 @@ def test_nonsense_is_told(tmp_path, capsys, text, says):
         code, stdout, stderr = run(capsys, "check", argument)
         assert code == 2 and stdout == "" and any(word in stderr for word in says.split("|")), stderr
         assert str(path) in stderr and stderr.count("\n") == 1 and "\x1b" not in stderr
+
+
+HUB_CACHES = {  # the variables that place the hub's cache, by precedence, and where it is then
+    "HF_HUB_CACHE": "",
+    "HF_HOME": "hub",
+    "XDG_CACHE_HOME": "huggingface/hub",
+    "HOME": ".cache/huggingface/hub",
+}
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    for name in HUB_CACHES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+
+
+def put_model(cache, model, *snapshots, main=None):
+    folder = cache / f"models--{model.replace('/', '--')}"
+    for number, (commit, config) in enumerate(snapshots):
+        path = folder / "snapshots" / commit / "config.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(config))
+        os.utime(path, (number, number))
+    if main:
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(main)
+
+
+@pytest.mark.parametrize("variable", HUB_CACHES)
+def test_a_model_by_its_name_is_found_in_the_hubs_cache(no_hub, monkeypatch, tmp_path, capsys, variable):
+    monkeypatch.setenv(variable, str(tmp_path))
+    put_model(tmp_path / HUB_CACHES[variable], "meta-llama/Llama-3.1-8B", ("abc", LLAMA | {"model_type": "llama"}))
+    _, stdout, _ = run(capsys, "check", "meta-llama/Llama-3.1-8B")
+    words = " ".join(stdout.split())
+    assert words.startswith("meta-llama/Llama-3.1-8B, from ") and "/snapshots/abc/config.json (llama), on a" in words
+
+
+@pytest.mark.parametrize("main, head_dim", [(None, 64), ("older", 128), ("gone", 64)])
+def test_which_snapshot_of_a_model(no_hub, monkeypatch, tmp_path, capsys, main, head_dim):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    heads = {"num_attention_heads": 8}
+    put_model(tmp_path, "gpt2", ("older", heads | {"head_dim": 128}), ("newer", heads | {"head_dim": 64}), main=main)
+    assert json_of(capsys, "check", "gpt2")[1]["parts"][0]["head_dim"] == head_dim
+
+
+@pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", "gpt2"])
+def test_a_model_that_is_not_in_the_hubs_cache(no_hub, monkeypatch, tmp_path, capsys, model):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    code, stdout, stderr = run(capsys, "check", model)
+    assert code == 2 and stdout == "" and stderr.startswith(f"check: {model}: no such file")
+    assert str(tmp_path) in stderr and f"hf download {model} config.json" in stderr
+
+
+def test_a_file_goes_before_a_model_of_its_name(no_hub, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    put_model(tmp_path / "cache", "gpt2", ("abc", {"num_attention_heads": 8, "head_dim": 64}))
+    (tmp_path / "gpt2").write_text(json.dumps({"num_attention_heads": 8, "head_dim": 128}))
+    assert json_of(capsys, "check", "gpt2")[1]["parts"][0]["head_dim"] == 128
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path, capsys):

@@ -1,18 +1,22 @@
 """Whether a model's attention runs and trains on Hopper GPUs with the kernels built.
 
-Give a config.json as Hugging Face writes it (or its directory, or - for standard input), or the shapes:
+Give a config.json as Hugging Face writes it (or its directory, or - for standard input), the name of a model whose
+config.json is in the hub's local cache, or the shapes:
 
     python -m flash_attn_ext check path/to/config.json
+    python -m flash_attn_ext check meta-llama/Llama-3.1-8B
     python -m flash_attn_ext check --hidden-size 3072 --num-heads 32
 
 Exit code: 0 all of it runs and trains, 1 something does not or was not looked at, 2 the input cannot be read.
-The answer is about the kernels of this version, and needs no GPU. It knows the configuration only: padding masks,
-packed sequences and KV caches are the matter of the code that calls attention.
+The answer is about the kernels of this version, and needs no GPU. It knows the configuration only: packed
+sequences and KV caches are the matter of the code that calls attention.
 """
 
 import argparse
 import inspect
 import json
+import os
+import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,11 +24,13 @@ from pathlib import Path
 from .. import flash_attn_func
 from .._version import __version__
 from . import show, table
-from .models import Attention, Need, Unreadable, read
+from .models import Attention, Need, read
 from .options import positive_int
+from .values import Unreadable
 
 # What flash_attn_func can do is what it takes as arguments: a feature counts as built on the day that it has one.
 ARGUMENTS = inspect.signature(flash_attn_func).parameters
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # MODEL or ORGANISATION/MODEL
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Answer:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", help="config.json, a directory that holds one, or - for standard input")
+    parser.add_argument("config", nargs="?", help="config.json, its directory, a model's name on the hub, or -")
     shapes = parser.add_argument_group("shapes, in place of a file")
     shapes.add_argument("--hidden-size", type=positive_int, metavar="N", help="width of the model")
     shapes.add_argument("--num-heads", type=positive_int, metavar="N", help="query heads")
@@ -110,24 +116,36 @@ def attentions_of(options: argparse.Namespace) -> tuple[str, list[Attention]]:
         return title, [replace(attention, heads=None, kv_heads=options.num_kv_heads)]
     if any(given.values()):
         raise Unreadable("give a config.json or shapes, not both")
-    name, config = load(options.config)
-    title = str(config.get("_name_or_path") or name) if isinstance(config, dict) else name
-    if isinstance(config, dict) and isinstance(config.get("model_type"), str):
-        title += f" ({config['model_type']})"
+    path, name = find(options.config)
+    title, config = name, load(path, name)
+    if isinstance(config, dict):
+        if path is None or name == str(path):  # nobody asked for it by its name
+            title = str(config.get("_name_or_path") or name)
+        if isinstance(config.get("model_type"), str):
+            title += f" ({config['model_type']})"
     try:
         return title, read(config, options.seqlen)
     except Unreadable as error:
         raise Unreadable(f"{name}: {error}") from None
 
 
-def load(where: str) -> tuple[str, object]:
-    """The file's name and its JSON."""
+def find(where: str) -> tuple[Path | None, str]:
+    """The file (None: standard input), and what to call it."""
+    if where == "-":
+        return None, "standard input"
     path = Path(where)
-    if where != "-" and path.is_dir():
+    if path.is_dir():
         path = path / "config.json"
-    name = "standard input" if where == "-" else str(path)
+    elif not path.exists() and HUB_NAME.fullmatch(where) and path.suffix != ".json":
+        path = of_the_hub(where)
+        return path, f"{where}, from {path}"
+    return path, str(path)
+
+
+def load(path: Path | None, name: str) -> object:
+    """The file's JSON."""
     try:
-        content = sys.stdin.buffer.read() if where == "-" else path.read_bytes()
+        content = sys.stdin.buffer.read() if path is None else path.read_bytes()
         text = content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError:
         raise Unreadable(f"{name}: no such file") from None
@@ -136,13 +154,39 @@ def load(where: str) -> tuple[str, object]:
     except OSError as error:
         raise Unreadable(f"{name} cannot be read: {error.strerror}") from None
     try:
-        return name, json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise Unreadable(f"{name} is not JSON: {error}") from None
     except RecursionError:
         raise Unreadable(f"{name} is nested too deeply for a model's configuration") from None
     except ValueError:
         raise Unreadable(f"{name} has a number of too many digits for Python to read") from None
+
+
+def of_the_hub(model: str) -> Path:
+    """The config.json of a model in the hub's local cache. Nothing is downloaded."""
+    cache = hub_cache()
+    folder = cache / f"models--{model.replace('/', '--')}"
+    try:
+        main = [folder / "snapshots" / (folder / "refs" / "main").read_text().strip() / "config.json"]
+    except OSError:
+        main = []
+    newest = sorted(folder.glob("snapshots/*/config.json"), key=lambda path: path.lstat().st_mtime, reverse=True)
+    for path in main + newest:
+        if path.is_file():
+            return path
+    raise Unreadable(
+        f"{model}: no such file, and no config.json of a model of that name in the hub's cache, {cache}. "
+        f"Download it, and ask again: hf download {model} config.json"
+    )
+
+
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what it downloads."""
+    for name, below in (("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")):
+        if value := os.environ.get(name):
+            return Path(value).expanduser() / below
+    return Path.home() / ".cache" / "huggingface" / "hub"
 
 
 # ---- the answer ----
@@ -264,7 +308,7 @@ def print_reasons(answer: Answer, prefix: str) -> None:
     changes = " ".join(way.change for way in answer.ways_out)
     if "pad" in changes:
         cut = f" and keep out's first {a.head_dim_v} columns"
-        show.say(f"  pad: with zeros; pass softmax_scale={a.softmax_scale}{cut} (docs/head-dims.md).")
+        show.say(f"  pad: with zeros; pass softmax_scale={a.softmax_scale or '(not known)'}{cut} (docs/head-dims.md).")
     if "new model" in changes:
         show.say("  a new model: weights that are trained cannot be split into other heads.")
     for need in answer.needs:

@@ -8,52 +8,42 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-HEADS = (
-    *("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "num_query_heads"),
-    "attention_heads",  # the vision part of Llama 3.2
+from .layers import Layers, groups_of
+from .values import (
+    DECODER_HEADS,
+    DROPOUT,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN_SIZE,
+    KV_HEADS,
+    LONGEST,
+    SOFTCAP,
+    WINDOW,
+    Unreadable,
+    Values,
 )
-DECODER_HEADS = ("decoder_attention_heads",)
-KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads", "kv_n_heads", "num_query_groups")
-HEAD_DIM = ("head_dim", "attention_head_dim", "kv_channels", "d_kv", "d_head")
-# embed_dim first: the vision part of Qwen2-VL has it beside a hidden_size that is the language model's.
-HIDDEN_SIZE = ("embed_dim", "hidden_size", "n_embd", "d_model", "n_embed", "dim")
-LONGEST = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
-DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attention_dropout_prob")
-SOFTCAP = (
-    *("attn_logit_softcapping", "attn_logit_softcap", "attention_logit_softcapping", "attention_logit_cap"),
-    "max_attn_value",  # Grok-1
-)
-WINDOW = ("sliding_window", "sliding_window_size", "attention_window_size", "local_attention")
 
 # Their num_heads are not those of an attention.
 NO_SOFTMAX = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
-KNOWN_LAYERS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
-MOST = 2**63  # a number beyond it is no shape, and not every float holds it
 
 LANGUAGE = ("text_config", "llm_config", "language_config")
 GIVE_SHAPES = (
     "If it is a model's configuration, give its shapes: --hidden-size, --num-heads, --num-kv-heads, --head-dim"
 )
 
-# A config.json holds only what differs from the defaults of its class: what these families leave out is this
-# (transformers, configuration_*.py).
-DEFAULTS = {
-    "big_bird": {"attention_type": "block_sparse"},
-    "bigbird_pegasus": {"attention_type": "block_sparse"},
-    "clip_text_model": {"hidden_size": 512, "num_attention_heads": 8},
-    "clip_vision_model": {"hidden_size": 768, "num_attention_heads": 12},
-    "gemma3_text": {"hidden_size": 2304, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
-    "gemma4_text": {"hidden_size": 2304, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
-    "gpt2": {"n_embd": 768, "n_head": 12, "attn_pdrop": 0.1},
-    "llama": {"hidden_size": 4096, "num_attention_heads": 32},
-    "mistral": {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8},
-    "siglip_text_model": {"hidden_size": 768, "num_attention_heads": 12},
-    "siglip_vision_model": {"hidden_size": 768, "num_attention_heads": 12},
+# Scales that no key of the file tells; None: learned, so that no number is right.
+SCALES = {
+    **dict.fromkeys(("t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "pop2piano"), "1.0"),
+    **dict.fromkeys(("gpt_neo", "pix2struct_text_model", "dia_encoder", "dia_decoder"), "1.0"),
+    **dict.fromkeys(("gemma3n_text", "gemma4_text", "gemma4_vision", "gemma4_unified_text"), "1.0"),
+    **dict.fromkeys(("diffusion_gemma_text", "embedding_gemma2_text"), "1.0"),
+    **dict.fromkeys(("zamba", "zamba2"), "({head_dim}/2)**-0.5"),
+    "inkling_text": "1/{head_dim}",
+    "gemma4_audio": None,
 }
 
-
-class Unreadable(Exception):
-    """The configuration cannot be read; the text says what is wrong with it."""
+# What the whole of a model says about its language model.
+OF_THE_LANGUAGE_MODEL = ("prefix_lm", "mm_tokens_per_image")
 
 
 @dataclass(frozen=True)
@@ -77,44 +67,10 @@ class Attention:
     head_dim: int | None  # of q and k; None: hidden_size is no multiple of the heads
     head_dim_v: int | None
     hidden_size: int | None
-    softmax_scale: str  # an expression
+    softmax_scale: str | None  # an expression; None: not known
     needs: tuple[Need, ...] = ()
     notes: tuple[str, ...] = ()
     not_looked_at: tuple[str, ...] = ()  # what else there is, of which nothing is known
-
-
-class Values:
-    """A configuration's values, looked up under several names and checked."""
-
-    def __init__(self, config: dict, part: str) -> None:
-        nested = config.get("attn_config")  # MPT, DBRX
-        own = {**config, **nested} if isinstance(nested, dict) else config
-        given = {name: value for name, value in own.items() if value is not None}
-        defaults = DEFAULTS.get(str(own.get("model_type")), {})
-        self.of = {**defaults, **given}
-        self.part = part
-
-    def __getitem__(self, name: str) -> object:
-        return self.of.get(name)
-
-    def name(self, names: tuple[str, ...]) -> str:
-        """The first of these names that is set, or the first of all."""
-        return next((name for name in names if name in self.of), names[0])
-
-    def whole(self, *names: str, least: int = 1) -> int | None:
-        return self._checked(names, int, "a whole number", least)
-
-    def number(self, *names: str) -> float | None:
-        return self._checked(names, int | float, "a number", 0)
-
-    def _checked(self, names, kind, what, least):
-        name = self.name(names)
-        value = self.of.get(name)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < MOST:
-            raise Unreadable(f"{self.part}: {name} is {value!r:.60}; it must be {what} from {least} to 2**63")
-        return value
 
 
 def read(config: object, seqlen: int | None = None) -> list[Attention]:
@@ -152,27 +108,29 @@ def _parts(config: dict, part: str, silent: list[str], depth: int = 0) -> Iterat
         silent.append(part)
     nested = [name for name, value in config.items() if isinstance(value, dict)]
     nested = [name for name in nested if name.endswith("_config") or name in ("encoder", "decoder", "text_encoder")]
+    nested = [name for name in nested if name not in ("attn_config", "ffn_config")]  # of the part itself: Values
     for name in sorted(nested, key=lambda name: name not in LANGUAGE):
+        inner = config[name]
+        if name in LANGUAGE:
+            inner = {key: values[key] for key in OF_THE_LANGUAGE_MODEL if values[key]} | inner
         if depth < 4:  # Qwen-Omni has three
-            yield from _parts(config[name], name if part == "model" else f"{part}.{name}", silent, depth + 1)
+            yield from _parts(inner, name if part == "model" else f"{part}.{name}", silent, depth + 1)
 
 
 def _attentions(part: str, values: Values, seqlen: int | None) -> Iterator[Attention]:
-    hidden_size = values.whole(*HIDDEN_SIZE)
     if values.name(DECODER_HEADS) in values.of and values.name(HEADS) in values.of:  # BART, Whisper
+        layers = Layers.of(values)
         for side, names in (("encoder", HEADS), ("decoder", DECODER_HEADS)):
             heads = values.whole(*names)
             label = side if part == "model" else f"{part}.{side}"
-            yield _attention(label, values, seqlen, hidden_size, heads, heads)
+            yield _attention(label, values, layers, seqlen, heads, heads)
         return
-    heads = values.whole(*HEADS, *DECODER_HEADS)
-    assert heads is not None
-    attention = _attention(part, values, seqlen, hidden_size, heads, _kv_heads(values, heads))
-    yield attention
-    if (global_head_dim := values.whole("global_head_dim")) and global_head_dim != attention.head_dim:  # Gemma 4
-        kv_heads = values.whole("num_global_key_value_heads") if values["attention_k_eq_v"] is True else None
-        shapes = hidden_size, heads, kv_heads or attention.kv_heads
-        yield _attention(f"{part}, global layers", values, seqlen, *shapes, head_dim=global_head_dim, windows=False)
+    groups = groups_of(values)
+    for own, layers in groups:
+        heads = own.whole(*HEADS, *DECODER_HEADS)
+        assert heads is not None
+        label = part if len(groups) == 1 else f"{part}, {layers.label()}"
+        yield _attention(label, own, layers, seqlen, heads, _kv_heads(own, heads))
 
 
 def _kv_heads(values: Values, heads: int) -> int:
@@ -185,20 +143,21 @@ def _kv_heads(values: Values, heads: int) -> int:
     return values.whole(*KV_HEADS) or heads
 
 
-def _attention(part, values, seqlen, hidden_size, heads, kv_heads, head_dim=None, windows=True) -> Attention:
+def _attention(part, values: Values, layers: Layers, seqlen, heads: int, kv_heads: int) -> Attention:
+    hidden_size = values.whole(*HIDDEN_SIZE)
     nope, rope = (values.whole(f"qk_{kind}_head_dim", least=0) for kind in ("nope", "rope"))
-    if head_dim is None and nope and rope is not None:  # MLA; a head_dim beside these is that of the rotary part
+    if nope and rope is not None:  # MLA; a head_dim beside these is that of the rotary part
         head_dim, head_dim_v = nope + rope, values.whole("v_head_dim") or nope
     else:
-        head_dim = head_dim_v = head_dim or values.whole(*HEAD_DIM) or _quotient(values, hidden_size, heads)
+        head_dim = values.whole(*HEAD_DIM) or _quotient(values, hidden_size, heads)
+        head_dim_v = values.whole("v_head_dim") or head_dim
     scale, notes = _softmax_scale(values, head_dim)
-    needs = tuple(_needs(values, seqlen, windows, notes))
+    needs = tuple(_needs(values, layers, seqlen, notes))
+    notes += _notes_on_masks(values)
     if (dtype := values["dtype"] or values["torch_dtype"]) in ("float32", "float64"):
         notes.append(f"the weights are {dtype}: cast the model to bfloat16 or float16, or run it under torch.autocast")
-    others = sorted({str(kind) for kind in _layer_types(values)} - KNOWN_LAYERS)
-    not_looked_at = tuple(f"{kind}{_layers(values, kind)} of {part}" for kind in others)
     shapes = heads, kv_heads, head_dim, head_dim_v, hidden_size
-    return Attention(part, *shapes, scale, needs, tuple(notes), not_looked_at)
+    return Attention(part, *shapes, scale, needs, tuple(notes), tuple(layers.not_looked_at(values)))
 
 
 def _quotient(values: Values, hidden_size: int | None, heads: int) -> int | None:
@@ -209,42 +168,86 @@ def _quotient(values: Values, hidden_size: int | None, heads: int) -> int | None
     return hidden_size // heads if hidden_size % heads == 0 else None
 
 
-def _softmax_scale(values: Values, head_dim: int | None) -> tuple[str, list[str]]:
+def _softmax_scale(values: Values, head_dim: int | None) -> tuple[str | None, list[str]]:
     """The scale as an expression, and a note where it is not the default."""
-    scale = f"{head_dim}**-0.5"
-    if scalar := values.number("query_pre_attn_scalar"):  # Gemma 2 and 3
-        if scalar == head_dim:
-            return scale, []
+    default = f"{head_dim}**-0.5"
+    family = str(values["model_type"])
+    where = ""
+    if family in SCALES:
+        scale, name = SCALES[family], "model_type"
+        if scale is None:
+            return None, [f"the scale is not known: {family} learns it"]
+        scale = scale.format(head_dim=head_dim)
+    elif number := values.number("softmax_scale"):  # MPT
+        scale, name = f"{number:g}", "softmax_scale"
+    elif scalar := values.number("query_pre_attn_scalar"):  # Gemma 2 and 3
         scale, name = f"{scalar:g}**-0.5", "query_pre_attn_scalar"
     elif multiplier := values.number("attention_multiplier"):  # Granite
         scale, name = f"{multiplier:g}", "attention_multiplier"
     elif values["mup_use_scaling"] is True and head_dim:  # Phi-3-small
         scale, name = f"{values.number('mup_attn_multiplier') or 1:g}/{head_dim}", "mup_use_scaling"
-    elif values["model_type"] in ("t5", "mt5", "umt5", "gpt_neo"):
-        scale, name = "1.0", "model_type"
-    elif head_dim and (mscale := _yarn_mscale(values["rope_scaling"])):  # DeepSeek
-        scale, name = f"{head_dim**-0.5 * mscale**2:.6g}", "rope_scaling"
+    elif values["scale_attn_by_inverse_layer_idx"] is True:  # GPT-2
+        scale, name = f"{default}/(layer + 1)", "scale_attn_by_inverse_layer_idx"
+        scale = "1/(layer + 1)" if values["scale_attn_weights"] is False else scale
+        where = " in layer 0, 1, ..."
+    elif values["scale_attn_weights"] is False:  # GPT-2
+        scale, name = "1.0", "scale_attn_weights"
+    elif head_dim and (found := _yarn_mscale(values)):  # DeepSeek
+        mscale, name = found
+        scale = f"{head_dim**-0.5 * mscale**2:.6g}"
     else:
+        return default, []
+    if scale == default:
         return scale, []
-    return scale, [f"pass softmax_scale={scale}: {name} makes it another than the default"]
+    return scale, [f"pass softmax_scale={scale}{where}: {name} makes it another than the default"]
 
 
-def _yarn_mscale(rope: object) -> float | None:
-    """The factor of q and of k in DeepSeek's variant of YaRN (Peng et al. 2023, section 3.4)."""
-    if not isinstance(rope, dict):
+def _yarn_mscale(values: Values) -> tuple[float, str] | None:
+    """The factor of q and of k in DeepSeek's variant of YaRN (Peng et al. 2023, section 3.4), and the key that has it.
+
+    Only with MLA: elsewhere mscale_all_dim is the rotary embedding's alone.
+    """
+    name = values.name(("rope_parameters", "rope_scaling"))
+    rope = values[name]
+    if not isinstance(rope, dict) or not values["qk_nope_head_dim"]:
         return None
-    values = Values(rope, "rope_scaling")
-    factor, weight = values.number("factor"), values.number("mscale_all_dim")
-    return 0.1 * weight * math.log(factor) + 1 if weight and factor and factor > 1 else None
+    if (rope.get("rope_type") or rope.get("type") or "default") == "default":
+        return None
+    inner = Values(rope, name)
+    factor, weight = inner.number("factor"), inner.number("mscale_all_dim")
+    return (0.1 * weight * math.log(factor) + 1, name) if weight and factor and factor > 1 else None
 
 
-def _needs(values: Values, seqlen: int | None, windows: bool, notes: list[str]) -> Iterator[Need]:
+def _notes_on_masks(values: Values) -> list[str]:
+    """On masks that a batch may need beyond the causal one."""
+    notes = []
+    architectures = values["architectures"] if isinstance(values["architectures"], list) else []
+    bidirectional = (
+        values["is_encoder_decoder"] is True
+        or values["is_causal"] is False
+        or values["use_bidirectional_attention"] in (True, "all")
+        or any("MaskedLM" in str(name) for name in architectures)
+        or (values["is_decoder"] is not True and values.whole("type_vocab_size", least=0) is not None)
+    )
+    if bidirectional:
+        notes.append(
+            "its tokens see each other both ways, so sequences of unequal lengths in one batch need a padding mask, "
+            "which is not built: batch equal lengths (under a causal mask padding on the right needs none)"
+        )
+    images = "mm_tokens_per_image" if values.whole("mm_tokens_per_image", least=0) else ""  # Gemma 3
+    if values["use_bidirectional_attention"] == "vision":  # Gemma 4
+        images = "use_bidirectional_attention"
+    if images:
+        notes.append(
+            f"{images}: the tokens of an image see each other both ways, and calls with images need that mask, which "
+            "is not built; calls with text alone do not"
+        )
+    return notes
+
+
+def _needs(values: Values, layers: Layers, seqlen: int | None, notes: list[str]) -> Iterator[Need]:
     """What the attention needs besides the kernels' own; adds to notes what is there and does not matter."""
     longest = seqlen or values.whole(*LONGEST)
-    kinds = _layer_types(values)
-
-    def has(kind: str) -> bool:
-        return not kinds or any(kind in str(layer) for layer in kinds)
 
     def local(name: str, kind: str, size: int, argument: str | None, sees: str) -> Iterator[Need]:
         if longest is not None and longest <= size:
@@ -252,7 +255,7 @@ def _needs(values: Values, seqlen: int | None, windows: bool, notes: list[str]) 
             return
         yield Need(
             kind,
-            f"{name} is {values[name]}{_layers(values, kind.split()[0])}: {sees}",
+            f"{name} is {values[name]}{layers.counted(kind.split()[0])}: {sees}",
             f"sequences of at most {size} tokens do not need it (--seqlen {size}); "
             "else torch.nn.attention.flex_attention for these layers",
             argument,
@@ -265,7 +268,7 @@ def _needs(values: Values, seqlen: int | None, windows: bool, notes: list[str]) 
             "torch.nn.attention.flex_attention with that score_mod; leaving it out changes what the model computes",
             "softcap",
         )
-    if windows and _has_windows(values, kinds) and (size := values.whole(*WINDOW)):
+    if _has_windows(values, layers) and (size := values.whole(*WINDOW)):
         name, sees = values.name(WINDOW), f"a query sees {size} keys only"
         if name == "local_attention":  # ModernBERT: half of it to either side, and the query's own key
             size, sees = size // 2 + 1, f"a query sees {size // 2} keys to either side"
@@ -275,19 +278,21 @@ def _needs(values: Values, seqlen: int | None, windows: bool, notes: list[str]) 
     ):  # GPT-Neo
         size = values.whole("window_size")
         yield from local("window_size", "sliding window", size, "window_size", f"a query sees {size} keys only")
-    if windows and has("chunked") and (size := values.whole("attention_chunk_size")):  # Llama 4
+    if layers.may_have("chunked") and (size := values.whole("attention_chunk_size")):  # Llama 4
         sees = f"a query sees only the keys of its own {size} tokens"
         yield from local("attention_chunk_size", "chunked attention", size, None, sees)
-    sink = next((name for name, value in values.of.items() if "attention_sink" in name and value), None)
-    if values["model_type"] == "gpt_oss" or sink:
+    sinks = [name for name, value in values.of.items() if "attention_sink" in name and value]
+    if "learnable_sink_init" in values.of:
+        sinks.append("learnable_sink_init")
+    if sinks:
         yield Need(
             "attention sinks",
-            f"{sink or 'model_type gpt_oss'}: a learned score for each head joins the sum of the softmax",
+            f"{values.source(sinks[0])}: a learned score for each head joins the sum of the softmax",
             "without gradients multiply out by torch.sigmoid(lse - sink), with lse from return_lse=True; "
             "to train, torch.nn.attention.flex_attention, likewise",
             "sinks",
         )
-    if values["alibi"] is True or values["model_type"] == "bloom" or values["position_embedding_type"] == "alibi":
+    if values["alibi"] is True or values["position_embedding_type"] == "alibi":
         yield Need(
             "ALiBi",
             "a bias that grows with the distance is added to the scores",
@@ -295,8 +300,9 @@ def _needs(values: Values, seqlen: int | None, windows: bool, notes: list[str]) 
         )
     if (
         values.whole("relative_attention_num_buckets")  # T5
-        or values["relative_attention"] is True  # DeBERTa
-        or values["model_type"] == "xlnet"
+        or values.whole("position_bias_num_buckets")  # CPM-Ant
+        or values.whole("rel_extent")  # Inkling
+        or values["relative_attention"] is True  # DeBERTa, XLNet
         or values["position_embedding_type"] in ("relative_key", "relative_key_query")  # BERT
     ):
         yield Need(
@@ -304,7 +310,19 @@ def _needs(values: Values, seqlen: int | None, windows: bool, notes: list[str]) 
             "relative positions are added to the scores as a learned bias",
             "torch.nn.attention.flex_attention with that score_mod",
         )
-    yield from _sparse(values)
+    if values.whole("keep_window_size"):  # Doge
+        yield Need(
+            "additive mask",
+            "keep_window_size: a mask that is computed from the values is added to the scores",
+            "torch.nn.attention.flex_attention with that score_mod",
+        )
+    if values["prefix_lm"] is True:
+        yield Need(
+            "prefix mask",
+            "the tokens of a prefix see each other both ways, the others are causal",
+            "torch.nn.attention.flex_attention with that mask; calls without a prefix need causal=True only",
+        )
+    yield from _sparse(values, layers)
     dropout = DROPOUT
     if values.whole("relative_attention_num_buckets"):  # T5
         dropout += ("dropout_rate",)
@@ -320,11 +338,11 @@ def _needs(values: Values, seqlen: int | None, windows: bool, notes: list[str]) 
         )
 
 
-def _sparse(values: Values) -> Iterator[Need]:
+def _sparse(values: Values, layers: Layers) -> Iterator[Need]:
     def need(because: str, way_out: str = "torch.nn.attention.flex_attention with that mask") -> Need:
         return Need("sparse attention", because, way_out)
 
-    if topk := values.whole("index_topk"):  # DeepSeek V3.2
+    if layers.may_have("indexed", "sparse", "full") and (topk := values.whole("index_topk")):  # DeepSeek-V3.2
         yield need(f"index_topk is {topk}: each query sees the {topk} keys that an indexer picks", "")
     dense_every = values.whole("dense_attention_every_n_layers", least=0)
     if dense_every != 1 and any(value and name.startswith("blocksparse_") for name, value in values.of.items()):
@@ -337,27 +355,12 @@ def _sparse(values: Values) -> Iterator[Need]:
         yield need("attention_window: a query sees the keys around it and a few chosen ones")
 
 
-def _layer_types(values: Values) -> list:
-    return values["layer_types"] if isinstance(values["layer_types"], list) else []
-
-
-def _layers(values: Values, kind: str) -> str:
-    """How many layers are of this kind, where the configuration lists them."""
-    kinds = _layer_types(values)
-    return f" in {sum(kind in str(layer) for layer in kinds)} of {len(kinds)} layers" if kinds else ""
-
-
-def _has_windows(values: Values, kinds: list) -> bool:
-    if values["use_sliding_window"] is False:
+def _has_windows(values: Values, layers: Layers) -> bool:
+    if values["use_sliding_window"] is False or not layers.may_have("sliding", "compressed"):  # DeepSeek-V4
         return False
-    if kinds:
-        return any("sliding" in str(kind) for kind in kinds)
-    first, layers = (
-        values["max_window_layers"],
-        values["num_hidden_layers"],
-    )  # Qwen2: windows from the first of these on
-    if values["use_sliding_window"] is True and isinstance(first, int) and isinstance(layers, int):
-        return first < layers
+    first, count = values["max_window_layers"], values["num_hidden_layers"]  # Qwen2: from the first of these on
+    if not layers.kinds and values["use_sliding_window"] is True and isinstance(first, int) and isinstance(count, int):
+        return first < count
     return True
 
 
@@ -375,7 +378,9 @@ def _add(found: list[Attention], new: Attention) -> None:
                 old,
                 part=old.part if twice else f"{old.part}, {new.part}",
                 notes=tuple(dict.fromkeys(old.notes + new.notes)),
-                not_looked_at=old.not_looked_at if twice else old.not_looked_at + new.not_looked_at,
+                not_looked_at=old.not_looked_at
+                if twice
+                else tuple(dict.fromkeys(old.not_looked_at + new.not_looked_at)),
             )
             return
     found.append(new)

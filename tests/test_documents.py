@@ -1,0 +1,84 @@
+"""The documents: their programs run where the package is installed, and what they say stands in one place."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flash_attn_ext
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(document, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def program(name):
+    """The code block of the documents whose first line is the name of its file."""
+    (text,) = [block for path in DOCUMENTS for block in blocks(path, "python") if block.startswith(f"# {name}\n")]
+    return text
+
+
+def run(folder, *arguments):
+    """In a folder that holds nothing else. The package comes from where it is imported here."""
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(flash_attn_ext.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    process = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def test_the_profiled_program(tmp_path):
+    (tmp_path / "profile_attention.py").write_text(program("profile_attention.py"))
+    table = run(tmp_path, "profile_attention.py")
+    assert all(name in table for name in ("attention forward", "attention backward", "flash_attn_ext::forward"))
+    assert (tmp_path / "attention.json").stat().st_size > 1000
+
+
+def test_the_program_for_several_gpus(tmp_path):
+    torch_distributed = pytest.importorskip("torch.distributed")
+    if not torch_distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    (tmp_path / "data_parallel.py").write_text(program("data_parallel.py"))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    losses = [float(line.split()[-1]) for line in run(tmp_path, *launcher, "data_parallel.py").splitlines()]
+    assert len(losses) == 3 and losses[2] < losses[0]
+
+
+def test_a_snippet_stands_in_one_place():
+    places = {}
+    for path in DOCUMENTS:
+        for line in {line.strip() for block in blocks(path, "python") for line in block.splitlines()}:
+            if len(line) > 60:
+                places.setdefault(line, []).append(path.name)
+    assert places and not {line: where for line, where in places.items() if len(where) > 1}
+
+
+def test_the_reference_names_nothing_private():
+    text = (ROOT / "docs" / "api.md").read_text()
+    assert "flash_attn_ext.forward" in text and not re.findall(r"_C\b|set_test_faults", text)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    def anchors(document):
+        titles = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
