@@ -91,6 +91,8 @@ def _empty_gradients(q, k, v, needs):
 # built without its kernels, which refusals.check then refuses.
 _library.impl("forward", _forward_cpu, "CompositeExplicitAutograd")
 _library.impl("backward", _backward_cpu, "CompositeExplicitAutograd")
+for _key in ("NestedTensorCPU", "NestedTensorCUDA"):  # to be refused
+    _library.impl("forward", _forward_cpu, _key)
 library.register_fake("flash_attn_ext::forward", _forward_fake, lib=_library)
 library.register_fake("flash_attn_ext::backward", _backward_fake, lib=_library)
 
@@ -100,12 +102,16 @@ library.register_fake("flash_attn_ext::backward", _backward_fake, lib=_library)
 
 def _save(ctx, inputs, output):
     q, k, v, *ctx.options = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse)
-    ctx.mark_non_differentiable(lse)
+    refusals.check_gradients(q, k, v)
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)  # a gradient of lse is one that a loss has asked for
 
 
-def _differentiate(ctx, dout, _):
+def _differentiate(ctx, dout, dlse):
+    if dlse is not None:
+        refusals.refuse_gradient_of_lse()
+    if dout is None:
+        return (None,) * (3 + len(ctx.options))
     needs = ctx.needs_input_grad[:3]
     gradients = backward(dout, *ctx.saved_tensors, *ctx.options, needs)
     return *(x if needed else None for x, needed in zip(gradients, needs, strict=True)), *(None for _ in ctx.options)

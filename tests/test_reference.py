@@ -228,11 +228,11 @@ def test_wide_dtypes(dtype):
 def test_signatures():
     """Positional order as FlashAttention-3's; what is ours is keyword-only."""
     by_name = inspect.signature(flash_attn_func).parameters
-    parameters, return_lse = by_name.values(), by_name["return_lse"]
-    assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == ["q", "k", "v", "softmax_scale", "causal"]
-    assert [p.name for p in parameters if p.default is p.empty] == ["q", "k", "v"]
-    assert return_lse.kind is return_lse.KEYWORD_ONLY and return_lse.default is False
+    positional = [p.name for p in by_name.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == ["q", "k", "v", "softmax_scale", "causal"]
+    assert by_name["return_lse"].kind is inspect.Parameter.KEYWORD_ONLY and by_name["return_lse"].default is False
     assert list(inspect.signature(flash_attn_ext.forward).parameters) == ["q", "k", "v", *Options._fields]
+    assert set(by_name) | {"target"} == set(inspect.signature(flash_attn_ext.explain).parameters)
 
 
 @pytest.mark.parametrize(
