@@ -258,7 +258,7 @@ def train_step_block() -> str:
 
 
 def support_block() -> str | None:
-    """Which head dims run and which train, from the compiled csrc/limits.h; None where the kernels are not built."""
+    """Which head dims run and which train, from csrc/limits.h; None where setup.py never ran."""
     from flash_attn_ext.limits import GPU_DTYPES, TABLE
 
     if not TABLE:

@@ -1,21 +1,24 @@
 """The functions that users call."""
 
 import torch
+from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_variadic
 
-from . import ops, reference, refusals
+from . import keywords, ops, reference, refusals
 from ._binary import _C
 from .options import Options
 
 
+# q, k and v are required. They have a default so that a call with SDPA's names is told which ones to use.
 def flash_attn_func(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: torch.Tensor = None,
+    k: torch.Tensor = None,
+    v: torch.Tensor = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    *,
+    *others,
     return_lse: bool = False,
+    **others_by_name,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Exact attention, softmax(softmax_scale * q k^T) v, without the matrix of scores in memory. Differentiable, once.
 
@@ -32,11 +35,15 @@ def flash_attn_func(
         causal: query i sees key j iff j <= i + seqlen_k - seqlen_q: the mask is aligned to the bottom right, so that
             the last query sees every key.
         return_lse: also return lse.
+        others, others_by_name: arguments that only FlashAttention-2, FlashAttention-3 or SDPA have. What asks for
+            nothing passes, as dropout_p=0.0 and num_splits=1; the rest is refused by name. return_attn_probs=True is
+            return_lse=True, as in FlashAttention-3. README has the table.
 
     Returns:
         out: shape, dtype and strides of torch.empty_like(q). Rows that see no key are 0.
         lse, if return_lse: (batch, heads, seqlen_q), float32: natural logarithm of the sum of exp(score) of each row,
-            -inf for rows that see no key. Not differentiable.
+            -inf for rows that see no key. It has no gradient yet: a loss that uses it raises in its backward, unless
+            it uses lse.detach().
 
     On CUDA the inputs are read where they lie if their last stride is 1 and their address and other strides are
     multiples of 16 bytes and not 0: (batch, heads, seqlen, head_dim) memory and slices of a packed qkv are. Other
@@ -47,11 +54,19 @@ def flash_attn_func(
     off: that is refused here, and not later. Gradients cannot be differentiated again.
 
     Raises:
-        TypeError: an argument is not a tensor, a number or a bool where it must be.
-        ValueError: shapes, dtypes, devices or softmax_scale do not fit, the head_dim has no kernel, or an input
-            requires grad and the head_dim has no backward kernel. `explain` gives the text without making the call.
-        RuntimeError: CUDA tensors on a GPU that is not a Hopper, or in an installation without the GPU kernels.
+        TypeError: an argument is not a tensor, a number or a bool where it must be, is sparse or nested, or has no
+            place here by its position or name.
+        ValueError: shapes, dtypes, devices or softmax_scale do not fit, the head_dim has no kernel, an input requires
+            grad and the head_dim has no backward kernel, or another function's argument asks for something. `explain`
+            gives the text without making the call.
+        NotImplementedError: torch.func differentiates the call (grad, vjp, jvp); in the backward, if a loss uses lse.
+        RuntimeError: CUDA tensors on a GPU that is not a Hopper, or in an installation without the GPU kernels; in the
+            backward on a GPU, if q needs a gradient under torch.use_deterministic_algorithms(True).
     """
+    if others or others_by_name:
+        if refusal := keywords.refusal(others, others_by_name):
+            raise refusal
+        return_lse = return_lse or others_by_name.get("return_attn_probs", False)
     out, lse = forward(q, k, v, softmax_scale, causal)
     return (out, lse) if return_lse else out
 
@@ -65,8 +80,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`flash_attn_func` with return_lse=True: returns (out, lse)."""
     options = Options(softmax_scale, causal)
-    if torch.compiler.is_compiling() or has_torch_function_variadic(q, k, v):
+    if is_compiling():
         return ops.forward(q, k, v, *options)
+    if has_torch_function_variadic(q, k, v):
+        return _forward_by_operator(q, k, v, options)
     return _forward(q, k, v, options)
 
 
@@ -83,7 +100,8 @@ def backward(
     """The gradients of `forward`'s out, for code that calls the kernels by itself; autograd calls the same kernel.
 
     After FlashAttention-2 (Dao 2023, section 3.1.2; on Hopper FlashAttention-3, Shah et al. 2024, appendix B): the
-    probabilities are computed again from q, k and lse. On the CPU by `attention_reference_backward`.
+    probabilities are computed again from q, k and lse. On the CPU in PyTorch, with the results of
+    `attention_reference_backward` up to rounding.
 
     out and lse are used as they are given. Where k and v are one part of the keys (ring attention), pass the out and
     lse that were merged over all parts: dk and dv are then this part's, and the sum of every part's dq is q's gradient.
@@ -102,20 +120,41 @@ def backward(
             the head_dim has no backward kernel.
     """
     options = Options(softmax_scale, causal)
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         refusals.check_arguments(options, dout=dout, q=q, k=k, v=v, out=out, lse=lse)
-    return ops.backward(dout, q, k, v, out, lse, *options)
+    return ops.backward(dout, q, k, v, out, lse, *options.plain())
 
 
-def explain(q, k, v, softmax_scale=None, causal=False) -> str | None:
+def explain(
+    q: torch.Tensor = None,
+    k: torch.Tensor = None,
+    v: torch.Tensor = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    *others,
+    return_lse: bool = False,
+    target: str | None = None,
+    **others_by_name,
+) -> str | None:
     """Why `flash_attn_func` would refuse this call, or None if it would run. Makes no call.
 
-    The text names the argument, its value, what is accepted, and the way out. Where grad mode is on, gradients that the
-    inputs require count too.
+    Takes the arguments of `flash_attn_func`. The text names the argument, its value, what is accepted, and the way out.
+    Where grad mode is on, gradients that the inputs require count too.
+
+    Args:
+        target: "hopper" asks what a Hopper GPU would say to these shapes and dtypes. q, k and v may be on any device
+            then, "meta" too, and no GPU is needed. Default: what the call would do here.
+
+    Raises:
+        ValueError: target is neither None nor "hopper".
     """
-    refusal = refusals.of_forward(q, k, v, Options(softmax_scale, causal))
+    if target not in (None, "hopper"):
+        raise ValueError(f'target is {target!r}; it must be "hopper", or None for the device of q, k and v.')
+    on_hopper = target == "hopper"
+    refusal = keywords.refusal(others, others_by_name)
+    refusal = refusal or refusals.of_forward(q, k, v, Options(softmax_scale, causal), on_hopper=on_hopper)
     if refusal is None and torch.is_grad_enabled():
-        refusal = refusals.of_gradients(q, k, v)
+        refusal = refusals.of_gradients(q, k, v, on_hopper=on_hopper)
     return str(refusal) if refusal else None
 
 
@@ -176,8 +215,9 @@ def attention_reference_backward(
 def _forward_by_operator(q, k, v, options: Options):
     """`forward` without the shortcut of the compiled module."""
     refusals.check_arguments(options, q=q, k=k, v=v)
-    refusals.check_forward_mode(q, k, v)  # here too: the operator's kernel no longer sees a tangent of torch.func.jvp
-    return ops.forward(q, k, v, *options)
+    refusals.check_forward_mode(q, k, v)  # these here too: the operator's kernel no longer sees what torch.func does
+    refusals.check_transforms(q, k, v)
+    return ops.forward(q, k, v, *options.plain())
 
 
 if _C:
@@ -189,6 +229,7 @@ if _C:
         check=refusals.check,
         check_backward=refusals.check_backward,
         check_derivatives=refusals.check_derivatives,
+        refuse_gradient_of_lse=refusals.refuse_gradient_of_lse,
     )
 else:
     _forward = _forward_by_operator

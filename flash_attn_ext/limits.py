@@ -1,23 +1,35 @@
 """What runs: the table of head dims, dtypes, devices. Why a call does not run is said by refusals.py.
 
-The table is csrc/limits.h, read through the compiled module. An installation without that module has an empty table.
-CPU tensors go to the reference, which takes any head dimension and does not look at the table.
+The table is csrc/limits.h, read through the compiled module; an installation without that module has it as setup.py
+wrote it down. CPU tensors may have any head dimension, and nobody looks at the table for them.
 """
 
 import torch
 
 from ._binary import _C, why_missing
 
-TABLE: list[dict] = _C.limits() if _C else []
+
+def _table() -> list[dict]:
+    if _C:
+        return _C.limits()
+    try:
+        from ._limits_table import TABLE
+    except ModuleNotFoundError:
+        return []  # the folder of the sources, where setup.py never ran
+    return TABLE
+
+
+TABLE = _table()
 GPU_DTYPES = (torch.float16, torch.bfloat16)
 CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts
 
 
 def supported() -> dict[str, tuple[int, ...]]:
-    """Head dimensions that run on the GPU ("forward") and that train there ("backward").
+    """Head dimensions that run on a Hopper GPU ("forward") and that train there ("backward").
 
-    Both are empty where the package was installed without its GPU kernels. CPU tensors may have any head dimension.
+    The same in every installation, on a laptop too; `is_available` tells whether the kernels run here. CPU tensors may
+    have any head dimension.
     """
     return {which: tuple(row["head_dim"] for row in TABLE if row[which]) for which in ("forward", "backward")}
 

@@ -8,7 +8,7 @@ by csrc/torch/ where the package was built with it, and so is forward's autograd
 import torch
 from torch import library
 
-from . import limits, reference, refusals
+from . import cpu, limits, refusals
 from ._binary import _C
 from .options import Options, schema
 
@@ -32,34 +32,36 @@ backward = torch.ops.flash_attn_ext.backward.default
 # The dispatcher hands the options over one by one, without trailing ones that are the defaults.
 
 
-def _forward_reference(q, k, v, *options):
+def _forward_cpu(q, k, v, *options):
     options = Options(*options)
     refusals.check(q, k, v, options)
     refusals.check_forward_mode(q, k, v)
-    out, lse = reference.forward(q, k, v, options)
-    return torch.empty_like(q).copy_(out), lse.to(torch.float32, memory_format=torch.contiguous_format)
+    out, lse = cpu.forward(q, k, v, options)
+    empty_out, empty_lse = _empty_results(q)
+    return _with_strides_of(empty_out, out), _with_strides_of(empty_lse, lse.float())
 
 
 def _forward_fake(q, k, v, *options):
     refusals.check(q, k, v, Options(*options), on_device=False)
-    batch, seqlen_q, heads, _ = q.shape
-    return torch.empty_like(q), q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+    return _empty_results(q)
 
 
-def _backward_reference(dout, q, k, v, out, lse, *options_and_needs):
+def _backward_cpu(dout, q, k, v, out, lse, *options_and_needs):
     options, needs = _split(options_and_needs)
     refusals.check_backward(dout, q, k, v, out, lse, options)
     if q.dtype == torch.float64:
         # A float32 lse is too coarse for these gradients. Where it is forward's, it is known exactly.
-        _, exact = reference.forward(q, k, v, options)
+        _, exact = cpu.forward(q, k, v, options)
         lse = torch.where(exact.float() == lse, exact, lse)
     with torch.autocast(q.device.type, enabled=False):  # it would compute the products in low precision
-        gradients = reference.backward(dout, q, k, v, out, lse, options)
-    results = _empty_gradients(q, k, v, needs)
-    for result, gradient, needed in zip(results, gradients, needs, strict=True):
-        if needed:
-            result.copy_(gradient)
-    return results
+        gradients = cpu.backward(dout, q, k, v, out, lse, options)
+    results = zip(_empty_gradients(q, k, v, needs), gradients, needs, strict=True)
+    return tuple(_with_strides_of(empty, gradient) if needed else empty for empty, gradient, needed in results)
+
+
+def _with_strides_of(empty, result):
+    """The result, copied only where its strides are others."""
+    return result if result.stride() == empty.stride() else empty.copy_(result)
 
 
 def _backward_fake(dout, q, k, v, out, lse, *options_and_needs):
@@ -74,6 +76,11 @@ def _split(options_and_needs):
     return Options(*options_and_needs[:count]), needs
 
 
+def _empty_results(q):
+    batch, seqlen_q, heads, _ = q.shape
+    return torch.empty_like(q), q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+
+
 def _empty_gradients(q, k, v, needs):
     """A gradient that is not needed has no elements: an operator returns tensors, never None."""
     pairs = zip((q, k, v), needs, strict=True)
@@ -82,8 +89,10 @@ def _empty_gradients(q, k, v, needs):
 
 # CompositeExplicitAutograd stands for every device without a kernel of its own: the CPU, and CUDA where the package was
 # built without its kernels, which refusals.check then refuses.
-_library.impl("forward", _forward_reference, "CompositeExplicitAutograd")
-_library.impl("backward", _backward_reference, "CompositeExplicitAutograd")
+_library.impl("forward", _forward_cpu, "CompositeExplicitAutograd")
+_library.impl("backward", _backward_cpu, "CompositeExplicitAutograd")
+for _key in ("NestedTensorCPU", "NestedTensorCUDA"):  # to be refused
+    _library.impl("forward", _forward_cpu, _key)
 library.register_fake("flash_attn_ext::forward", _forward_fake, lib=_library)
 library.register_fake("flash_attn_ext::backward", _backward_fake, lib=_library)
 
@@ -93,12 +102,16 @@ library.register_fake("flash_attn_ext::backward", _backward_fake, lib=_library)
 
 def _save(ctx, inputs, output):
     q, k, v, *ctx.options = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse)
-    ctx.mark_non_differentiable(lse)
+    refusals.check_gradients(q, k, v)
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)  # a gradient of lse is one that a loss has asked for
 
 
-def _differentiate(ctx, dout, _):
+def _differentiate(ctx, dout, dlse):
+    if dlse is not None:
+        refusals.refuse_gradient_of_lse()
+    if dout is None:
+        return (None,) * (3 + len(ctx.options))
     needs = ctx.needs_input_grad[:3]
     gradients = backward(dout, *ctx.saved_tensors, *ctx.options, needs)
     return *(x if needed else None for x, needed in zip(gradients, needs, strict=True)), *(None for _ in ctx.options)

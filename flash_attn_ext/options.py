@@ -4,6 +4,7 @@ Inside the package they travel as `Options`. Only the public functions (interfac
 are written from here, list them one by one. csrc/problem.h has them for the kernels, in the same order.
 """
 
+import numbers
 from typing import NamedTuple, get_type_hints
 
 import torch
@@ -20,9 +21,15 @@ class Options(NamedTuple):
         """The factor of the scores."""
         return head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
 
+    def plain(self) -> "Options":
+        """With numbers as the operators take them: NumPy's, too, become Python's."""
+        if self.softmax_scale is None or isinstance(self.softmax_scale, int | float | torch.SymInt | torch.SymFloat):
+            return self
+        return self._replace(softmax_scale=float(self.softmax_scale))
+
     def refusal(self) -> Exception | None:
         """What is wrong with a value, or None. All types come before any value."""
-        return _scale_type(self.softmax_scale) or _causal_type(self.causal) or _scale_value(self.softmax_scale)
+        return _scale_type(self.softmax_scale) or _causal_type(self.causal) or _scale_value(self.plain().softmax_scale)
 
 
 def schema() -> str:
@@ -32,8 +39,8 @@ def schema() -> str:
 
 
 def _scale_type(softmax_scale) -> TypeError | None:
-    numbers = int | float | torch.SymInt | torch.SymFloat
-    if softmax_scale is None or (isinstance(softmax_scale, numbers) and not isinstance(softmax_scale, bool)):
+    accepted = numbers.Real | torch.SymInt | torch.SymFloat
+    if softmax_scale is None or (isinstance(softmax_scale, accepted) and not isinstance(softmax_scale, bool)):
         return None
     return TypeError(
         f"softmax_scale must be a float or None, not {type(softmax_scale).__name__}. "
@@ -44,7 +51,10 @@ def _scale_type(softmax_scale) -> TypeError | None:
 def _causal_type(causal) -> TypeError | None:
     if isinstance(causal, bool):
         return None
-    return TypeError(f"causal must be True or False, not {type(causal).__name__} ({causal!r:.60}).")
+    return TypeError(
+        f"causal must be True or False, not {type(causal).__name__} ({causal!r:.60}). By position it is the fifth "
+        "argument, after softmax_scale; FlashAttention-2 has dropout_p before both."
+    )
 
 
 def _scale_value(softmax_scale) -> ValueError | None:
@@ -52,5 +62,6 @@ def _scale_value(softmax_scale) -> ValueError | None:
         return None
     return ValueError(
         f"softmax_scale is {softmax_scale}; it must be finite and greater than 0, in the range of a float32 "
-        "(default: 1/sqrt(head_dim)). The fourth argument of flash_attn_func is the scale; there is no dropout_p."
+        "(default: 1/sqrt(head_dim)). By position it is the fourth argument, where FlashAttention-2 has dropout_p: "
+        "pass softmax_scale and causal by name."
     )

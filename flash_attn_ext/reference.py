@@ -1,5 +1,5 @@
-"""Attention in plain PyTorch, with every score in memory: what CPU tensors run on, and what the tests measure the
-kernels against. What the functions take and return: `attention_reference` and `attention_reference_backward`.
+"""Attention in plain PyTorch, with every score in memory: what the tests measure the kernels against, and what the CPU
+path is made of. What the functions take and return: `attention_reference` and `attention_reference_backward`.
 """
 
 import torch

@@ -1,4 +1,5 @@
-"""Why a call does not run: the words of every refusal but those of an option's value (options.py).
+"""Why a call does not run: the words of every refusal but those of an option's value (options.py) and of other
+functions' arguments (keywords.py).
 
 The compiled module says yes by itself to a call that is plainly fine, and leaves every other one to the functions
 `check*` here: they raise what is wrong, or return, and then the call goes on.
@@ -10,6 +11,11 @@ from . import limits
 from .options import Options
 
 LARGEST_SIZE = 2**30 - 1  # the kernels count rows with an int, with room for one more round past the last
+
+NO_GRADIENT_OF_LSE = (
+    "lse has no gradient yet, and a loss uses it. Ways out: use lse.detach() where it shall have none (under "
+    "torch.compile also where a compiled function returns it), or attention_reference, whose lse has one."
+)
 
 NO_SECOND_DERIVATIVE = (
     "attention is once_differentiable: the gradients of flash_attn_func cannot be differentiated again. Ways out: do "
@@ -37,14 +43,40 @@ def check_arguments(options: Options, **tensors) -> None:
 
 
 def check_derivatives(q, k, v, options: Options) -> None:
-    """Raises if an input is a dual tensor, or requires grad and no kernel computes its gradient.
+    """Raises if an input is a dual tensor, or requires grad under torch.func or where no kernel computes its gradient.
 
-    Says nothing of calls that `check` refuses: their turn comes when they run.
+    Says nothing of calls whose values `check` refuses: their turn comes when they run.
     """
+    check_arguments(options, q=q, k=k, v=v)
     check_forward_mode(q, k, v)
+    check_transforms(q, k, v)
     on_device = not torch._C._dispatch_keys(q).has(torch._C.DispatchKey.Python)  # not a fake tensor
     if torch.is_grad_enabled() and of_forward(q, k, v, options, on_device=on_device) is None:
-        _raise(of_gradients(q, k, v))
+        check_gradients(q, k, v)
+
+
+def check_gradients(q, k, v) -> None:
+    """Raises if an input of a call in grad mode requires a gradient that no kernel computes."""
+    _raise(of_gradients(q, k, v))
+
+
+def check_transforms(q, k, v) -> None:
+    """Raises NotImplementedError if torch.func differentiates the call."""
+    if torch.is_grad_enabled() and any(map(_is_differentiated, (q, k, v))):
+        raise NotImplementedError(
+            "flash_attn_func cannot be differentiated by torch.func's transforms: grad, vjp, jacrev, hessian. Use "
+            "torch.autograd.grad or backward(), for gradients of single samples in a loop over them, or "
+            "attention_reference, which runs under every transform."
+        )
+
+
+def _is_differentiated(tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad:
+            return True
+        tensor = functorch.get_unwrapped(tensor)  # under vmap
+    return False
 
 
 def check_forward_mode(q, k, v) -> None:
@@ -56,13 +88,19 @@ def check_forward_mode(q, k, v) -> None:
         )
 
 
-def of_forward(q, k, v, options: Options, *, on_device: bool = True, autocast: bool = True) -> Exception | None:
-    """What is wrong with a call of `forward`, or None."""
+def refuse_gradient_of_lse() -> None:
+    raise NotImplementedError(NO_GRADIENT_OF_LSE)
+
+
+def of_forward(
+    q, k, v, options: Options, *, on_device: bool = True, autocast: bool = True, on_hopper: bool = False
+) -> Exception | None:
+    """What is wrong with a call of `forward`, or None. on_hopper: were the tensors on a Hopper GPU."""
     return (
         _of_types({"q": q, "k": k, "v": v})
         or options.refusal()
         or _of_shapes(q, k, v)
-        or _of_devices(q, k, v, on_device, autocast)
+        or _of_devices(q, k, v, "cuda" if on_hopper else q.device.type, on_device and not on_hopper, autocast)
     )
 
 
@@ -75,10 +113,10 @@ def of_backward(dout, q, k, v, out, lse, options: Options, *, on_device: bool = 
     )
 
 
-def of_gradients(q, k, v) -> ValueError | None:
+def of_gradients(q, k, v, *, on_hopper: bool = False) -> ValueError | None:
     """What is wrong with the gradients that the inputs of a call require, were it made in grad mode; or None."""
     requiring = [name for name, tensor in (("q", q), ("k", k), ("v", v)) if tensor.requires_grad]
-    if not requiring or q.device.type != "cuda":
+    if not requiring or not (on_hopper or q.is_cuda):
         return None
     require = "requires" if len(requiring) == 1 else "require"
     return _no_backward(
@@ -96,7 +134,22 @@ def _raise(refusal: Exception | None) -> None:
 def _of_types(tensors) -> TypeError | None:
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor):
-            return TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__} ({value!r:.60}).")
+            is_array = type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
+            shown = (
+                f"a NumPy array. Convert it: torch.from_numpy({name})"
+                if is_array
+                else (f"{type(value).__name__} ({value!r:.60})")
+            )
+            return TypeError(f"{name} must be a torch.Tensor, not {shown}.")
+        if value.is_nested:
+            return TypeError(
+                f"{name} is a nested tensor; it must have one length for the whole batch. Ways out: a call for each "
+                f"sequence of {name}.unbind(), or torch.nn.functional.scaled_dot_product_attention."
+            )
+        if value.layout is not torch.strided:
+            return TypeError(
+                f"{name} has layout {value.layout}; it must be dense (torch.strided). Convert it: {name}.to_dense()."
+            )
     return None
 
 
@@ -131,21 +184,21 @@ def _of_shapes(q, k, v) -> ValueError | None:
     return None
 
 
-def _of_devices(q, k, v, on_device: bool, autocast: bool) -> Exception | None:
+def _of_devices(q, k, v, device_type: str, on_device: bool, autocast: bool) -> Exception | None:
     if not q.device == k.device == v.device:
         return ValueError(f"q, k and v are on {q.device}, {k.device} and {v.device}; they must be on one device.")
-    dtypes = [_dtype_after_autocast(tensor) if autocast else tensor.dtype for tensor in (q, k, v)]
+    dtypes = [_dtype_after_autocast(tensor.dtype, device_type) if autocast else tensor.dtype for tensor in (q, k, v)]
     if not dtypes[0] == dtypes[1] == dtypes[2]:
         return ValueError(
             "q, k and v have dtypes {}, {} and {}; they must be equal. Cast them, or call under torch.autocast.".format(
                 *map(_name, dtypes)
             )
         )
-    on_gpu = q.device.type == "cuda"
+    on_gpu = device_type == "cuda"
     accepted = limits.GPU_DTYPES if on_gpu else limits.CPU_DTYPES
     if dtypes[0] not in accepted:
         return ValueError(
-            f"q, k and v are {_name(dtypes[0])}; on {q.device.type} they must be {_list(map(_name, accepted))}. "
+            f"q, k and v are {_name(dtypes[0])}; on {device_type} they must be {_list(map(_name, accepted))}. "
             "Cast them (q.to(torch.bfloat16)), or call under torch.autocast."
         )
     if not on_gpu:
@@ -224,12 +277,11 @@ def _of_results(dout, q, out, lse) -> ValueError | None:
     return None
 
 
-def _dtype_after_autocast(tensor: torch.Tensor) -> torch.dtype:
-    device_type = tensor.device.type
-    if tensor.dtype in limits.AUTOCAST_DTYPES and torch.amp.is_autocast_available(device_type):
+def _dtype_after_autocast(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    if dtype in limits.AUTOCAST_DTYPES and torch.amp.is_autocast_available(device_type):
         if torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
-    return tensor.dtype
+    return dtype
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:

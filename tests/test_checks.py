@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, HEAD_DIMS, TRAINING_HEAD_DIMS
+from cases import DTYPES, HEAD_DIMS, TRAINING_HEAD_DIMS, needs_kernels
 from conftest import SEED
 from hypothesis import HealthCheck, event, given, seed, settings
 from hypothesis import strategies as st
@@ -14,10 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flash_attn_ext
 from flash_attn_ext import refusals
-from flash_attn_ext.limits import TABLE
 from flash_attn_ext.options import Options
 
-pytestmark = pytest.mark.skipif(not TABLE, reason="flash_attn_ext is installed without its GPU kernels")
+pytestmark = needs_kernels
 
 # The same for every option: right for some, for others out of range or of a wrong type.
 VALUES = [True, False, None, 0.1, 1e38, 0.0, -0.1, math.nan, math.inf, 1e-46, 1e-40, 1e39, 0, 1, -1, (0, 1), "1"]
@@ -162,3 +161,21 @@ def test_what_python_lets_pass_goes_on(monkeypatch):
             forward(q, k, v)
         monkeypatch.setattr(refusals, "of_gradients", lambda q, k, v: None)
         assert forward(q, k, v)[0].requires_grad
+
+
+def test_the_backward_says_that_the_last_bits_of_dq_vary():
+    """As torch's operators do under torch.use_deterministic_algorithms. Its CUDA kernel, called with fake tensors."""
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    backward = torch.ops.flash_attn_ext.backward.default
+    with FakeTensorMode():
+        q = torch.empty(2, 5, 4, TRAINING_HEAD_DIMS[0], dtype=torch.bfloat16, device="cuda")
+        call = q, q, q, q, q, torch.empty(2, 4, 5, device="cuda")
+        torch.use_deterministic_algorithms(True)
+        try:
+            with pytest.raises(RuntimeError, match="gradient of q in flash_attn_ext does not have a deterministic"):
+                backward.redispatch(cuda, *call)
+            with pytest.raises(Exception) as caught:  # for want of a GPU, if of anything
+                backward.redispatch(cuda, *call, needs=[False, True, True])
+            assert "deterministic" not in str(caught.value)
+        finally:
+            torch.use_deterministic_algorithms(False)

@@ -4,22 +4,26 @@ Each bad input is tried on CPU tensors, on fake CUDA tensors (which need no GPU)
 """
 
 import math
+from fractions import Fraction
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from conftest import SEED
 from gpu import on_hopper
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from oracle import same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import flash_attn_ext
-from flash_attn_ext import explain, flash_attn_func, refusals
+from flash_attn_ext import explain, flash_attn_func, keywords, refusals
 from flash_attn_ext.limits import TABLE
 
+README = Path(__file__).parents[1] / "README.md"
 operator = torch.ops.flash_attn_ext.forward.default
-needs_table = pytest.mark.skipif(not TABLE, reason="flash_attn_ext is installed without its GPU kernels")
 
 RUNS = [row["head_dim"] for row in TABLE if row["forward"]]
 FORWARD_ONLY = [row["head_dim"] for row in TABLE if row["forward"] and not row["backward"]]
@@ -31,6 +35,11 @@ def good(device, head_dim=D, dtype=torch.bfloat16):
     q = torch.ones(2, 5, 4, head_dim, dtype=dtype, device=device)
     k, v = (torch.ones(2, 7, 2, head_dim, dtype=dtype, device=device) for _ in range(2))
     return {"q": q, "k": k, "v": v}
+
+
+def nested(tensor, layout):
+    """Sequences of two lengths."""
+    return torch.nested.nested_tensor([tensor[0], tensor[1, 1:]], layout=layout)
 
 
 # What is wrong: (changes to the arguments of a good call, words of the text)
@@ -86,12 +95,34 @@ WRONG_TYPE = {
         ["softmax_scale must be a float or None", "Tensor", "float(scale)"],
     ),
     "a bool for softmax_scale": (lambda q, k, v: {"softmax_scale": True}, ["softmax_scale must be a float", "bool"]),
+    "a NumPy array for q": (lambda q, k, v: {"q": numpy.ones(q.shape)}, ["q must be a torch.Tensor", "from_numpy(q)"]),
+    "a NumPy array for softmax_scale": (
+        lambda q, k, v: {"softmax_scale": numpy.ones(())},
+        ["softmax_scale must be a float", "ndarray", "float(scale)"],
+    ),
     "an int for causal": (lambda q, k, v: {"causal": 1}, ["causal must be True or False", "int", "1"]),
     "None for causal": (lambda q, k, v: {"causal": None}, ["causal must be True or False", "NoneType"]),
+    "FlashAttention-2's order": (
+        lambda q, k, v: {"softmax_scale": 0.0, "causal": None},
+        ["causal must be True or False", "fifth", "FlashAttention-2 has dropout_p"],
+    ),
     "a str for causal beside a wrong value": (
         lambda q, k, v: {"softmax_scale": -1.0, "causal": "yes"},
         ["causal must be True or False", "str", "'yes'"],
     ),
+}
+WRONG_LAYOUT = {
+    "sparse q": (lambda q, k, v: {"q": q.to_sparse()}, ["q has layout torch.sparse_coo", "dense", "q.to_dense()"]),
+    "sparse v in rows": (
+        lambda q, k, v: {"v": v.flatten(0, 2).to_sparse_csr()},
+        ["v has layout torch.sparse_csr", "v.to_dense()"],
+    ),
+    "nested q": (lambda q, k, v: {"q": nested(q, torch.strided)}, ["q is a nested tensor", "q.unbind()"]),
+    "nested q that requires grad": (
+        lambda q, k, v: {"q": nested(q, torch.strided).requires_grad_()},
+        ["q is a nested tensor", "scaled_dot_product_attention"],
+    ),
+    "jagged k": (lambda q, k, v: {"k": nested(k, torch.jagged)}, ["k is a nested tensor", "k.unbind()"]),
 }
 WRONG_ON_CUDA = {
     "float32": (lambda q, k, v: {"q": q.float(), "k": k.float(), "v": v.float()}, ["float32", "on cuda", "autocast"]),
@@ -110,6 +141,7 @@ WRONG_ON_CUDA = {
 }
 each = pytest.mark.parametrize
 wrong_value = each("change, words", WRONG_VALUE.values(), ids=WRONG_VALUE.keys())
+wrong_layout = each("change, words", WRONG_LAYOUT.values(), ids=WRONG_LAYOUT.keys())
 wrong_type = each("change, words", WRONG_TYPE.values(), ids=WRONG_TYPE.keys())
 wrong_on_cuda = each("change, words", WRONG_ON_CUDA.values(), ids=WRONG_ON_CUDA.keys())
 
@@ -142,6 +174,141 @@ def test_wrong_value_on_cpu(change, words):
 def test_wrong_type_on_cpu(change, words):
     arguments = good("cpu")
     assert_call_refused(arguments | change(**arguments), TypeError, words)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning", "ignore:Sparse CSR:UserWarning")
+@wrong_layout
+def test_wrong_layout_on_cpu(change, words):
+    arguments = good("cpu", dtype=torch.float32)
+    arguments |= change(**arguments)
+    text = assert_refused(lambda: flash_attn_func(**arguments), TypeError, words)
+    assert explain(**arguments) == text
+
+
+@each("scale", [numpy.float32(0.25), numpy.float64(0.25), numpy.float16(0.25), Fraction(1, 4)], ids=repr)
+def test_numbers_of_other_types_are_accepted(scale):
+    arguments = good("cpu")
+    out, lse = flash_attn_func(**arguments, softmax_scale=scale, return_lse=True)
+    assert same_bits(lse, flash_attn_func(**arguments, softmax_scale=0.25, return_lse=True)[1])
+    assert explain(**arguments, softmax_scale=scale) is None
+    flash_attn_ext.backward(out, *arguments.values(), out, lse, scale)
+    with pytest.raises(ValueError, match="softmax_scale is nan"):
+        flash_attn_func(**arguments, softmax_scale=type(scale)(1) * numpy.float32("nan"))
+
+
+@each("change, words", (WRONG_VALUE | WRONG_ON_CUDA).values(), ids=(WRONG_VALUE | WRONG_ON_CUDA).keys())
+def test_explain_of_meta_tensors_for_a_hopper_gpu(change, words):
+    """What it would say to CUDA tensors, on a laptop."""
+    arguments = good("cpu")
+    changed = arguments | change(**arguments)
+    if any(word.startswith("q, k and v are on cuda:0") for word in words):
+        pytest.skip("the devices are those of the tensors")
+    for device in ("cpu", "meta"):
+        moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in changed.items()}
+        text = explain(**moved, target="hopper")
+        assert text and [word for word in words if word not in text] == [], text
+
+
+def test_explain_for_a_hopper_gpu():
+    for device in ("cpu", "meta"):
+        assert explain(**good(device), target="hopper") is None
+        for head_dim in FORWARD_ONLY:
+            arguments = good(device, head_dim)
+            arguments["k"].requires_grad_()
+            assert "k requires grad, and" in explain(**arguments, target="hopper")
+            with torch.no_grad():
+                assert explain(**arguments, target="hopper") is None
+        assert "head_dim is 127" in explain(**good(device, 127), target="hopper")
+        assert explain(**good(device, 127)) is None
+    with torch.autocast("cpu"):  # not that of the GPU
+        assert "float32" in explain(**good("cpu", dtype=torch.float32), target="hopper")
+    assert_refused(lambda: explain(**good("cpu"), target="h100"), ValueError, ["target is 'h100'", '"hopper"'])
+
+
+# Keywords of other attention functions --------------------------------------------------------------------------------
+
+ELSEWHERE = {
+    "FlashAttention-2": "q k v dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic "
+    "return_attn_probs",
+    "FlashAttention-3": "q k v softmax_scale causal qv q_descale k_descale v_descale window_size attention_chunk "
+    "softcap num_splits pack_gqa deterministic sm_margin return_attn_probs",
+    "SDPA": "query key value attn_mask dropout_p is_causal scale enable_gqa",
+}
+NEUTRAL = [
+    *(
+        {"dropout_p": 0.0},
+        {"dropout_p": 0},
+        {"window_size": (-1, -1)},
+        {"window_size": [-1, -1]},
+        {"window_size": None},
+    ),
+    *(
+        {"softcap": 0.0},
+        {"softcap": None},
+        {"alibi_slopes": None},
+        {"deterministic": False},
+        {"return_attn_probs": False},
+    ),
+    *({"qv": None}, {"q_descale": None, "k_descale": None, "v_descale": None}, {"attention_chunk": 0}),
+    *({"num_splits": 0}, {"num_splits": 1}, {"pack_gqa": None}, {"pack_gqa": True}, {"pack_gqa": False}),
+    *({"sm_margin": 0}, {"sm_margin": 8}, {"sinks": None}, {"attn_mask": None}, {"is_causal": False}, {"scale": None}),
+    *({"enable_gqa": True}, {"enable_gqa": False}),
+]
+FOREIGN = {  # what is refused: (arguments, exception, words)
+    "dropout": ({"dropout_p": 0.1}, ValueError, ["dropout_p is 0.1; only 0.0 is accepted", "scaled_dot_product"]),
+    "window": ({"window_size": (128, 0)}, ValueError, ["window_size is (128, 0)", "(-1, -1)", "flex_attention"]),
+    "softcap": ({"softcap": 30.0}, ValueError, ["softcap is 30.0", "coming version", "flex_attention"]),
+    "ALiBi": ({"alibi_slopes": torch.ones(4)}, ValueError, ["alibi_slopes is Tensor", "only None", "flex_attention"]),
+    "deterministic": ({"deterministic": True}, ValueError, ["deterministic is True", "coming version", "bits of dq"]),
+    "qv": ({"qv": torch.ones(4)}, ValueError, ["qv is Tensor", "FlashAttention-3"]),
+    "FP8": ({"k_descale": torch.ones(4)}, ValueError, ["k_descale is Tensor", "FP8", "bfloat16"]),
+    "chunks": ({"attention_chunk": 1024}, ValueError, ["attention_chunk is 1024", "only 0", "flex_attention"]),
+    "splits": ({"num_splits": 4}, ValueError, ["num_splits is 4", "only 0 or 1", "leave it out"]),
+    "sinks": ({"sinks": torch.ones(4)}, ValueError, ["sinks is Tensor", "coming version"]),
+    "a mask": ({"attn_mask": torch.ones(5, 7)}, ValueError, ["attn_mask is Tensor", "causal=True", "flex_attention"]),
+    "is_causal": ({"is_causal": True}, ValueError, ["is_causal is True", "The name is causal", "bottom right"]),
+    "scale": ({"scale": 0.1}, ValueError, ["scale is 0.1", "The name is softmax_scale", "(batch, seqlen, heads"]),
+    "another type": ({"return_attn_probs": "yes"}, ValueError, ["return_attn_probs is 'yes'", "any bool"]),
+    "an array": ({"window_size": numpy.array([-1, -1])}, ValueError, ["window_size is array", "(-1, -1)"]),
+    "a typing error": ({"casual": True}, TypeError, ["no argument casual", "causal", "return_lse", "dropout_p"]),
+}
+
+
+@each("name", ELSEWHERE)
+def test_every_keyword_of_other_functions_is_known_and_in_the_readme(name):
+    known = set(keywords.KEYWORDS) | {"q", "k", "v", "softmax_scale", "causal"}
+    assert set(ELSEWHERE[name].split()) <= known
+    section = README.read_text().split("## Coming from")[1].split("\n## ")[0]
+    missing = [keyword for keyword in ELSEWHERE[name].split() if f"`{keyword}" not in section]
+    assert missing == []
+
+
+@each("arguments", NEUTRAL, ids=str)
+def test_what_asks_for_nothing_passes(arguments):
+    assert same_bits(flash_attn_func(**good("cpu"), **arguments), flash_attn_func(**good("cpu")))
+    assert explain(**good("cpu"), **arguments) is None
+
+
+def test_return_attn_probs_is_flashattention_3s():
+    out, lse = flash_attn_func(**good("cpu"), return_attn_probs=True)
+    expected_out, expected_lse = flash_attn_func(**good("cpu"), return_lse=True)
+    assert same_bits(out, expected_out) and same_bits(lse, expected_lse)
+
+
+@each("arguments, exception, words", FOREIGN.values(), ids=FOREIGN.keys())
+def test_what_another_function_has_is_refused_by_name(arguments, exception, words):
+    text = assert_refused(lambda: flash_attn_func(**good("cpu"), **arguments), exception, words)
+    assert explain(**good("cpu"), **arguments) == text
+
+
+def test_calls_written_for_other_functions():
+    q, k, v = good("cpu").values()
+    words = ["no argument query", "The name is q", "(batch, heads, seqlen, head_dim)", "query.transpose(1, 2)"]
+    assert_refused(lambda: flash_attn_func(query=q, key=k, value=v, is_causal=True), TypeError, words)
+    assert_refused(lambda: flash_attn_func(q, k), TypeError, ["v must be a torch.Tensor"])
+    words = ["6 arguments by position", "takes 5", "FlashAttention-2 has dropout_p in the fourth place", "by name"]
+    assert_refused(lambda: flash_attn_func(q, k, v, 0.0, None, True), TypeError, words)
+    assert_refused(lambda: flash_attn_func(q, k, v, 0.0), ValueError, ["softmax_scale is 0.0", "dropout_p", "by name"])
 
 
 @each("change, words", (WRONG_VALUE | WRONG_ON_CUDA).values(), ids=(WRONG_VALUE | WRONG_ON_CUDA).keys())
@@ -177,7 +344,6 @@ def outside_the_table():
     return sorted({1, 8, 32, 96, 127, 512, *(d + 8 for d in RUNS), *(d - 8 for d in RUNS)} - set(RUNS))
 
 
-@needs_table
 @each("head_dim", outside_the_table())
 def test_head_dim_outside_the_table(head_dim):
     with FakeTensorMode():

@@ -17,6 +17,26 @@ q, k, v = torch.randn(3, 1, 5, 2, 8).requires_grad_()
 flash_attn_ext.flash_attn_func(q, k, v, causal=True).sum().backward()
 print(flash_attn_ext.supported(), flash_attn_ext.is_available())
 """
+ON_CPU_ALONE = f"{flash_attn_ext.supported()} False"
+
+# What a Hopper GPU would say, of meta tensors and of fake CUDA tensors.
+REFUSALS = """
+import torch, flash_attn_ext
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+def tensors(device, head_dim, dtype):
+    return [torch.ones(2, 5, 4, head_dim, dtype=dtype, device=device).requires_grad_() for _ in range(3)]
+
+for head_dim in (64, 96, 256, 512):
+    for dtype in (torch.bfloat16, torch.float32):
+        print(head_dim, dtype, flash_attn_ext.explain(*tensors("meta", head_dim, dtype), target="hopper"))
+        with FakeTensorMode():
+            for attention in (flash_attn_ext.flash_attn_func, torch.ops.flash_attn_ext.forward):
+                try:
+                    attention(*tensors("cuda", head_dim, dtype))
+                except ValueError as refusal:
+                    print(head_dim, dtype, refusal)
+"""
 
 
 @pytest.fixture
@@ -39,17 +59,26 @@ def python(package, *arguments):
 
 def test_without_the_binary(package):
     stdout, stderr = python(package, "-c", USE)
-    assert stdout.split("\n")[0] == "{'forward': (), 'backward': ()} False"
+    assert stdout.split("\n")[0] == ON_CPU_ALONE
     assert "Warning" not in stderr, "such an installation is a choice"
     info = json.loads(python(package, "-m", "flash_attn_ext", "info", "--json")[0])
-    assert "without its GPU kernels" in info["unavailable"] and info["head_dims"] == {"forward": [], "backward": []}
+    assert "without its GPU kernels" in info["unavailable"]
+    assert info["head_dims"] == {which: list(dims) for which, dims in flash_attn_ext.supported().items()}
+
+
+def test_refusals_need_no_kernels(package):
+    """They are the same with and without: of head dims outside the table, of gradients, of dtypes."""
+    stdout, _ = python(package, "-W", "ignore", "-c", REFUSALS)
+    with_kernels, _ = python(Path(flash_attn_ext.__file__).parent, "-W", "ignore", "-c", REFUSALS)
+    assert stdout == with_kernels and stdout.count("head_dim is 96;") == 3 and stdout.count("float32; on cuda") == 12
+    assert stdout.startswith("64 torch.bfloat16 None\n")
 
 
 def test_with_a_binary_for_another_torch(package):
     (package / "_build_info.py").write_text("BUILD = {'torch': '1.13.1', 'cuda': '11.7', 'python': '3.10.1'}\n")
     (package / "_C.so").write_text("not to be loaded")
     stdout, stderr = python(package, "-c", USE)
-    assert stdout.split("\n")[0] == "{'forward': (), 'backward': ()} False"
+    assert stdout.split("\n")[0] == ON_CPU_ALONE
     assert "RuntimeWarning" in stderr and "built for torch 1.13.1" in stderr
     assert "pip install --no-build-isolation --no-deps --force-reinstall ." in stderr, (
         "with its dependencies, torch too"

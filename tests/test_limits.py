@@ -4,7 +4,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import BACKWARD, BACKWARD_SMOKE, DTYPES, FORWARD, ROWS, SMOKE, TRAINING_ROWS, backward_cases, forward_cases
+from cases import (
+    BACKWARD,
+    BACKWARD_SMOKE,
+    DTYPES,
+    FORWARD,
+    ROWS,
+    SMOKE,
+    TRAINING_ROWS,
+    backward_cases,
+    forward_cases,
+    needs_kernels,
+)
 
 import flash_attn_ext
 from flash_attn_ext import limits
@@ -13,8 +24,6 @@ ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 import limits_table  # noqa: E402 (the build's own reader of the table)
 import tables  # noqa: E402 (what writes the tables of the documents)
-
-pytestmark = pytest.mark.skipif(not limits.TABLE, reason="flash_attn_ext is installed without its GPU kernels")
 
 
 def test_the_compiled_table_is_the_one_in_the_source():
@@ -99,6 +108,7 @@ def backward_shared_memory(row):
     yield f"{plan['stages']} x {kilobytes(stats)}", plan["stages"] * stats
 
 
+@needs_kernels
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"d{row['head_dim']}")
 def test_documents_have_the_shared_memory(row):
     """Part by part as the plan has it, and in all as the compiled kernels take it."""

@@ -34,8 +34,11 @@ def leaves(*shapes, dtype=torch.float32):
 def test_opcheck_on_cpu(causal, requires_grad):
     q, k, v = leaves((2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 8))
     inputs = [x.detach().requires_grad_(requires_grad) for x in (q, k, v)]
-    library.opcheck(operator, (*inputs, 0.3, causal))
-    library.opcheck(operator, (*inputs,), {"causal": causal})
+    # The last one differentiates every result, and lse refuses that; test_compile_with_gradients has the part of out.
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    tests += [] if requires_grad else ["test_aot_dispatch_dynamic"]
+    library.opcheck(operator, (*inputs, 0.3, causal), test_utils=tests)
+    library.opcheck(operator, (*inputs,), {"causal": causal}, test_utils=tests)
 
 
 @on_hopper
@@ -83,7 +86,7 @@ def test_meta_tensors():
 
 def attention_layer(q, k, v):
     out, lse = flash_attn_func(q * 2, k, v, causal=True, return_lse=True)
-    return out + 1, lse
+    return out + 1, lse.detach()
 
 
 def test_compile_fullgraph_with_dynamic_shapes():
@@ -109,6 +112,13 @@ def test_compile_with_gradients():
     inputs = leaves((2, 9, 4, 8), (2, 13, 2, 8), (2, 13, 2, 8), dtype=torch.float64)
     gradients = [torch.autograd.grad(function(*inputs)[0].sum(), inputs) for function in (compiled, attention_layer)]
     torch.testing.assert_close(*gradients)
+
+
+def test_compile_with_keywords_of_other_functions():
+    attention = partial(flash_attn_func, dropout_p=0.0, window_size=(-1, -1), num_splits=1)
+    q, k, v = (torch.randn(2, 5, 4, 8) for _ in range(3))
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    assert same_bits(compiled(q, k, v), flash_attn_func(q, k, v))
 
 
 def test_export_keeps_the_operator():
@@ -206,9 +216,32 @@ def test_expanded_and_strided_dout():
         torch.testing.assert_close(ours, torch.autograd.grad(out, (q, k, v), dout.contiguous(), retain_graph=True))
 
 
-def test_lse_is_not_differentiable():
-    out, lse = flash_attn_func(*leaves((1, 5, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8)), return_lse=True)
-    assert out.requires_grad and not lse.requires_grad
+def attention_of_leaves():
+    inputs = leaves((1, 5, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8), dtype=torch.float64)
+    return inputs, *flash_attn_func(*inputs, return_lse=True)
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda out, lse: lse.sum(), lambda out, lse: out.sum() + lse.square().mean()], ids=["lse", "both"]
+)
+def test_a_loss_that_uses_lse_is_refused_and_does_not_lose_a_term(loss):
+    _, out, lse = attention_of_leaves()
+    with pytest.raises(NotImplementedError, match=r"lse has no gradient yet.*lse\.detach\(\).*attention_reference"):
+        loss(out, lse).backward()
+
+
+def test_a_loss_may_use_lse_without_its_gradient():
+    inputs, out, lse = attention_of_leaves()
+    gradients = torch.autograd.grad((out * lse.detach().mean()).sum(), inputs)
+    dout = torch.full_like(out, lse.mean().item())
+    torch.testing.assert_close(gradients, torch.autograd.grad(flash_attn_func(*inputs), inputs, dout))
+
+
+@pytest.mark.filterwarnings("ignore:Error detected in")
+def test_compiled_code_that_returns_lse_with_a_gradient_is_refused():
+    compiled = torch.compile(partial(flash_attn_func, return_lse=True), backend="aot_eager")
+    with pytest.raises(Exception, match="lse has no gradient yet"):
+        compiled(*leaves((1, 5, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8)))
 
 
 @pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()], ids=["sum", "square"])
@@ -219,35 +252,66 @@ def test_second_derivatives_are_refused_not_forgotten(loss):
         gradient.sum().backward()
 
 
-FORWARD_MODE = """
+TRANSFORMS = """
 import sys
 import torch
+from torch import func
 from torch.autograd import forward_ad
 if not {binary}:
     sys.modules["flash_attn_ext._C"] = None  # importing it fails, as where it was not built
-from flash_attn_ext import flash_attn_func
-q, k, v, tangent = (torch.randn(1, 4, 2, 8) for _ in range(4))
-def by_transform():
-    torch.func.jvp(lambda q: flash_attn_func(q, k, v), (q,), (tangent,))
+from flash_attn_ext import attention_reference, flash_attn_func
+
+q, k, v, tangent = (torch.randn(1, 4, 2, 8, dtype=torch.float64) for _ in range(4))
+
+
+def loss(q, attention=flash_attn_func):
+    return attention(q, k, v).square().sum()
+
+
 def by_dual_tensor():
     with forward_ad.dual_level():
-        flash_attn_func(forward_ad.make_dual(q, tangent), k, v)
-for differentiate in (by_transform, by_dual_tensor):
+        loss(forward_ad.make_dual(q, tangent))
+
+
+refused = {{
+    "jvp": lambda: func.jvp(loss, (q,), (tangent,)),
+    "dual tensor": by_dual_tensor,
+    "grad": lambda: func.grad(loss)(q),
+    "vjp": lambda: func.vjp(loss, q),
+    "jacrev": lambda: func.jacrev(loss)(q),
+    "vmap of grad": lambda: func.vmap(func.grad(loss))(q[None]),
+    "grad of vmap": lambda: func.grad(lambda q: func.vmap(loss)(q[None]).sum())(q),
+}}
+for name, differentiate in refused.items():
     try:
         differentiate()
     except NotImplementedError as refusal:
-        print(refusal)
+        print(name, "-", refusal)
+
+# What needs no derivative of attention runs, and so does the way out.
+func.vmap(loss)(q[None])
+func.grad(lambda x: (x * flash_attn_func(q, k, v)).sum())(q)
+leaf = q.clone().requires_grad_()
+loss(leaf).backward()
+of_reference = func.vmap(func.grad(lambda q: loss(q, lambda *inputs: attention_reference(*inputs)[0])))(q[None])
+torch.testing.assert_close(of_reference[0], leaf.grad)
 """
 
 
 @pytest.mark.parametrize("binary", [True, False], ids=["compiled", "python"])
-def test_forward_mode_is_refused(binary):
-    """A tangent must not vanish silently. In processes of their own: a module is loaded once."""
+def test_transforms_are_refused(binary):
+    """A derivative must not vanish silently. In processes of their own: a module is loaded once."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORWARD_MODE.format(binary=binary)], capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", TRANSFORMS.format(binary=binary)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("no forward-mode derivative (jvp). Use attention_reference") == 2
+    forward_mode, reverse_mode = ("no forward-mode derivative (jvp)", "cannot be differentiated by torch.func's")
+    texts = [line.split(" - ") for line in done.stdout.splitlines()]
+    assert [name for name, text in texts if forward_mode in text] == ["jvp", "dual tensor"]
+    assert [name for name, text in texts if reverse_mode in text] == [
+        *("grad", "vjp", "jacrev", "vmap of grad", "grad of vmap")
+    ]
+    assert all("attention_reference" in text for _, text in texts)
 
 
 @pytest.mark.parametrize("given", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)

@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, Case, both_masks
-from oracle import check, same_bits
+from oracle import check, check_gradients, same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import flash_attn_ext
-from flash_attn_ext import attention_reference, flash_attn_func
+from flash_attn_ext import attention_reference, cpu, flash_attn_func, reference
 from flash_attn_ext.options import Options
 
 shapes = pytest.mark.parametrize(
@@ -150,6 +152,71 @@ def test_cpu_tensors_meet_the_rule_of_the_gpu(case):
     assert out.stride() == torch.empty_like(q).stride() and lse.is_contiguous()
 
 
+class LargestResult(TorchDispatchMode):
+    """Of the operators called: their names, and the most elements that one of them has returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.elements = set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        self.called.add(function.overloadpacket)
+        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(results) if isinstance(x, torch.Tensor))])
+        return results
+
+
+TORCHS = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+TORCHS_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@both_masks
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(300, 300), (300, 411), (411, 300), (1, 411), (300, 1)])
+def test_cpu_path_is_the_reference_in_linear_memory(monkeypatch, dtype, seqlen_q, seqlen_k, causal):
+    monkeypatch.setattr(cpu, "SCORES", 2**15)
+    options = Options(0.3, causal)
+    dout, q, k, v = (
+        normal(2, s, h, 16, dtype=dtype) for s, h in ((seqlen_q, 6), (seqlen_q, 6), (seqlen_k, 2), (seqlen_k, 2))
+    )
+    with LargestResult() as largest:
+        out, lse = cpu.forward(q, k, v, options)
+        gradients = cpu.backward(dout, q, k, v, out, lse, options)
+    assert largest.elements <= max(cpu.SCORES, 2 * q.numel(), 2 * k.numel())
+    same_mask = not causal or seqlen_q in (1, seqlen_k)
+    assert (largest.called >= {TORCHS, TORCHS_BACKWARD}) == (same_mask and dtype != torch.float64)
+
+    if dtype == torch.float64:
+        torch.testing.assert_close((out, lse), reference.forward(q, k, v, options))
+        torch.testing.assert_close(gradients, reference.backward(dout, q, k, v, out, lse, options))
+    else:
+        check(out, lse, q, k, v, *options)
+        check_gradients(gradients, dout, q, k, v, out, lse, *options)
+
+
+@both_masks
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38], ids=str)
+@pytest.mark.parametrize("where", ["q", "k"])
+@pytest.mark.parametrize("seqlen", [1, 2, 7, 70, 600])
+def test_cpu_path_keeps_the_contract_of_nan_and_infinity(where, value, seqlen, causal):
+    """3e38: its scores overflow. Torch's kernel takes a row without a finite score for one that is masked."""
+    for place in {0, seqlen // 2, seqlen - 1}:
+        for columns in (slice(None), slice(1)):
+            tensors = {name: normal(1, seqlen, 2, 8, dtype=torch.float32) for name in "qkv"}
+            tensors[where][0, place, 0, columns] = value
+            results = cpu.forward(*tensors.values(), Options(causal=causal))
+            expected = reference.forward(*tensors.values(), Options(causal=causal))
+            torch.testing.assert_close(results, expected, equal_nan=True)
+
+
+def test_rows_of_a_given_lse_that_saw_nothing_contribute_nothing():
+    q, k, v, dout = (normal(1, 9, 2, 8, dtype=torch.float32) for _ in range(4))
+    out, lse = reference.forward(q, k, v, Options())
+    lse[:, :, 2:5] = -math.inf
+    expected = reference.backward(dout, q, k, v, out, lse, Options())
+    torch.testing.assert_close(cpu.backward(dout, q, k, v, out, lse, Options()), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_wide_dtypes(dtype):
     q, k, v = (normal(2, 33, 3, 24, dtype=dtype) for _ in range(3))
@@ -161,11 +228,11 @@ def test_wide_dtypes(dtype):
 def test_signatures():
     """Positional order as FlashAttention-3's; what is ours is keyword-only."""
     by_name = inspect.signature(flash_attn_func).parameters
-    parameters, return_lse = by_name.values(), by_name["return_lse"]
-    assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == ["q", "k", "v", "softmax_scale", "causal"]
-    assert [p.name for p in parameters if p.default is p.empty] == ["q", "k", "v"]
-    assert return_lse.kind is return_lse.KEYWORD_ONLY and return_lse.default is False
+    positional = [p.name for p in by_name.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == ["q", "k", "v", "softmax_scale", "causal"]
+    assert by_name["return_lse"].kind is inspect.Parameter.KEYWORD_ONLY and by_name["return_lse"].default is False
     assert list(inspect.signature(flash_attn_ext.forward).parameters) == ["q", "k", "v", *Options._fields]
+    assert set(by_name) | {"target"} == set(inspect.signature(flash_attn_ext.explain).parameters)
 
 
 @pytest.mark.parametrize(

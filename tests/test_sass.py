@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from cases import needs_kernels
 
 from flash_attn_ext.limits import TABLE
 
@@ -15,7 +16,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import nvcc  # noqa: E402 (the build's own reader of ptxas output)
 
-needs_binary = pytest.mark.skipif(not TABLE, reason="flash_attn_ext is installed without its GPU kernels")
 KERNEL = re.compile(
     r"(?P<direction>forward|backward)_kernel.*?(?:Forward|Backward)ConfigILi(?P<row>\d+)E"
     r"(?:13__nv_(?P<bf16>bfloat16)|6__half)E(?:EL\w*?9GradientsE(?P<gradients>\d))?"
@@ -79,7 +79,7 @@ def usage():
     return by_kernel(cuobjdump("-res-usage"))
 
 
-@needs_binary
+@needs_kernels
 def test_every_kernel_of_the_table_is_there_and_no_other(sass, usage):
     assert sorted(sass) == sorted(usage) == sorted(KERNELS)
 
@@ -103,7 +103,7 @@ def products(kernel):
     return count
 
 
-@needs_binary
+@needs_kernels
 @each_kernel
 def test_products_are_wgmma(sass, kernel):
     """At least the instructions of one step's products, in this dtype; no product the old way."""
@@ -114,7 +114,7 @@ def test_products_are_wgmma(sass, kernel):
     assert not re.search(r"\bHMMA\b", sass[kernel])
 
 
-@needs_binary
+@needs_kernels
 @each_kernel
 def test_the_backward_multiplies_no_more_than_it_needs(sass, kernel):
     """The loop's step has two sides, masked and unmasked, each with its products: ptxas dropped and duplicated none."""
@@ -155,7 +155,7 @@ def shortest_round(sass, count):
     return min((len(way) for way in rounds if sum(is_product[i] for i in way) == count), default=None)
 
 
-@needs_binary
+@needs_kernels
 @each_kernel
 def test_documents_count_the_instructions_of_the_main_loop(sass, kernel):
     """For one compiler: others may need more or fewer."""
@@ -176,7 +176,7 @@ def test_documents_count_the_instructions_of_the_main_loop(sass, kernel):
     assert int(cycles) == counted * consumers, "four warps a consumer, four instructions a cycle"
 
 
-@needs_binary
+@needs_kernels
 @each_kernel
 def test_tiles_move_by_tma(sass, kernel):
     assert re.search(r"\bUTMALDG\b", sass[kernel])
@@ -184,14 +184,14 @@ def test_tiles_move_by_tma(sass, kernel):
     assert bool(re.search(r"\bREDG\..*F32x4\b", sass[kernel])) == (kernel[3] in ("all", "dq"))
 
 
-@needs_binary
+@needs_kernels
 @each_kernel
 def test_no_local_memory(sass, usage, kernel):
     assert not re.findall(r"\b(?:LDL|STL)\b.*", sass[kernel])
     assert re.search(r"\bSTACK:0\b", usage[kernel]) and re.search(r"\bLOCAL:0\b", usage[kernel])
 
 
-@needs_binary
+@needs_kernels
 def test_code_is_for_hopper_alone_and_small():
     from flash_attn_ext import _C
 

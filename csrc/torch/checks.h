@@ -74,12 +74,18 @@ inline bool has_tangent(const at::Tensor& q, const at::Tensor& k, const at::Tens
   return q._fw_grad(0).defined() || k._fw_grad(0).defined() || v._fw_grad(0).defined();
 }
 
+// Whether torch.func differentiates this call: grad, vjp and what is made of them.
+inline bool is_in_transform(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  return (q.key_set() | k.key_set() | v.key_set()).has(c10::DispatchKey::FuncTorchGradWrapper);
+}
+
 // Whether the derivatives that this call needs can be computed. A head dim that is unknown while tracing is left to
 // Python.
 inline bool derivatives_are_plainly_fine(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   if (has_tangent(q, k, v)) return false;
-  if (!needs_gradient(q, k, v) || !q.is_cuda()) return true;
-  return q.dim() == 4 && limits_of(q.sym_size(3).maybe_as_int().value_or(0)).backward.built();
+  if (!needs_gradient(q, k, v)) return true;
+  if (is_in_transform(q, k, v) || q.is_nested() || k.is_nested() || v.is_nested()) return false;
+  return !q.is_cuda() || (q.dim() == 4 && limits_of(q.sym_size(3).maybe_as_int().value_or(0)).backward.built());
 }
 
 }  // namespace flash_attn_ext

@@ -4,6 +4,7 @@
 // that it needs: torch/extension.h costs half a minute more.
 #include "operators.h"
 
+#include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
@@ -67,6 +68,8 @@ BackwardResult backward_cuda(const at::Tensor& dout, const at::Tensor& q, const 
                              const at::Tensor& out, const at::Tensor& lse, const Options::Types& values, Needs needs) {
   const auto options = std::make_from_tuple<Options>(values);
   if (!is_plainly_fine(dout, q, k, v, out, lse, options)) python::check_backward(dout, q, k, v, out, lse, values);
+  // The thread blocks add to dq in the order in which they come.
+  if (needs[0]) at::globalContext().alertNotDeterministic("The gradient of q in flash_attn_ext");
   const c10::cuda::CUDAGuard guard(q.device());
 
   const Result dq(q, needs[0]), dk(k, needs[1]), dv(v, needs[2]);
@@ -103,22 +106,25 @@ BackwardResult call_backward(const at::Tensor& dout, const at::Tensor& q, const 
   return std::apply([&](const auto&... option) { return op.call(dout, q, k, v, out, lse, option..., needs); }, options);
 }
 
-// out as a function of q, k and v. lse passes it by: it is a result that has no gradient.
+// Until lse has a gradient, a loss that uses it is refused.
 struct Attention : torch::autograd::Function<Attention> {
   static constexpr bool is_traceable = true;
 
-  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& q, const at::Tensor& k,
-                            const at::Tensor& v, const Options::Types& options, at::Tensor* lse) {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, const at::Tensor& q,
+                                                const at::Tensor& k, const at::Tensor& v,
+                                                const Options::Types& options) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    at::Tensor out;
-    std::tie(out, *lse) = call_forward(q, k, v, options);
-    context->save_for_backward({q, k, v, out, *lse});
+    const auto [out, lse] = call_forward(q, k, v, options);
+    context->save_for_backward({q, k, v, out, lse});
+    context->set_materialize_grads(false);  // a gradient of lse is one that a loss has asked for
     Flat::save(options, context->saved_data);
-    return out;
+    return {out, lse};
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  const torch::autograd::variable_list& gradients) {
+    if (gradients[1].defined()) python::refuse_gradient_of_lse();
+    if (!gradients[0].defined()) return torch::autograd::variable_list(4);
     const auto saved = context->get_saved_variables();
     const at::Tensor &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3], &lse = saved[4];
     const Options::Types options = Flat::load(context->saved_data);
@@ -128,7 +134,7 @@ struct Attention : torch::autograd::Function<Attention> {
     if (!c10::GradMode::is_enabled()) below_autograd.emplace();
     const auto [dq, dk, dv] = call_backward(gradients[0], q, k, v, out, lse, options, needs);
     const auto if_needed = [&](int i, const at::Tensor& gradient) { return needs[i] ? gradient : at::Tensor(); };
-    return {if_needed(0, dq), if_needed(1, dk), if_needed(2, dv), {}, {}};
+    return {if_needed(0, dq), if_needed(1, dk), if_needed(2, dv), {}};
   }
 };
 
@@ -140,9 +146,8 @@ ForwardResult forward_autograd(const at::Tensor& q, const at::Tensor& k, const a
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_forward(q, k, v, options);
   }
-  at::Tensor lse;
-  at::Tensor out = Attention::apply(q, k, v, options, &lse);
-  return {out, lse};
+  const torch::autograd::variable_list results = Attention::apply(q, k, v, options);
+  return {results[0], results[1]};
 }
 
 TORCH_LIBRARY_IMPL(flash_attn_ext, CUDA, m) {

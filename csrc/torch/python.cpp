@@ -23,9 +23,9 @@ namespace py = pybind11;
 
 // What Python has registered.
 struct Registered {
-  py::object options;                                   // the class Options
-  py::object forward;                                   // of a call whose arguments are not of the usual types
-  py::object check, check_backward, check_derivatives;  // python.h
+  py::object options;  // the class Options
+  py::object forward;  // of a call whose arguments are not of the usual types
+  py::object check, check_backward, check_derivatives, refuse_gradient_of_lse;  // python.h
 };
 
 Registered& registered() {
@@ -150,15 +150,15 @@ py::list limits() {
 }
 
 void register_python(py::object options, py::object forward, py::object check, py::object check_backward,
-                     py::object check_derivatives) {
-  registered() = {options, forward, check, check_backward, check_derivatives};
+                     py::object check_derivatives, py::object refuse_gradient_of_lse) {
+  registered() = {options, forward, check, check_backward, check_derivatives, refuse_gradient_of_lse};
 }
 
 PYBIND11_MODULE(_C, m) {
   m.def("forward", torch::wrap_pybind_function(forward),
         "forward(q, k, v, options) -> (out, lse), by position only; see flash_attn_ext.forward.");
   m.def("register", register_python, py::kw_only(), py::arg("options"), py::arg("forward"), py::arg("check"),
-        py::arg("check_backward"), py::arg("check_derivatives"),
+        py::arg("check_backward"), py::arg("check_derivatives"), py::arg("refuse_gradient_of_lse"),
         "Registers Python's say in calls that are not plainly fine.");
   m.def("limits", limits, "The table of csrc/limits.h, a dict per head dimension; None stands for 'not built'.");
   m.def("compute_capability", torch::wrap_pybind_function(compute_capability), py::arg("device"),
@@ -193,6 +193,11 @@ void python::check_backward(const at::Tensor& dout, const at::Tensor& q, const a
 void python::check_derivatives(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                const Options::Types& options) {
   ask(&Registered::check_derivatives, options, q, k, v);
+}
+
+void python::refuse_gradient_of_lse() {
+  const py::gil_scoped_acquire gil;
+  registered().refuse_gradient_of_lse();
 }
 
 }  // namespace flash_attn_ext

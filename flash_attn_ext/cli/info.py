@@ -14,7 +14,7 @@ import torch
 from .. import limits
 from .._binary import BUILD, why_missing
 from .._version import __version__
-from . import show, table
+from . import show
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -45,10 +45,6 @@ def collect() -> dict:
                 "unavailable": limits.why_unavailable(index),
             }
         )
-    try:
-        on_hopper = table.head_dims()
-    except table.NoTable:
-        on_hopper = None
     cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
     return {
         "flash_attn_ext": __version__,
@@ -64,7 +60,6 @@ def collect() -> dict:
         "unavailable": None if any(device["unavailable"] is None for device in devices) else limits.why_unavailable(),
         "devices": devices,
         "head_dims": {which: list(dims) for which, dims in limits.supported().items()},
-        "head_dims_on_hopper": on_hopper,
     }
 
 
@@ -91,17 +86,14 @@ def in_words(facts: dict) -> dict[str, str]:
         "GPU kernels": facts["kernels_missing"] or "loaded",
         "built with": ", ".join(f"{name} {value}" for name, value in built.items()) if built else "unknown",
     }
-    if not any(facts["head_dims"].values()) and facts["head_dims_on_hopper"]:
-        dims, where = facts["head_dims_on_hopper"], "on a Hopper GPU, were the kernels built: "
-    else:
-        dims, where = facts["head_dims"], ""
-    lines["forward head dims"] = where + (", ".join(map(str, dims["forward"])) or "none")
-    lines["backward head dims"] = where + (", ".join(map(str, dims["backward"])) or "none")
+    where = "on a Hopper GPU, were the kernels built: " if facts["kernels_missing"] else ""
+    for which, dims in facts["head_dims"].items():
+        lines[f"{which} head dims"] = where + (", ".join(map(str, dims)) or "none")
     for device in facts["devices"]:
         lines[device["device"]] = (
             f"{device['name']}, compute capability {device['compute_capability']}, {device['memory_gib']:g} GiB, "
             f"{device['multiprocessors']} multiprocessors: {state(device['unavailable'], 'available')}"
         )
     lines["CUDA tensors"] = state(facts["unavailable"], "run on the GPU kernels")
-    lines["CPU tensors"] = "run on the PyTorch reference"
+    lines["CPU tensors"] = "run in PyTorch"
     return lines

@@ -8,17 +8,12 @@ class NoTable(Exception):
 
 
 def rows() -> list[dict]:
-    """What the compiled module says, or without one what setup.py read from the source that it would be built from."""
-    if limits.TABLE:
-        return limits.TABLE
-    try:
-        from .._limits_table import TABLE
-    except ModuleNotFoundError:
+    if not limits.TABLE:
         raise NoTable(
             "this copy of flash_attn_ext has no table of head dims, because it was never installed: "
             "pip install --no-build-isolation ., or make build in the checkout"
-        ) from None
-    return TABLE
+        )
+    return limits.TABLE
 
 
 def head_dims() -> dict[str, list[int]]:

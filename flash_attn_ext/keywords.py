@@ -1,0 +1,81 @@
+"""Arguments of other attention functions: FlashAttention-2's and -3's flash_attn_func, torch's
+scaled_dot_product_attention (SDPA). What asks for nothing passes; the rest is refused by its name, with the way out.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+FLEX = "torch.nn.attention.flex_attention"
+SDPA = "torch.nn.functional.scaled_dot_product_attention"
+TAKES = "flash_attn_func takes q, k, v, softmax_scale, causal and, by its name, return_lse"
+LAYOUT = "SDPA's tensors are (batch, heads, seqlen, head_dim), and these must be (batch, seqlen, heads, head_dim)"
+COMING = "A coming version will have it; until then use"
+
+
+class Keyword(NamedTuple):
+    passes: tuple  # the values, or a type: any value of it
+    way_out: str
+
+    def takes(self, value) -> bool:
+        if isinstance(value, list):
+            value = tuple(value)
+        plain = value is None or isinstance(value, bool | int | float | tuple)  # others compare in ways of their own
+        return plain and any(isinstance(value, x) if isinstance(x, type) else value == x for x in self.passes)
+
+    def accepted(self) -> str:
+        return " or ".join(f"any {x.__name__}" if isinstance(x, type) else repr(x) for x in self.passes)
+
+
+KEYWORDS = {
+    # FlashAttention-2 and -3
+    "dropout_p": Keyword((0.0,), f"There is no attention dropout: set it to 0 in the model, or use {SDPA}."),
+    "window_size": Keyword(((-1, -1), None), f"{COMING} {FLEX}, or causal=True for (-1, 0)."),
+    "softcap": Keyword((0.0, None), f"{COMING} {FLEX}."),
+    "alibi_slopes": Keyword((None,), f"There are no biases: use {FLEX}."),
+    "deterministic": Keyword(
+        (False,), f"{COMING} {SDPA}. Here out, lse, dk and dv are the same in every run, and the last bits of dq vary."
+    ),
+    "return_attn_probs": Keyword((bool,), "True returns (out, lse), as in FlashAttention-3."),
+    "qv": Keyword((None,), "There is no second query for v: use FlashAttention-3."),
+    "q_descale": Keyword((None,), "There is no FP8: cast q, k and v to bfloat16, or use FlashAttention-3."),
+    "k_descale": Keyword((None,), "There is no FP8: cast q, k and v to bfloat16, or use FlashAttention-3."),
+    "v_descale": Keyword((None,), "There is no FP8: cast q, k and v to bfloat16, or use FlashAttention-3."),
+    "attention_chunk": Keyword((0, None), f"There is no chunked attention: use {FLEX}, or a call for each chunk."),
+    "num_splits": Keyword((0, 1, None), "The keys of a row are not split: leave it out."),
+    "pack_gqa": Keyword((bool, None), "It changes nothing here: leave it out."),
+    "sm_margin": Keyword((int,), "It changes nothing here: leave it out."),
+    "sinks": Keyword((None,), f"{COMING} {FLEX}, which returns lse too: out * sigmoid(lse - sink) has a sink."),
+    # SDPA
+    "query": Keyword((), f"The name is q. {LAYOUT}: q=query.transpose(1, 2)."),
+    "key": Keyword((), f"The name is k. {LAYOUT}: k=key.transpose(1, 2)."),
+    "value": Keyword((), f"The name is v. {LAYOUT}: v=value.transpose(1, 2)."),
+    "attn_mask": Keyword((None,), f"There are no masks but causal=True: use {SDPA}, or {FLEX}."),
+    "is_causal": Keyword(
+        (False,), f"The name is causal: its mask is aligned to the bottom right, SDPA's to the top left. {LAYOUT}."
+    ),
+    "scale": Keyword((None,), f"The name is softmax_scale. {LAYOUT}."),
+    "enable_gqa": Keyword((bool,), "It is always on: leave it out."),
+}
+
+
+def refusal(positional: tuple, by_name: dict[str, Any]) -> Exception | None:
+    """What is wrong with the arguments of a call that flash_attn_func has no parameters for, or None."""
+    if positional:
+        return TypeError(
+            f"{5 + len(positional)} arguments by position; flash_attn_func takes 5: q, k, v, softmax_scale, causal. "
+            "FlashAttention-2 has dropout_p in the fourth place, before softmax_scale: pass all but q, k and v by name."
+        )
+    for name, value in by_name.items():
+        keyword = KEYWORDS.get(name)
+        if keyword is None:
+            return TypeError(
+                f"flash_attn_func has no argument {name}. {TAKES}; also what other attention functions have, where it "
+                f"asks for nothing: {', '.join(name for name, keyword in KEYWORDS.items() if keyword.passes)}."
+            )
+        if not keyword.passes:
+            return TypeError(f"flash_attn_func has no argument {name}. {keyword.way_out}")
+        if not keyword.takes(value):
+            shown = type(value).__name__ if isinstance(value, torch.Tensor) else f"{value!r:.60}"
+            return ValueError(f"{name} is {shown}; only {keyword.accepted()} is accepted. {keyword.way_out}")
+    return None
