@@ -38,7 +38,7 @@ def find(torch_cuda: str) -> Toolkit:
         + "\n".join(looked_at)
         + "\nSet CUDA_HOME; or install one from PyPI: pip install "
         + f"'cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]=={torch_cuda}.*'; "
-        + "or install for CPU tensors only: FLASH_ATTN_EXT_CUDA=0 pip install --no-build-isolation ."
+        + "or install for CPU tensors only: FLASH_ATTN_EXT_CUDA=0 pip install ."
     )
 
 
