@@ -39,7 +39,6 @@ NVCC_FLAGS = [
 ]
 
 OLDEST_TORCH = "2.9"
-
 BUILD_TOOLS = 'ninja "setuptools>=70.1"'
 NO_TORCH = f"""
 There is no torch here to build the GPU kernels with. They must be built with the one that they will run under, and pip
@@ -50,7 +49,6 @@ hides it from the build (build isolation) unless told not to. In the environment
 
 Without GPU kernels, for CPU tensors only: FLASH_ATTN_EXT_CUDA=0 pip install .
 """
-OLD_SETUPTOOLS = f"setuptools {setuptools.__version__} is too old to build a wheel by itself: pip install {BUILD_TOOLS}"
 
 # What compiles longest starts first, so that few cores end at about the same time.
 LONGEST = ("csrc/torch/operators.cpp", "csrc/backward.cu")
@@ -146,6 +144,6 @@ def arguments() -> dict:
 
 
 if "bdist_wheel" in sys.argv and not importlib.util.find_spec("setuptools.command.bdist_wheel"):
-    sys.exit(OLD_SETUPTOOLS)
+    sys.exit(f"setuptools {setuptools.__version__} is too old to build a wheel by itself: pip install {BUILD_TOOLS}")
 limits_table.write()  # before setup() looks for modules; installations with and without kernels have it
 setuptools.setup(**arguments())

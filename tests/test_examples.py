@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import flash_attn_ext
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "train_gpt.py"
 TINY = (
@@ -19,7 +21,7 @@ TINY = (
     "--report-every 2 --judge-every 10 --held-out 4 --sample 20"
 ).split()
 # One thread: tiny products gain nothing from more, and on a busy machine threads wait for each other.
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(flash_attn_ext.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 CHECKOUT = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}  # where nothing is installed
 
 
