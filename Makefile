@@ -1,5 +1,6 @@
 # make test                 everything on a fresh machine: virtual environment, torch, nvcc if there is none, build, tests
 # make test ENV=current     the same with the Python on PATH and what is installed there; downloads nothing
+# make test-install         README's install line in an empty environment, and the tests there; needs the network
 # make demo                 watch a small GPT learn: on the kernels where there is a Hopper GPU, else in plain PyTorch
 # make build|wheel|lint|format|clean, with either ENV
 #
@@ -23,11 +24,14 @@ else
 $(error ENV is '$(ENV)'; it must be venv or current)
 endif
 
-.PHONY: test demo build host-tests wheel lint format clean
+.PHONY: test test-install demo build host-tests wheel lint format clean
 .NOTPARALLEL:
 
 test: build host-tests
 	$(PYTHON) -m pytest tests -q $(PYTEST)
+
+test-install: $(READY)
+	$(PYTHON) -m pytest tests -q -m network $(PYTEST)
 
 # Nothing is compiled where it could not run; the command line finds its table of head dims there all the same. Threads
 # that wait for each other give the core away: where anything else runs on a machine of few cores, the demo is several

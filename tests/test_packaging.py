@@ -19,7 +19,9 @@ import flash_attn_ext
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "tools"))
 import tables  # noqa: E402 (what writes the tables of the documents)
+import toolkit  # noqa: E402
 
 
 def run(*arguments, cwd, **environment):
@@ -110,6 +112,16 @@ def test_builds_that_are_refused(tmp_path, command, before, words):
     setup = f"import runpy, sys; {before}; sys.argv = ['setup.py', '-q', {command!r}]; runpy.run_path('setup.py')"
     done = subprocess.run([sys.executable, "-c", setup], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("cuda", "offered"), [("12.8", False), ("13.0", True)])
+def test_ways_to_a_toolkit(monkeypatch, cuda, offered):
+    """PyPI's is no way out where it has no nvcc."""
+    monkeypatch.setattr(toolkit, "_candidates", lambda: [Path("nowhere")])
+    with pytest.raises(FileNotFoundError, match="nowhere: no bin/nvcc\nSet CUDA_HOME; or install") as refusal:
+        toolkit.find(cuda)
+    assert (f"pip install 'cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]=={cuda}.*'" in str(refusal.value)) == offered
+    assert "FLASH_ATTN_EXT_CUDA=0 pip install ." in str(refusal.value)
 
 
 def test_the_tables_of_the_documents_are_up_to_date():
