@@ -73,7 +73,8 @@ def newcomer(tmp_path_factory):
         pytest.skip("pip reaches no package index: there is no network")
     done = bash(install_line())
     assert done.returncode == 0, done.stdout + done.stderr
-    return SimpleNamespace(folder=folder, checkout=checkout, bash=bash)
+    yield SimpleNamespace(folder=folder, checkout=checkout, bash=bash)
+    shutil.rmtree(folder)  # gigabytes
 
 
 def info(newcomer, cwd):
