@@ -293,7 +293,7 @@ def test_what_cannot_be_compared(run, uninterrupted, tmp_path, capsys, content, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--head-dim", "96"], "invalid choice: 96"),
+        (["--head-dim", "96"], "argument --head-dim: invalid choice: "),
         (["--data", "nowhere"], "--data nowhere: there is no such file or folder"),
         (["--batch", "4", "--accumulate", "3"], "must be a multiple of 3"),
         (["--parallel", "ddp"], "torchrun --nproc-per-node"),

@@ -43,21 +43,13 @@ def newcomer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("newcomer")
     checkout = folder / "checkout"
     generated = (
-        ".git",
-        ".venv",
-        ".*_cache",
-        "build*",
-        "dist",
-        "runs",
-        "*.egg-info",
-        "*.so",
-        "__pycache__",
-        "_build_info.py",
+        "build build-* dist runs *.egg-info *.so _build_info.py _limits_table.py __pycache__ .*_cache .venv .git"
     )
-    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*generated, "_limits_table.py"))
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*generated.split()))
     subprocess.run([PYTHON, "-m", "venv", folder / "environment"], check=True)
 
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    mine = ("PYTHON", "VIRTUAL_ENV", "FLASH_ATTN_EXT_CUDA")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(mine)}
     environment["PATH"] = f"{folder / 'environment' / 'bin'}{os.pathsep}{os.environ['PATH']}"
     found = subprocess.run([sys.executable, ROOT / "tools" / "toolkit.py"], capture_output=True, text=True)
     if found.returncode:
