@@ -1,5 +1,6 @@
 # make test                 everything on a fresh machine: virtual environment, torch, nvcc if there is none, build, tests
 # make test ENV=current     the same with the Python on PATH and what is installed there; downloads nothing
+# make test-install         README's install line in an empty environment, and the tests there; needs the network
 # make demo                 watch a small GPT learn: on the kernels where there is a Hopper GPU, else in plain PyTorch
 # make build|wheel|lint|format|clean, with either ENV
 #
@@ -23,11 +24,14 @@ else
 $(error ENV is '$(ENV)'; it must be venv or current)
 endif
 
-.PHONY: test demo build host-tests wheel lint format clean
+.PHONY: test test-install demo build host-tests wheel lint format clean
 .NOTPARALLEL:
 
 test: build host-tests
 	$(PYTHON) -m pytest tests -q $(PYTEST)
+
+test-install: $(READY)
+	$(PYTHON) -m pytest tests -q -m network $(PYTEST)
 
 # Nothing is compiled where it could not run; the command line finds its table of head dims there all the same. Threads
 # that wait for each other give the core away: where anything else runs on a machine of few cores, the demo is several
@@ -77,7 +81,7 @@ clean:
 .venv/ready: pyproject.toml Makefile
 	$(PYTHON3) -m venv .venv
 	.venv/bin/python -m pip install -q --upgrade pip
-	.venv/bin/python -m pip install -q 'torch==2.11.*' 'setuptools>=77' wheel ninja cmake numpy pytest hypothesis \
+	.venv/bin/python -m pip install -q 'torch==2.11.*' 'setuptools>=77' ninja cmake numpy pytest hypothesis \
 	  rich matplotlib ruff==0.17.* clang-format==23.*
 	@cuda=$$(.venv/bin/python -c 'import torch; print(torch.version.cuda or "")'); \
 	if [ -n "$$cuda" ] && ! .venv/bin/python tools/toolkit.py >/dev/null 2>&1; then \

@@ -1,5 +1,8 @@
 """Builds flash_attn_ext: `pip install --no-build-isolation .`, or `python setup.py bdist_wheel`.
 
+The compiled module runs under the torch that it was built with, so a build takes the one that is installed, and the
+package then requires its minor version. torch is no build requirement: pip would fetch the newest one for the build.
+
 Environment:
     CUDA_HOME                 the CUDA toolkit, where tools/toolkit.py does not find the right one
     MAX_JOBS                  compilers at a time; default: what cores and memory allow
@@ -7,14 +10,14 @@ Environment:
     FLASH_ATTN_EXT_STRICT=1   a kernel that spills, uses a stack frame or has its wgmma serialised fails the build
 """
 
+import importlib.util
 import os
 import pprint
 import shlex
 import sys
 from pathlib import Path
 
-import torch
-from setuptools import setup
+import setuptools
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "tools"))  # build front ends do not put this directory on the path
@@ -35,6 +38,18 @@ NVCC_FLAGS = [
     "-U__CUDA_NO_HALF2_OPERATORS__",
 ]
 
+OLDEST_TORCH = "2.9"
+BUILD_TOOLS = 'ninja "setuptools>=70.1"'
+NO_TORCH = f"""
+There is no torch here to build the GPU kernels with. They must be built with the one that they will run under, and pip
+hides it from the build (build isolation) unless told not to. In the environment that is to have flash_attn_ext:
+
+    pip install torch {BUILD_TOOLS}
+    pip install --no-build-isolation .
+
+Without GPU kernels, for CPU tensors only: FLASH_ATTN_EXT_CUDA=0 pip install .
+"""
+
 # What compiles longest starts first, so that few cores end at about the same time.
 LONGEST = ("csrc/torch/operators.cpp", "csrc/backward.cu")
 
@@ -51,14 +66,27 @@ def default_jobs() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), memory // 2**32))
 
 
+def torch_to_build_with():
+    try:
+        import torch
+    except ModuleNotFoundError:
+        sys.exit(NO_TORCH)
+    if torch.__version__ < OLDEST_TORCH:  # a TorchVersion, which compares as versions do
+        sys.exit(f"torch {torch.__version__} is installed; flash_attn_ext needs at least {OLDEST_TORCH}.")
+    return torch
+
+
 def without_binary() -> dict:
-    return {"version": base_version()}
+    return {"version": base_version(), "install_requires": [f"torch>={OLDEST_TORCH}"]}
 
 
-def with_binary() -> dict:
+def with_binary(torch) -> dict:
     import toolkit
 
-    cuda = toolkit.find(torch.version.cuda)
+    try:
+        cuda = toolkit.find(torch.version.cuda)
+    except FileNotFoundError as error:
+        sys.exit(str(error))
     # torch's helper reads these when it is imported or used, and guesses the toolkit from nvcc's path otherwise.
     os.environ["CUDA_HOME"] = str(cuda.home)
     os.environ["PYTORCH_NVCC"] = shlex.join([sys.executable, str(ROOT / "tools" / "nvcc.py"), str(cuda.nvcc)])
@@ -99,12 +127,23 @@ def with_binary() -> dict:
     torch_tag = ".".join(build["torch"].split(".")[:2])
     return {
         "version": f"{base_version()}+cu{build['cuda'].replace('.', '')}torch{torch_tag}",
+        "install_requires": [f"torch=={torch_tag}.*"],
         "ext_modules": [extension],
         "cmdclass": {"build_ext": Build},
     }
 
 
+def arguments() -> dict:
+    """Those of setup() that pyproject.toml does not know."""
+    # Sources, and what they need to be built, are the same for every torch and toolkit, and so is their version.
+    only_sources = not {"sdist", "egg_info"}.isdisjoint(sys.argv)
+    if only_sources or os.environ.get("FLASH_ATTN_EXT_CUDA") == "0":
+        return without_binary()
+    torch = torch_to_build_with()
+    return with_binary(torch) if torch.version.cuda else without_binary()
+
+
+if "bdist_wheel" in sys.argv and not importlib.util.find_spec("setuptools.command.bdist_wheel"):
+    sys.exit(f"setuptools {setuptools.__version__} is too old to build a wheel by itself: pip install {BUILD_TOOLS}")
 limits_table.write()  # before setup() looks for modules; installations with and without kernels have it
-switched_off = os.environ.get("FLASH_ATTN_EXT_CUDA") == "0"
-only_sources = "sdist" in sys.argv  # they are the same for every torch and toolkit, and so is their version
-setup(**(without_binary() if switched_off or only_sources or torch.version.cuda is None else with_binary()))
+setuptools.setup(**arguments())

@@ -8,17 +8,25 @@ The papers' grid: a figure per pass, with a panel per head dim and mask. Shapes 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 from tables import MASK_NAMES, PEER_NAMES, ROOT, by_pass, by_shape, is_models, peers_of, plots
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-# Colours that stay apart for colour-blind readers (Okabe and Ito); ours is the strong one.
-COLOURS = {"ours": "#D55E00", "fa3": "#0072B2", "cudnn": "#56B4E9", "fa2": "#BBBBBB"}
+# Of the bars and of the figures on them. The bars' stay apart for colour-blind readers (Okabe and Ito); ours is strong.
+COLOURS = {
+    "ours": ("#D55E00", "white"),
+    "fa3": ("#0072B2", "white"),
+    "cudnn": ("#56B4E9", "black"),
+    "fa2": ("#BBBBBB", "black"),
+}
+CEILING = dict(color="#444444", linewidth=0.9, linestyle=(0, (4, 3)))
 
 
 def seqlen_label(seqlen: int) -> str:
@@ -26,44 +34,58 @@ def seqlen_label(seqlen: int) -> str:
 
 
 def draw_panel(axis, tflops: list[dict], labels: list[str], peers: list[str], ceiling: float | None) -> None:
-    """A group of bars for each label, a bar for each peer; our own carry their figure."""
+    """A group of bars for each label, a bar for each peer with its figure at the foot."""
     width = 0.84 / len(peers)
     for place, peer in enumerate(peers):
         middle = (place - (len(peers) - 1) / 2) * width
         speeds = [of_peer.get(peer) or 0 for of_peer in tflops]
-        bars = axis.bar([i + middle for i in range(len(tflops))], speeds, width, color=COLOURS[peer], zorder=2)
-        if peer == "ours":
-            shown = [f"{speed:.0f}" if speed else "" for speed in speeds]
-            axis.bar_label(bars, shown, fontsize=8, padding=-20, color="white", rotation=90)
+        places = [i + middle for i in range(len(tflops))]
+        bar_colour, colour = COLOURS[peer]
+        axis.bar(places, speeds, width, color=bar_colour, zorder=2)
+        for x, speed in zip(places, speeds, strict=True):
+            if speed:
+                style = dict(fontsize=8, color=colour, rotation=90, ha="center", va="bottom")
+                axis.annotate(f"{speed:.0f}", (x, 0), (0, 3), textcoords="offset points", **style)
     if ceiling:
-        axis.axhline(ceiling, color="#444444", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        axis.axhline(ceiling, **CEILING, zorder=1)
     axis.set_xticks(range(len(tflops)), labels)
     axis.grid(axis="y", color="#E6E6E6", zorder=0)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(length=0)
 
 
-def finish(figure: plt.Figure, title: str, peers: list[str], results: dict) -> None:
+def panels(rows: int, columns: int, size: tuple[float, float], **shared: bool):
+    """A new figure and its axes."""
+    from matplotlib.figure import Figure  # so late that --help needs no matplotlib
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
+
+
+def finish(figure: Figure, title: str, peers: list[str], results: dict) -> None:
     """Title and legend."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
     ceiling = results["ceiling_tflops"]
-    marks = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[peer]) for peer in peers]
+    marks = [Patch(color=COLOURS[peer][0]) for peer in peers]
     labels = [PEER_NAMES[peer] for peer in peers]
     if ceiling:
-        marks.append(plt.Line2D([], [], color="#444444", linewidth=0.9, linestyle=(0, (4, 3))))
+        marks.append(Line2D([], [], **CEILING))
         labels.append(f"cuBLAS 8192³ ({ceiling:.0f})")
     dtype, gpu = results["cells"][0]["dtype"], results["environment"]["gpu"]
     figure.suptitle(f"{title}, {dtype}, {gpu}", fontsize=12)
     figure.legend(marks, labels, loc="outside lower center", ncols=len(marks), frameon=False)
 
 
-def draw_pass(results: dict, name: str) -> plt.Figure:
+def draw_pass(results: dict, name: str) -> Figure:
     """The figure of one pass on the papers' grid."""
     cells = by_pass(results["cells"])[name]
     peers = peers_of(cells)
     rows = sorted({cell["causal"] for cell in cells})
     columns = sorted({cell["head_dim"] for cell in cells})
     size = (1.2 + 4.4 * len(columns), 1.4 + 2.7 * len(rows))
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    figure, axes = panels(len(rows), len(columns), size, sharey=True)
     for row, causal in zip(axes, rows, strict=True):
         for axis, head_dim in zip(row, columns, strict=True):
             panel = [cell for cell in cells if (cell["causal"], cell["head_dim"]) == (causal, head_dim)]
@@ -78,12 +100,12 @@ def draw_pass(results: dict, name: str) -> plt.Figure:
     return figure
 
 
-def draw_models(results: dict) -> plt.Figure:
+def draw_models(results: dict) -> Figure:
     """Both passes on the shapes of models, one above the other. A pass that a shape does not have leaves a gap."""
     shapes, passes = by_shape(results["cells"]), list(by_pass(results["cells"]))
     peers = peers_of(results["cells"])
     size = (1.4 + 0.62 * len(shapes), 2.4 + 2.7 * len(passes))
-    figure, axes = plt.subplots(len(passes), figsize=size, sharex=True, squeeze=False, layout="constrained")
+    figure, axes = panels(len(passes), 1, size, sharex=True)
     for axis, name in zip(axes[:, 0], passes, strict=True):
         tflops = [of_pass[name]["tflops"] if name in of_pass else {} for of_pass in shapes.values()]
         draw_panel(axis, tflops, list(shapes), peers, results["ceiling_tflops"])
@@ -109,7 +131,6 @@ def plot(path: Path, folder: Path = ROOT / "docs" / "images") -> list[Path]:
     for figure, image in zip(figures, images, strict=True):
         # Without the metadata, equal results give equal files whatever matplotlib drew them.
         figure.savefig(image, dpi=130, metadata={"Software": None})
-        plt.close(figure)
     return images
 
 
@@ -118,6 +139,8 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="a file of benchmarks/results/")
     parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "images", help="default: docs/images/")
     args = parser.parse_args()
+    if not importlib.util.find_spec("matplotlib"):
+        sys.exit("plot.py draws with matplotlib, which is not installed: pip install matplotlib")
     for image in plot(args.results, args.folder):
         print(f"wrote {image}")
 

@@ -429,7 +429,8 @@ def train(options: Namespace, shape: Shape, world: World) -> None:
     run = asdict(shape) | {key: getattr(options, key) for key in ("attention", "batch", "steps", "lr", "seed")}
     run["text"] = f"{len(text)} bytes with sum {text.sum().item()}"
     folder = RunFolder(options.output, writes=shown)
-    step, seconds = (0, 0.0) if options.restart else folder.load(model, optimizer, run)
+    step, seconds, losses = (0, 0.0, []) if options.restart else folder.load(model, optimizer, run)
+    losses = [torch.tensor(loss, device=device) for loss in losses]
     folder.begin_after(step)
     if step:
         say(f"goes on after step {step}, from {folder.checkpoint}")
@@ -439,14 +440,16 @@ def train(options: Namespace, shape: Shape, world: World) -> None:
         folder.add({"step": 0, "tokens": 0, "held_out_loss": f"{held_out:.5f}"})
 
     def save() -> None:
-        folder.save(model, optimizer, {"step": step, "seconds": seconds, "run": run})
+        unreported = world.mean(*(loss.item() for loss in losses)) if losses else []
+        folder.save(model, optimizer, {"step": step, "seconds": seconds, "losses": unreported, "run": run})
         if shown:
             plot({title: folder.metrics}, folder.path / "loss.png")
 
     meter = Meter(options, shape, parameters, world)
-    first_step, last_save, losses, stopped = step, seconds, [], False
+    end = min(options.steps, options.stop_at or options.steps)
+    first_step, reported, last_save, stopped = step, step, seconds, False
     with StopRequest() as stop, Display(options.steps, shown) as display:
-        while step < options.steps and not stopped:
+        while step < end and not stopped:
             losses.append(take_step(model, optimizer, text, step, options, world))
             step += 1
             last = step == options.steps
@@ -458,9 +461,8 @@ def train(options: Namespace, shape: Shape, world: World) -> None:
             mine = torch.stack(losses).mean().item()  # waits for the GPU, so the clock is read after it
             interval = meter.lap()
             seconds += interval
-            stop_here = stop.made or (options.stop_at is not None and step >= options.stop_at)
             # All processes save together, and stop together.
-            loss, stopped, save_due = world.mean(mine, stop_here, seconds - last_save > SAVE_SECONDS)
+            loss, stopped, save_due = world.mean(mine, stop.made, seconds - last_save > SAVE_SECONDS)
             if not math.isfinite(loss):
                 refuse(f"The loss is {loss} at step {step}. Try an --lr below {options.lr}.")
             judged = step % options.judge_every < options.report_every or last
@@ -475,15 +477,20 @@ def train(options: Namespace, shape: Shape, world: World) -> None:
                 "learning_rate": f"{learning_rate(step - 1, options.lr, options.steps):.3g}",
                 "seconds": f"{seconds:.2f}",
             }
-            speeds, words = meter.speeds(len(losses) / interval)
+            speeds, words = meter.speeds((step - reported) / interval)
             folder.add(row | speeds)
             words = f"loss {loss:.3f}  held-out {held_out:.3f}  {words}"
-            display.update(step, words, meter.seconds_left(step - first_step, options.steps - step), judged or stopped)
-            if save_due or stopped or last:
+            lasting = judged or stopped or step == end
+            display.update(step, words, meter.seconds_left(step - first_step, options.steps - step), lasting)
+            reported = step
+            losses.clear()
+            if save_due:
                 last_save = seconds
                 save()
-            losses.clear()
             meter.lap()
+        if step > first_step:
+            seconds += meter.lap() if step > reported else 0  # --stop-at may lie between two reports
+            save()
 
     if step < options.steps:
         say(f"stopped after step {step} of {options.steps}; the same command goes on from {folder.checkpoint}")
@@ -544,9 +551,16 @@ def parse_options() -> Namespace:
 
 def check(options: Namespace, shape: Shape, world: World) -> None:
     """Refuses what would not train, before anything is loaded."""
-    for name in "width layers seqlen batch steps accumulate report_every judge_every held_out sample lr".split():
-        if not 0 < getattr(options, name) < math.inf:
-            refuse(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be greater than 0, and finite.")
+    names = "width layers seqlen batch steps accumulate report_every judge_every held_out sample lr stop_at".split()
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            refuse(f"--{name.replace('_', '-')} is {value}; it must be greater than 0, and finite.")
+    if options.width % 64:
+        refuse(
+            f"--width is {options.width}; it must be a multiple of 64, as every head dim is: "
+            f"{options.width // 64 * 64 or 64} or {(options.width // 64 + 1) * 64}."
+        )
     if options.batch % (world.size * options.accumulate):
         refuse(
             f"--batch {options.batch} cannot be dealt to {world.size} process(es) in {options.accumulate} part(s) "

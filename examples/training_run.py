@@ -9,10 +9,13 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BETWEEN_FILES = b"\0"  # a byte that no text contains
 
@@ -130,10 +133,11 @@ class RunFolder:
                 os.fsync(file.fileno())
             os.replace(_new(self.checkpoint), self.checkpoint)
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict) -> tuple[int, float]:
-        """Fills model and optimizer. Returns the checkpoint's step and seconds; 0 and 0 where there is none."""
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict) -> tuple[int, float, list[float]]:
+        """Fills model and optimizer. Returns the checkpoint's step and seconds, and the losses that are not yet in
+        metrics.csv; 0, 0 and none where there is no checkpoint."""
         if not self.checkpoint.exists():
-            return 0, 0.0
+            return 0, 0.0, []
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         try:
@@ -149,7 +153,7 @@ class RunFolder:
         options = StateDictOptions(full_state_dict=True)
         weights, state = saved["model"], saved["optimizer"]
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
-        return saved["step"], saved["seconds"]
+        return saved["step"], saved["seconds"], saved.get("losses", [])  # older checkpoints have none
 
 
 def _new(path: Path) -> Path:
@@ -175,58 +179,52 @@ def differences(curve: dict[float, float], first: dict[float, float]) -> dict[fl
 
 
 def plot(runs: dict[str, Path], image: Path) -> bool:
-    """Loss over bytes read, from the metrics.csv of each named run; of several, how far they are from the first, too.
-
-    False where there is no matplotlib.
-    """
+    """Writes the picture of these runs. False where there is no matplotlib."""
     try:
-        import matplotlib
+        figure = draw(runs)
     except ImportError:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    figure.savefig(_new(image), dpi=150, format="png")
+    os.replace(_new(image), image)
+    return True
+
+
+def draw(runs: dict[str, Path]) -> Figure:
+    """Loss over bytes read, from the metrics.csv of each named run; of several, how far they are from the first too."""
+    from matplotlib.figure import Figure
 
     names, count = list(runs), min(2, len(runs))
     alone = count == 1
-    figure, panels = pyplot.subplots(
-        count,
-        squeeze=False,
-        sharex=True,
-        figsize=(8, 4.5 if alone else 6.5),
-        height_ratios=(5, 3)[:count],
-        layout="constrained",
-    )
+    figure = Figure(figsize=(8, 4.5 if alone else 6.5), layout="constrained")
+    panels = figure.subplots(count, squeeze=False, sharex=True, height_ratios=(5, 3)[:count])
     upper, lower = panels[0, 0], panels[-1, 0]
     dashes = ["-", "--", ":", "-."]  # curves that agree lie on each other, and each should show
     first, top, reach = {}, 0.0, 1.5
     for index, name in enumerate(names):
         train, held_out = (losses(runs[name], column) for column in ("loss", "held_out_loss"))
-        style = dict(linestyle=dashes[index % 4], color=f"C{index}", lw=2)
+        style = dict(linestyle=dashes[index % 4], color=f"C{index}")
         last = next(reversed(held_out.values()), math.nan)
-        label = f"held-out files, {last:.3f} at the end" if alone else f"{name}, {last:.3f} at the end"
-        upper.plot(*_points(train), color=f"C{index}", lw=1, alpha=0.4, label="training" if alone else None)
-        upper.plot(*_points(held_out), **style, label=label)
+        whose = "" if alone else f"{name}: "
+        upper.plot(*_points(held_out), **style, lw=2, label=f"{whose}held-out files, {last:.3f} at the end")
+        upper.plot(*_points(train), **style, lw=1, alpha=0.5, label=f"{whose}training")
         top = max(top, *held_out.values(), 0.0)
         first = first or held_out
         if not alone:
             apart = differences(held_out, first)
-            lower.plot(*_points(apart), **style)
+            lower.plot(*_points(apart), **style, lw=2, label=name)
             reach = max(reach, *map(abs, apart.values()), 0.0)
     upper.set(ylabel="loss, nats per byte", ylim=(0, 1.05 * top or None))
-    upper.set_title(names[0] if alone else "held-out loss (bold) and training loss", fontsize="medium")
-    upper.legend(frameon=False)
+    upper.set_title(names[0] if alone else "loss", fontsize="medium")
     if not alone:
         lower.axhspan(-1, 1, color="black", alpha=0.08, lw=0)
         lower.set(ylabel="difference, %", ylim=(-1.1 * reach, 1.1 * reach))
         lower.set_title(f"held-out loss, difference to {names[0]}; grey: up to 1 %", fontsize="medium")
     lower.set_xlabel("million bytes read")
     for panel in panels.flat:
+        panel.legend(frameon=False)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(_new(image), dpi=150, format="png")
-    os.replace(_new(image), image)
-    pyplot.close(figure)
-    return True
+    return figure
 
 
 def _points(curve: dict[float, float]) -> tuple[list[float], list[float]]:

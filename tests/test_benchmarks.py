@@ -1,6 +1,7 @@
 """The scripts of benchmarks/ as far as they go without a GPU: the grids, and what is written from a results file."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -205,3 +206,25 @@ def test_plots(published, grid, names, tmp_path):
     assert [image.name for image in images] == names
     assert all(image.read_bytes().startswith(b"\x89PNG") for image in images)
     assert all(f"(images/{name})" in tables.full_block() for name in names)
+
+
+def test_every_bar_has_its_figure(published):
+    pytest.importorskip("matplotlib")
+    import plot
+
+    for grid, draw in (("paper", lambda results: plot.draw_pass(results, "forward")), ("models", plot.draw_models)):
+        results = json.loads(published("h100", grid).read_text())
+        cells = [cell for cell in results["cells"] if grid == "models" or cell["pass"] == "forward"]
+        figures = [f"{speed:.0f}" for cell in cells for speed in cell["tflops"].values() if speed]
+        assert sorted(text.get_text() for axis in draw(results).axes for text in axis.texts) == sorted(figures)
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "words"), [("--help", 0, "usage: plot.py"), ("results.json", 1, "pip install matplotlib")]
+)
+def test_plot_without_matplotlib(argument, code, words):
+    script = str(ROOT / "benchmarks" / "plot.py")
+    start = f"import runpy, sys; sys.modules['matplotlib'] = None; sys.argv = [{script!r}, {argument!r}]; "
+    start += f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); runpy.run_path({script!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True)
+    assert done.returncode == code and words in done.stdout + done.stderr and "Traceback" not in done.stderr

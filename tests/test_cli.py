@@ -21,6 +21,7 @@ from flash_attn_ext import limits
 from flash_attn_ext.cli import check, info, main, models, selftest, show, table
 
 CONFIGS = Path(__file__).parent / "configs"
+PLACE = Path(flash_attn_ext.__file__).parents[1]  # where a subprocess finds the same package, installed or not
 DIMS = table.head_dims()
 
 # Part, heads, KV heads, head dims of q and of v; and what the kernels of this version would have to learn.
@@ -706,6 +707,7 @@ def python(code, **environment):
     return subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment,
+        cwd=PLACE,
         capture_output=True,
         text=True,
     )
@@ -713,8 +715,7 @@ def python(code, **environment):
 
 def test_check_reads_standard_input():
     command = [sys.executable, "-m", "flash_attn_ext", "check", "-"]
-    environment = os.environ | {"PYTHONPATH": str(Path(flash_attn_ext.__file__).parents[1])}
-    process = subprocess.run(command, input='{"model_type": "gpt2"}', env=environment, capture_output=True, text=True)
+    process = subprocess.run(command, input='{"model_type": "gpt2"}', cwd=PLACE, capture_output=True, text=True)
     assert process.returncode == 1 and "standard input (gpt2)" in process.stdout and "dropout" in process.stdout
 
 

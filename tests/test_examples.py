@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import flash_attn_ext
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "train_gpt.py"
 TINY = (
@@ -19,7 +21,7 @@ TINY = (
     "--report-every 2 --judge-every 10 --held-out 4 --sample 20"
 ).split()
 # One thread: tiny products gain nothing from more, and on a busy machine threads wait for each other.
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(flash_attn_ext.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 CHECKOUT = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}  # where nothing is installed
 
 
@@ -76,21 +78,27 @@ def test_it_learns(uninterrupted):
 
 def test_resuming_is_as_if_never_stopped(run, uninterrupted, tmp_path, capsys):
     folder = tmp_path / "stopped"
-    run(folder, "--stop-at", 7)
-    assert "stopped after step 8 of 20" in capsys.readouterr().out
+    run(folder, "--stop-at", 7)  # between two reports
+    assert "stopped after step 7 of 20" in capsys.readouterr().out
     # Rows from after the checkpoint, as a kill leaves them, and a half-written checkpoint beside the whole one.
     with (folder / "metrics.csv").open("a") as file:
         file.write("10,2560,9.9,9.9,0,0,0,0,0,0\n")
     (folder / "checkpoint.pt.new").write_bytes(b"half")
     run(folder, "--prompt", "def ")
     stdout = capsys.readouterr().out
-    assert "goes on after step 8" in stdout
+    assert "goes on after step 7" in stdout
     assert "---- what it writes after 'def ' ----\ndef " in stdout and "held-out loss" in stdout
     assert curve(folder) == curve(uninterrupted)
     ours, theirs = (torch.load(path / "checkpoint.pt")["model"] for path in (folder, uninterrupted))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     run(folder)
     assert "complete already" in capsys.readouterr().out
+
+
+def test_a_run_of_one_step(run, tmp_path, capsys):
+    run(tmp_path, "--stop-at", 1)
+    assert "stopped after step 1 of 20" in capsys.readouterr().out
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] == 1
 
 
 def test_every_attention_sees_the_same(run, uninterrupted, tmp_path, capsys, monkeypatch):
@@ -248,6 +256,23 @@ def test_comparing_files_of_one_folder(run, tmp_path, capsys, monkeypatch):
         assert (tmp_path / "compare.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize("names", [["one"], ["one", "two"]])
+def test_every_line_of_a_picture_has_its_name(run, tmp_path, names):
+    pytest.importorskip("matplotlib")
+    from training_run import draw
+
+    for name in names:
+        (tmp_path / name).write_text(HEADER + "0,0,,5.5\n10,1000,3,3\n20,2000,2,2.5\n")
+    curves, *differences = draw({name: tmp_path / name for name in names}).axes
+    whose = [f"{name}: " if len(names) > 1 else "" for name in names]
+    shown = [label for who in whose for label in (f"{who}held-out files, 2.500 at the end", f"{who}training")]
+    for panel, labels in [(curves, shown), *((panel, names) for panel in differences)]:
+        assert (
+            len(panel.lines) == len(labels) == len({line.get_linestyle() + str(line.get_lw()) for line in panel.lines})
+        )
+        assert [text.get_text() for text in panel.get_legend().get_texts()] == labels
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -268,12 +293,14 @@ def test_what_cannot_be_compared(run, uninterrupted, tmp_path, capsys, content, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--head-dim", "96"], "invalid choice: 96"),
+        (["--head-dim", "96"], "argument --head-dim: invalid choice: "),
         (["--data", "nowhere"], "--data nowhere: there is no such file or folder"),
         (["--batch", "4", "--accumulate", "3"], "must be a multiple of 3"),
         (["--parallel", "ddp"], "torchrun --nproc-per-node"),
         (["--seqlen", "1000000"], "The text is too short"),
         (["--lr", "0"], "--lr is 0.0; it must be greater than 0"),
+        (["--width", "65"], "--width is 65; it must be a multiple of 64, as every head dim is: 64 or 128."),
+        (["--stop-at", "0"], "--stop-at is 0; it must be greater than 0"),
         (["--lr", "nan"], "--lr is nan; it must be greater than 0, and finite"),
         (["--data", "/proc/self/mem"], "--data: /proc/self/mem cannot be read (Input/output error)"),
         (["--output", str(SCRIPT)], "this folder cannot be made (File exists)"),

@@ -1,4 +1,5 @@
-"""Installations without the binary, or with one built for another torch: CPU tensors work, and the reason is told."""
+"""Installations without the binary, or with one for another torch or Python, and source trees that hide an installed
+package: CPU tensors work, and the reason is told."""
 
 import json
 import os
@@ -8,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import flash_attn_ext
+from flash_attn_ext import _binary
 
 USE = """
 import torch, flash_attn_ext
@@ -49,10 +52,14 @@ def package(tmp_path):
     return tmp_path / source.name
 
 
-def python(package, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(package.parent)}
+def python(package, *arguments, cwd=None, **environment):
     run = subprocess.run(
-        [sys.executable, *arguments], env=environment, cwd=package.parent, capture_output=True, text=True, check=True
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": str(package.parent)} | environment,
+        cwd=cwd or package.parent,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return run.stdout, run.stderr
 
@@ -74,15 +81,65 @@ def test_refusals_need_no_kernels(package):
     assert stdout.startswith("64 torch.bfloat16 None\n")
 
 
-def test_with_a_binary_for_another_torch(package):
-    (package / "_build_info.py").write_text("BUILD = {'torch': '1.13.1', 'cuda': '11.7', 'python': '3.10.1'}\n")
+@pytest.mark.parametrize(
+    ("built", "words"),
+    [
+        ({"torch": "1.13.1", "python": "3.10.1"}, "built for torch 1.13.1, and this is torch "),
+        ({"torch": torch.__version__, "python": "3.9.1"}, "built for Python 3.9.1, and this is Python "),
+    ],
+    ids=["torch", "python"],
+)
+def test_with_a_binary_for_another(package, built, words):
+    (package / "_build_info.py").write_text(f"BUILD = {built}\n")
     (package / "_C.so").write_text("not to be loaded")
     stdout, stderr = python(package, "-c", USE)
-    assert stdout.split("\n")[0] == ON_CPU_ALONE
-    assert "RuntimeWarning" in stderr and "built for torch 1.13.1" in stderr
+    assert stdout.split("
+")[0] == ON_CPU_ALONE
+    assert "RuntimeWarning" in stderr and words in stderr
     assert "pip install --no-build-isolation --no-deps --force-reinstall ." in stderr, (
         "with its dependencies, torch too"
     )
+
+
+@pytest.fixture
+def source_tree(package):
+    """The package once more, in a checkout where nothing is built."""
+    root = package.parent / "checkout"
+    shutil.copytree(package, root / package.name)
+    (root / "csrc").mkdir()
+    return root
+
+
+@pytest.mark.parametrize(("inside", "leave"), [(True, "leave this folder"), (False, "take {} out of PYTHONPATH")])
+def test_a_source_tree_hides_the_installed_package(package, source_tree, inside, leave):
+    places = (source_tree, package.parent)
+    kernels_missing = (
+        f"this is the source tree, {source_tree / package.name}, and its GPU kernels are not built. It hides the "
+        f"installed package, which is in {package}. To import that one, {leave.format(source_tree)}; or build them in "
+        "place: make build ENV=current."
+    )
+    where = (
+        {"cwd": source_tree}
+        if inside
+        else {"cwd": source_tree / "csrc", "PYTHONPATH": os.pathsep.join(map(str, places))}
+    )
+    stdout, stderr = python(package, "-m", "flash_attn_ext", "info", "--json", **where)
+    assert json.loads(stdout)["kernels_missing"] == kernels_missing
+    assert "RuntimeWarning" in stderr and kernels_missing in stderr
+    assert "installed without" not in stdout + stderr and "pip install" not in stdout + stderr
+    reason = "import flash_attn_ext.limits as limits; print(limits.why_unavailable())"
+    assert python(package, "-c", reason, **where)[0].strip().endswith(kernels_missing)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python takes no notice of PYTHONSAFEPATH before 3.11")
+def test_the_installed_package_from_inside_a_source_tree(package, source_tree):
+    stdout, stderr = python(package, "-m", "flash_attn_ext", "info", "--json", cwd=source_tree, PYTHONSAFEPATH="1")
+    assert json.loads(stdout)["installed_in"] == str(package) and "Warning" not in stderr
+
+
+def test_a_source_tree_alone(monkeypatch):
+    monkeypatch.setattr(_binary, "IN_SOURCE_TREE", True)
+    assert _binary._way_out(None) == "To have them, build them in place: make build ENV=current."
 
 
 def test_info_in_words(package):

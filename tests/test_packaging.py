@@ -1,4 +1,5 @@
-"""The source distribution holds what a build needs, a wheel built from it the command line's table.
+"""The source distribution holds what a build needs, a wheel built from it the command line's table. A package with
+kernels requires the torch that it was built with, and without that torch it is not built.
 
 And what stands in several places is the same everywhere: the version, the figures in the documents.
 """
@@ -12,12 +13,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import flash_attn_ext
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "tools"))
 import tables  # noqa: E402 (what writes the tables of the documents)
+import toolkit  # noqa: E402
 
 
 def run(*arguments, cwd, **environment):
@@ -70,6 +74,54 @@ def test_a_wheel_without_kernels_from_the_sources(sdist, tmp_path):
     from flash_attn_ext.cli import table
 
     assert stdout.strip() == str(table.head_dims())
+
+
+def requirements(metadata):
+    return [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ") and "extra ==" not in line]
+
+
+def test_the_torch_that_a_package_requires(tmp_path):
+    """Of its minor version where kernels are in it."""
+    for switch, name in (("0", "without"), ("1", "with")):
+        (tmp_path / name).mkdir()
+        run("setup.py", "-q", "dist_info", "--output-dir", str(tmp_path / name), cwd=ROOT, FLASH_ATTN_EXT_CUDA=switch)
+    without, kernels = (next(tmp_path.glob(f"{name}/*/METADATA")).read_text() for name in ("without", "with"))
+    assert requirements(without) == ["Requires-Dist: torch>=2.9"]
+    minor = ".".join(torch.__version__.split(".")[:2])
+    assert requirements(kernels) == [f"Requires-Dist: torch=={minor}.*" if torch.version.cuda else "torch>=2.9"]
+
+
+@pytest.mark.parametrize(
+    ("command", "before", "words"),
+    [
+        ("bdist_wheel", "sys.modules['torch'] = None", "There is no torch here to build the GPU kernels with."),
+        (
+            "bdist_wheel",
+            "import torch; torch.__version__ = type(torch.__version__)('2.8.1')",
+            "torch 2.8.1 is installed",
+        ),
+        (
+            "bdist_wheel",
+            "sys.modules['setuptools.command.bdist_wheel'] = None",
+            "is too old to build a wheel by itself",
+        ),
+    ],
+)
+def test_builds_that_are_refused(tmp_path, command, before, words):
+    """Build isolation hides torch, as sys.modules does here. What the build was told is all that is printed."""
+    setup = f"import runpy, sys; {before}; sys.argv = ['setup.py', '-q', {command!r}]; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", setup], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("cuda", "offered"), [("12.8", False), ("13.0", True)])
+def test_ways_to_a_toolkit(monkeypatch, cuda, offered):
+    """PyPI's is no way out where it has no nvcc."""
+    monkeypatch.setattr(toolkit, "_candidates", lambda: [Path("nowhere")])
+    with pytest.raises(FileNotFoundError, match="nowhere: no bin/nvcc\nSet CUDA_HOME; or install") as refusal:
+        toolkit.find(cuda)
+    assert (f"pip install 'cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]=={cuda}.*'" in str(refusal.value)) == offered
+    assert "FLASH_ATTN_EXT_CUDA=0 pip install ." in str(refusal.value)
 
 
 def test_the_tables_of_the_documents_are_up_to_date():

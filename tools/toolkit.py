@@ -27,18 +27,20 @@ class Toolkit:
 def find(torch_cuda: str) -> Toolkit:
     """The first complete toolkit of the major version of torch's CUDA; FileNotFoundError with the places looked at if
     there is none."""
+    major = int(torch_cuda.split(".")[0])
     looked_at = []
     for home in dict.fromkeys(_candidates()):
-        toolkit = _inspect(home, int(torch_cuda.split(".")[0]))
+        toolkit = _inspect(home, major)
         if isinstance(toolkit, Toolkit):
             return toolkit
         looked_at.append(f"  {home}: {toolkit}")
+    # PyPI's packages for CUDA 12 have no nvcc.
+    packages = f"; or install one from PyPI: pip install 'cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]=={torch_cuda}.*'"
     raise FileNotFoundError(
         f"no CUDA toolkit for torch's CUDA {torch_cuda}, at least {'.'.join(map(str, OLDEST))}, found. Looked at:\n"
         + "\n".join(looked_at)
-        + "\nSet CUDA_HOME; or install one from PyPI: pip install "
-        + f"'cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]=={torch_cuda}.*'; "
-        + "or install for CPU tensors only: FLASH_ATTN_EXT_CUDA=0 pip install --no-build-isolation ."
+        + f"\nSet CUDA_HOME{packages if major >= 13 else ''}"
+        + "; or install for CPU tensors only: FLASH_ATTN_EXT_CUDA=0 pip install ."
     )
 
 
