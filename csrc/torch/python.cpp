@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
 #include "../limits.h"
 #include "checks.h"
