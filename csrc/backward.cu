@@ -642,9 +642,12 @@ __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, Ba
         if (Step::is_seen(flags, 0)) {
           product(0, false);
           ptx::wgmma_wait_group<0>(dq);
-        } else {
+        } else if (Step::is_seen(flags, 1)) {
           product(1, false);
           ptx::wgmma_wait_group<0>(dq);
+        } else {
+#pragma unroll
+          for (float& x : dq) x = 0.f;
         }
       }
       if (slab + 1 == kSlabs) {

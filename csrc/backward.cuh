@@ -113,7 +113,7 @@ struct Workspace {
   int64_t bytes;
 
   explicit Workspace(const BackwardParams& p)
-      : sequences(p.problem.sequences()),
+      : sequences(backward_sequences(p.problem)),
         schedule(backward_schedule(p.problem, Config::kPlan, multiprocessors_to_fill())),
         thread_blocks(std::min(schedule.items(), multiprocessors_to_fill())),
         q_blocks(static_cast<int>(sequences.block_count(static_cast<int>(p.problem.heads), Config::kBlockQ))) {
