@@ -42,6 +42,8 @@ struct BackwardConfig {
 
   static_assert(kPlan.built() && kBlockQ == 64 && kBlockKv == 64 * kConsumers && kHeadDim % kSlabColumns == 0);
   static_assert(!kKvInRegisters || kHeadDim == 64, "K^T is one 64-row operand");
+  static_assert(kStages > 2,
+                "a consumer passes over a step that sees none of its keys while it still holds the last one");
 };
 
 // Calls f with the config of the problem's head dim and type.
