@@ -328,10 +328,11 @@ def test_infinite_keys_and_rows_past_the_end(row, causal, more):
     """A key of weight 0, by a score of -inf or of -30000, gets the same gradients: rows past the end add no 0 * inf."""
     q, k, v = (normal(2, row["backward"]["block_q"] + more, 3, row["head_dim"]) for _ in range(3))
     q[..., 5] = q[..., 5].abs() + 0.5
+    dout = torch.randn_like(q)
     results = []
     for value in (-30000.0, -math.inf):
         k[:, 20, :, 5] = value
-        _, (_, dk, dv) = both_passes(q, k, v, causal=causal)  # dq is 0 * inf
+        _, (_, dk, dv) = both_passes(q, k, v, causal=causal, dout=dout)  # dq is 0 * inf
         results.append((dk, dv))
     for (name, a), b in zip(zip(("dk", "dv"), results[0], strict=True), results[1], strict=True):
         assert a.isfinite().all() and same_bits(a, b), f"{name} differs with a score of -inf"
