@@ -93,8 +93,7 @@ def test_with_a_binary_for_another(package, built, words):
     (package / "_build_info.py").write_text(f"BUILD = {built}\n")
     (package / "_C.so").write_text("not to be loaded")
     stdout, stderr = python(package, "-c", USE)
-    assert stdout.split("
-")[0] == ON_CPU_ALONE
+    assert stdout.split("\n")[0] == ON_CPU_ALONE
     assert "RuntimeWarning" in stderr and words in stderr
     assert "pip install --no-build-isolation --no-deps --force-reinstall ." in stderr, (
         "with its dependencies, torch too"
