@@ -142,7 +142,7 @@ def rows(block):
 
 
 def test_nothing_is_published(published):
-    assert tables.readme_block() == tables.full_block() == tables.NOT_MEASURED
+    assert tables.readme_block() == tables.full_block() == tables.standing_block() == tables.NOT_MEASURED
 
 
 def test_the_table_of_models(published):
@@ -173,6 +173,21 @@ def test_each_grid_has_its_card(published):
     assert tables.readme_block().startswith(alone) and "H100, driver" in tables.readme_block()
     published("h200", "models")
     assert "H100, driver" not in tables.readme_block()
+
+
+def test_a_few_figures_of_every_card(published):
+    """Ours runs at 500 TFLOP/s and one more in each cell, FA3 at 500 and cuDNN at 400."""
+    published("h100", "paper")
+    published("h200", "paper", "fp16")
+    first = "| H100, the papers' shapes | 1.03 (1.00) | 1.09 (1.07) | 1.29 (1.25) | 1.37 (1.34) |"
+    assert rows(tables.standing_block())[1:] == [first]
+    published("h200", "paper")
+    published("h100", "models")
+    assert [row.split("|")[1] for row in rows(tables.standing_block())[1:]] == [
+        " H200, the papers' shapes ",
+        " H100, the papers' shapes ",
+        " H100, shapes of models ",
+    ]
 
 
 def test_documents_are_rewritten_and_checked(published, tmp_path, monkeypatch, capsys):
