@@ -2,17 +2,18 @@
 //
 // With P = exp(scale * Q K^T - lse), dP = dO V^T and delta = rowsum(dO * O), FlashAttention-2's five products are
 //   S = Q K^T,  dP = dO V^T,  dV = P^T dO,  dS = P * (dP - delta),  dQ = scale * dS K,  dK = scale * dS^T Q.
-// Three kernels run one after the other:
+// Three kernels run one after the other, overlapped at their edges:
 //   prepare   (backward_rows.cu) delta and lse of every row, and zeros where dQ will be summed
-//   backward  a thread block keeps 128 keys and walks the query blocks that see them; each of its two consumer
-//             warpgroups owns 64 of the keys. S and dP are computed transposed (keys x queries), so that P^T and dS^T
-//             are in registers already as the left operands of dV and dK. dQ needs the dS of both consumers: that goes
-//             through shared memory, and dQ is added to float32 sums in global memory, where all blocks of a head meet.
+//   backward  thread blocks take item after item. An item has 128 keys, and walks the query blocks that see them. Each
+//             of two consumer warpgroups owns 64 of the keys. S and dP are computed transposed (keys x queries), so
+//             that P^T and dS^T are in registers already as the left operands of dV and dK. dQ needs the dS of both
+//             consumers: that goes through shared memory to a warpgroup of its own, which adds dQ to float32 sums in
+//             global memory, where all items of a head meet.
 //   convert   (backward_rows.cu) float32 sums, scaled, as 16-bit gradients
-// With grouped queries a block walks query heads of its KV head one after the other, and sums dK and dV in its
-// registers. Where a block has all of these heads it writes dK and dV; where several blocks share them (KeySchedule
-// says when), `convert` adds what each has summed. Either way the order of additions is fixed: dK and dV are the same
-// in every run. docs/backward.md has the order of work, the barriers, the layout of shared memory and the cycle budget.
+// With grouped queries an item walks query heads of its KV head one after the other, and sums dK and dV in registers.
+// Where an item has all of these heads it writes dK and dV; where several items share them (KeySchedule says when),
+// `convert` adds what each has summed. Either way the order of additions is fixed: dK and dV are the same in every run.
+// docs/backward.md has the order of work, the barriers, the layout of shared memory and the cycle budget.
 
 #include <algorithm>
 #include <cuda/ptx>
@@ -641,9 +642,12 @@ __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, Ba
         if (Step::is_seen(flags, 0)) {
           product(0, false);
           ptx::wgmma_wait_group<0>(dq);
-        } else {
+        } else if (Step::is_seen(flags, 1)) {
           product(1, false);
           ptx::wgmma_wait_group<0>(dq);
+        } else {
+#pragma unroll
+          for (float& x : dq) x = 0.f;
         }
       }
       if (slab + 1 == kSlabs) {

@@ -42,6 +42,8 @@ struct BackwardConfig {
 
   static_assert(kPlan.built() && kBlockQ == 64 && kBlockKv == 64 * kConsumers && kHeadDim % kSlabColumns == 0);
   static_assert(!kKvInRegisters || kHeadDim == 64, "K^T is one 64-row operand");
+  static_assert(kStages > 2,
+                "a consumer passes over a step that sees none of its keys while it still holds the last one");
 };
 
 // Calls f with the config of the problem's head dim and type.
@@ -113,7 +115,7 @@ struct Workspace {
   int64_t bytes;
 
   explicit Workspace(const BackwardParams& p)
-      : sequences(p.problem.sequences()),
+      : sequences(backward_sequences(p.problem)),
         schedule(backward_schedule(p.problem, Config::kPlan, multiprocessors_to_fill())),
         thread_blocks(std::min(schedule.items(), multiprocessors_to_fill())),
         q_blocks(static_cast<int>(sequences.block_count(static_cast<int>(p.problem.heads), Config::kBlockQ))) {

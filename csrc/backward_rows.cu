@@ -201,6 +201,23 @@ void convert(const Sums& from, const Tensor& to, const Sequences& sequences, int
                     "launching the kernel after the backward's");
 }
 
+// ------------------------------------------------------------------------------------------------------ rows left out
+
+// Zeros in the first rows of each sequence, which see nothing.
+template <class T>
+__global__ void __launch_bounds__(kRowThreads)
+    zero_kernel(Tensor to, int sequences, int rows, int heads, int head_dim) {
+  const int chunks = head_dim / 8;
+  const int64_t count = int64_t{sequences} * rows * heads * chunks;
+  for (int64_t i = int64_t{blockIdx.x} * kRowThreads + threadIdx.x; i < count; i += int64_t{gridDim.x} * kRowThreads) {
+    const int chunk = static_cast<int>(i % chunks), head = static_cast<int>(i / chunks % heads);
+    const int64_t row = i / chunks / heads;
+    *reinterpret_cast<uint4*>(element<T>(to, static_cast<int>(row / rows), row % rows, head, 8 * chunk)) = uint4{};
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------- launches
+
 template <class Config>
 void prepare(const BackwardParams& params, cudaStream_t stream) {
   const Workspace<Config> workspace(params);
@@ -226,6 +243,11 @@ void convert_all(const BackwardParams& params, cudaStream_t stream) {
   const Sequences queries = workspace.sequences, keys = queries.transposed();
   convert<T, Config::kHeadDim, Config::kBlockQ, Config::kKvInRegisters>(workspace.dq, params.dq, queries, problem.heads,
                                                                         scale, stream);
+  if (params.dq.data != nullptr && queries.left_out > 0) {
+    zero_kernel<T><<<1024, kRowThreads, 0, stream>>>(params.dq, queries.count, queries.left_out,
+                                                     static_cast<int>(problem.heads), Config::kHeadDim);
+    check_cuda(cudaGetLastError(), "launching the kernel for rows that see nothing");
+  }
   for (const KvSums* sums : {&workspace.coarse, &workspace.fine}) {
     convert<T, Config::kHeadDim, Config::kBlockKv>(sums->dk, params.dk, keys, problem.kv_heads, scale, stream);
     convert<T, Config::kHeadDim, Config::kBlockKv>(sums->dv, params.dv, keys, problem.kv_heads, 1.f, stream);

@@ -21,7 +21,7 @@ inline constexpr float kLog2E = 1.4426950408889634f;
 
 // The options of a call, as flash_attn_ext/options.py has them; `Types` is their order in the operators' schema.
 struct Options {
-  std::optional<double> softmax_scale;  // positive, in a float's range; none: 1/sqrt(head_dim)
+  std::optional<double> softmax_scale;  // positive; the kernels multiply by it * kLog2E; none: 1/sqrt(head_dim)
   bool causal = false;                  // key j is seen by query i iff j <= i + seqlen_k - seqlen_q
 
   using Types = std::tuple<std::optional<double>, bool>;
@@ -29,7 +29,7 @@ struct Options {
   // Whether the kernels take these values as they are. NaN is in no range.
   bool are_in_range() const {
     using Float = std::numeric_limits<float>;
-    return !softmax_scale || (*softmax_scale >= Float::min() && *softmax_scale <= Float::max());
+    return !softmax_scale || (*softmax_scale >= Float::min() && *softmax_scale * kLog2E <= Float::max());
   }
 };
 

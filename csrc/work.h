@@ -25,10 +25,13 @@ inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan
           .by_cost = problem.options.causal};
 }
 
+// Without rows that see nothing: what dO has there, NaN too, must not reach dK and dV.
+inline Sequences backward_sequences(const Problem& problem) { return problem.sequences().without_unseeing_rows(); }
+
 // Blocks of keys. They read Q and dO of each query head, and add to its float32 dQ.
 inline KeySchedule backward_schedule(const Problem& problem, const BackwardPlan& plan, int multiprocessors) {
   constexpr int kBytesPerElement = 2 + 2 + 4;
-  const Sequences sequences = problem.sequences(), keys = sequences.transposed();
+  const Sequences sequences = backward_sequences(problem), keys = sequences.transposed();
   const int heads = static_cast<int>(problem.heads), kv_heads = static_cast<int>(problem.kv_heads);
   check_counts({sequences.block_count(heads, plan.block_q), keys.block_count(heads, plan.block_kv)});
   return KeySchedule::make({.blocks = keys.blocks_each(plan.block_kv),
@@ -37,8 +40,8 @@ inline KeySchedule backward_schedule(const Problem& problem, const BackwardPlan&
                             .group = problem.heads_per_kv_head(),
                             .steps = sequences.blocks_each(plan.block_q),
                             .by_cost = problem.options.causal,
-                            .falls = problem.options.causal && problem.seqlen_k <= 2 * problem.seqlen_q,
-                            .head_bytes = problem.seqlen_q * problem.head_dim * kBytesPerElement,
+                            .falls = problem.options.causal && sequences.each.keys <= 2 * sequences.each.rows,
+                            .head_bytes = int64_t{sequences.each.rows} * problem.head_dim * kBytesPerElement,
                             .l2_bytes = kL2Bytes,
                             .multiprocessors = multiprocessors});
 }

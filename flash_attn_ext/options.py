@@ -10,6 +10,7 @@ from typing import NamedTuple, get_type_hints
 import torch
 
 FLOAT32 = torch.finfo(torch.float32)  # what the kernels compute with
+MOST_SCALE = FLOAT32.max * 0.6931471  # they multiply scores by scale * log2(e), which must not overflow
 SCHEMA_TYPES = {float | None: "float?", bool: "bool"}
 
 
@@ -58,10 +59,10 @@ def _causal_type(causal) -> TypeError | None:
 
 
 def _scale_value(softmax_scale) -> ValueError | None:
-    if softmax_scale is None or FLOAT32.tiny <= softmax_scale <= FLOAT32.max:  # NaN is out of the range as well
+    if softmax_scale is None or FLOAT32.tiny <= softmax_scale <= MOST_SCALE:  # NaN is out of the range as well
         return None
     return ValueError(
-        f"softmax_scale is {softmax_scale}; it must be finite and greater than 0, in the range of a float32 "
-        "(default: 1/sqrt(head_dim)). By position it is the fourth argument, where FlashAttention-2 has dropout_p: "
-        "pass softmax_scale and causal by name."
+        f"softmax_scale is {softmax_scale}; it must be finite and greater than 0, in float32's range "
+        f"({FLOAT32.tiny:.3g} to {MOST_SCALE:.3g}; default: 1/sqrt(head_dim)). By position it is the fourth argument, "
+        "where FlashAttention-2 has dropout_p: pass softmax_scale and causal by name."
     )

@@ -3,6 +3,7 @@
 Which bits are certain: gradients.py.
 """
 
+import ctypes
 import gc
 import itertools
 import math
@@ -278,13 +279,14 @@ def test_out_sum_backward(causal):
 
 @each_row
 @pytest.mark.parametrize("seqlens", [(300, 1), (300, 99), (193, 65), (65, 64)], ids=lambda s: f"q{s[0]}k{s[1]}")
-def test_rows_that_see_nothing(row, seqlens):
+@pytest.mark.parametrize("fill", [1000, math.nan])
+def test_rows_that_see_nothing(row, seqlens, fill):
     seqlen_q, seqlen_k = seqlens
     q, k, v = (normal(2, s, 3, row["head_dim"]) for s in (seqlen_q, seqlen_k, seqlen_k))
     (dout, *_), (dq, dk, dv) = both_passes_and_check(q, k, v, causal=True)
     blind = seqlen_q - seqlen_k
     assert (dq[:, :blind] == 0).all()
-    dout[:, :blind] = 1000
+    dout[:, :blind] = fill
     _, (other_dq, *others) = both_passes(q, k, v, causal=True, dout=dout)
     assert (other_dq[:, :blind] == 0).all()
     assert_same((other_dq[:, blind:], *others), (dq[:, blind:], dk, dv), "by dout of rows that see nothing")
@@ -317,6 +319,22 @@ def test_nan_stays_in_its_head(row, causal, where):
     for x, y in zip(results, expected, strict=True):
         x[1, :, 2] = y[1, :, 2]
     assert_same(results, expected, "in another head")
+
+
+@each_row
+@both_masks
+@pytest.mark.parametrize("more", [1, 37, 63])
+def test_infinite_keys_and_rows_past_the_end(row, causal, more):
+    """A key of weight 0, by a score of -inf or of -30000, gets the same gradients: rows past the end add no 0 * inf."""
+    q, k, v = (normal(2, row["backward"]["block_q"] + more, 3, row["head_dim"]) for _ in range(3))
+    q[..., 5] = q[..., 5].abs() + 0.5
+    results = []
+    for value in (-30000.0, -math.inf):
+        k[:, 20, :, 5] = value
+        _, (_, dk, dv) = both_passes(q, k, v, causal=causal)  # dq is 0 * inf
+        results.append((dk, dv))
+    for (name, a), b in zip(zip(("dk", "dv"), results[0], strict=True), results[1], strict=True):
+        assert a.isfinite().all() and same_bits(a, b), f"{name} differs with a score of -inf"
 
 
 @each_row
@@ -478,6 +496,25 @@ def test_other_stream_without_synchronising(causal):
         assert not stream.query(), "the call waited for the GPU"
     stream.synchronize()
     assert_same(results, expected, keys=500)
+
+
+def test_streams_that_come_and_go_keep_no_memory():
+    """A program may make streams for ever: only the first of them have a counter of their own."""
+    runtime = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")  # torch's
+    inputs = [normal(1, 70, 2, 64) for _ in range(3)]
+    expected = flash_attn_ext.forward(*inputs)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(1500):
+        handle = ctypes.c_void_p()
+        assert runtime.cudaStreamCreate(ctypes.byref(handle)) == 0
+        with torch.cuda.stream(torch.cuda.ExternalStream(handle.value)):
+            results = flash_attn_ext.forward(*inputs)
+        torch.cuda.synchronize()
+        assert runtime.cudaStreamDestroy(handle) == 0
+        assert all(same_bits(x, y) for x, y in zip(results, expected, strict=True))
+    del results
+    assert torch.cuda.memory_allocated() - before <= 1024 * 512
 
 
 def test_autograd_goes_back_on_the_stream_of_the_forward():

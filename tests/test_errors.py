@@ -82,6 +82,10 @@ WRONG_VALUE = {
     "softmax_scale nan": (lambda q, k, v: {"softmax_scale": math.nan}, ["softmax_scale is nan", "finite"]),
     "softmax_scale inf": (lambda q, k, v: {"softmax_scale": math.inf}, ["softmax_scale is inf", "finite"]),
     "softmax_scale too large": (lambda q, k, v: {"softmax_scale": 1e39}, ["softmax_scale is 1e+39", "finite"]),
+    "softmax_scale that overflows in bits": (
+        lambda q, k, v: {"softmax_scale": 3e38},
+        ["softmax_scale is 3e+38", "2.36e+38"],
+    ),
     "softmax_scale too small": (lambda q, k, v: {"softmax_scale": 1e-46}, ["softmax_scale is 1e-46", "greater than 0"]),
     "softmax_scale subnormal": (lambda q, k, v: {"softmax_scale": 1e-40}, ["softmax_scale is 1e-40", "greater than 0"]),
 }

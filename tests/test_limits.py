@@ -100,12 +100,17 @@ def backward_shared_memory(row):
     plan, element = row["backward"], 2
     q, kv = (plan[block] * row["head_dim"] * element for block in ("block_q", "block_kv"))
     ds, stats = plan["block_q"] * plan["block_kv"] * element, 2 * plan["block_q"] * 4
-    yield f"{plan['block_q']} x {plan['block_kv']}", 0
-    yield f"{kilobytes(kv)} + {kilobytes(kv)}", 2 * kv
-    for ring in (q, q):
-        yield f"{plan['stages']} x {kilobytes(ring)}", plan["stages"] * ring
-    yield f"2 x {kilobytes(ds)}", 2 * ds
-    yield f"{plan['stages']} x {kilobytes(stats)}", plan["stages"] * stats
+    parts = [
+        (f"{plan['block_q']} x {plan['block_kv']}", 0),
+        (f"{kilobytes(kv)} + {kilobytes(kv)}", 2 * kv),
+        *[(f"{plan['stages']} x {kilobytes(q)}", plan["stages"] * q)] * 2,
+        (f"{plan['ds_stages']} x {kilobytes(ds)}", plan["ds_stages"] * ds),
+        (kilobytes(kv), kv),
+        (f"{plan['stages']} x {kilobytes(stats)}", plan["stages"] * stats),
+    ]
+    has_dv_buffer = sum(size for _, size in parts) + kv + 1024 <= 227 * 1024
+    parts.insert(-1, (kilobytes(kv), kv) if has_dv_buffer else ("in V's place", 0))
+    return parts
 
 
 @needs_kernels

@@ -1,10 +1,11 @@
 """The machine code in the binary: every kernel of the table is there, on wgmma, with nothing in local memory."""
 
+import heapq
 import re
 import shutil
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -85,80 +86,118 @@ def test_every_kernel_of_the_table_is_there_and_no_other(sass, usage):
 
 
 def products(kernel):
-    """wgmma instructions of one step of the main loop, by their N: M is 64, K 16."""
+    """The products of one step of the main loop: by name, how many wgmma of which form.
+
+    A form is N and the wrapper's name in csrc/ptx/wgmma.cuh. M is 64, K 16.
+    """
     direction, index, _, gradients = kernel
     row = TABLE[index]
     head_dim, plan = row["head_dim"], row[direction]
-    count = defaultdict(int)
     if direction == "forward":
-        count[plan["block_kv"]] += head_dim // 16  # S = Q K^T
-        count[head_dim] += plan["block_kv"] // 16  # O += P V
-        return count
-    count[plan["block_q"]] += 2 * head_dim // 16  # S^T = K Q^T and dP^T = V dO^T
-    if gradients != "dq":
-        count[head_dim] += 2 * plan["block_q"] // 16  # dV += P^T dO and dK += dS^T Q
-    if gradients != "dkv":
-        parts = plan["block_q"] // 64 * head_dim // 64  # of 64 x 64, shared out between the consumers
-        count[64] += parts // (plan["block_kv"] // 64) * plan["block_kv"] // 16  # dQ = dS K
-    return count
+        return {"S": {(plan["block_kv"], "ss"): head_dim // 16}, "O": {(head_dim, "rs_mn"): plan["block_kv"] // 16}}
+    in_registers = head_dim == 64  # K and V: kv_in_registers of csrc/limits.h
+    scores = {(plan["block_q"], "rs" if in_registers else "ss"): head_dim // 16}
+    keys = {(head_dim, "rs_mn"): plan["block_q"] // 16}
+    queries = {(64, "rs_mn" if in_registers else "ss_mn"): head_dim // 64 * plan["block_kv"] // 16}
+    dkv, dq = gradients != "dq", gradients != "dkv"
+    return {"S": scores, "dP": scores} | ({"dV": keys, "dK": keys} if dkv else {}) | ({"dQ": queries} if dq else {})
+
+
+def added(products):
+    return sum(map(Counter, products), Counter())
+
+
+def form(instruction):
+    """That of a wgmma; None for any other instruction."""
+    if match := re.match(r"HGMMA\.64x(\d+)x16\.F32(?:\.BF16)? R\d+, (R\d+|gdesc)", instruction):
+        source = "ss" if match[2] == "gdesc" else "rs"
+        return int(match[1]), source + ("_mn" if ".tnspB" in instruction else "")
+    return None
+
+
+def instructions(sass):
+    """Their addresses and texts."""
+    return re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?)\s*;", sass)
 
 
 @needs_kernels
 @each_kernel
 def test_products_are_wgmma(sass, kernel):
     """At least the instructions of one step's products, in this dtype; no product the old way."""
-    issued = re.findall(r"\bHGMMA\.64x(\d+)x16\.F32(\.BF16)?", sass[kernel])
-    assert {suffix for _, suffix in issued} == {".BF16" if kernel[2] == "bf16" else ""}
-    for columns, count in products(kernel).items():
-        assert sum(int(n) == columns for n, _ in issued) >= count
+    assert set(re.findall(r"\bHGMMA\.64x\d+x16\.F32(\.BF16)?", sass[kernel])) == {
+        ".BF16" if kernel[2] == "bf16" else ""
+    }
+    assert added(products(kernel).values()) <= Counter(form(text) for _, text in instructions(sass[kernel]))
     assert not re.search(r"\bHMMA\b", sass[kernel])
 
 
 @needs_kernels
 @each_kernel
 def test_the_backward_multiplies_no_more_than_it_needs(sass, kernel):
-    """The loop's step has two sides, masked and unmasked, each with its products: ptxas dropped and duplicated none."""
+    """ptxas dropped and duplicated no product.
+
+    What the source has twice: S, before the loop over steps and in it; dP too, where it is as far ahead; and dQ, for
+    steps that both consumers see, and for either of them alone.
+    """
     if kernel[0] == "backward":
-        assert len(re.findall(r"\bHGMMA\b", sass[kernel])) == 2 * sum(products(kernel).values())
+        step = products(kernel)
+        twice = {"S", "dQ"} | ({"dP"} if TABLE[kernel[1]]["head_dim"] == 64 else set())
+        issued = Counter(filter(None, (form(text) for _, text in instructions(sass[kernel]))))
+        assert issued == added([*step.values(), *(step[name] for name in twice & step.keys())])
 
 
-def shortest_round(sass, count):
-    """The instructions of the shortest way round a loop that issues so many wgmma; None if there is no such loop.
+def shortest_round(sass, products):
+    """The instructions of the shortest way round a loop that issues exactly these wgmma; None if there is none.
 
     That is the main loop without mask, without rescaling, and without a second look at a barrier.
     """
-    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?)\s*;", sass)
-    number = {int(address, 16): i for i, (address, _) in enumerate(instructions)}
+    listed = instructions(sass)
+    number = {int(address, 16): i for i, (address, _) in enumerate(listed)}
     after = []  # of each instruction, those that may come next
-    for i, (_, text) in enumerate(instructions):
+    for i, (_, text) in enumerate(listed):
         predicate, opcode, operands = re.fullmatch(r"(@!?U?P\w+ )?(\w+)\S*\s*(.*)", text).groups()
         may_go_on = predicate or opcode not in ("BRA", "EXIT", "BRX", "RET") or opcode == "BRA" and "," in operands
-        after.append([i + 1] if may_go_on and i + 1 < len(instructions) else [])
+        after.append([i + 1] if may_go_on and i + 1 < len(listed) else [])
         if opcode == "BRA":
             after[i].append(number[int(re.search(r"0x[0-9a-f]+", operands)[0], 16)])
 
-    is_product = [bool(re.search(r"\bHGMMA\b", text)) for _, text in instructions]
+    forms = {i: found for i, (_, text) in enumerate(listed) if (found := form(text))}
+
+    def next_products(start):
+        """Those that may be issued next, and how many instructions further on they are."""
+        distance, queue = {start: 0}, [start]
+        for i in queue:  # breadth first
+            for following in after[i] if i == start or i not in forms else ():
+                if following not in distance:
+                    distance[following] = distance[i] + 1
+                    queue.append(following)
+        return {i: steps for i, steps in distance.items() if i in forms and i != start}
+
+    ways, order = {i: next_products(i) for i in forms}, list(products)
 
     def round_from(start):
-        before, queue = {}, [start]
-        for i in queue:  # breadth first
-            for following in after[i]:
-                if following not in before:
-                    before[following] = i
-                    queue.append(following)
-        way = []
-        while start in before and (not way or way[-1] != start):
-            way.append(before[way[-1] if way else start])
-        return way
+        """Dijkstra's algorithm. A node is a product, and how many of each form are yet to be issued."""
+        heap, done = [(0, start, tuple(products.values()))], set()
+        while heap:
+            length, at, left = heapq.heappop(heap)
+            if at == start and not any(left):
+                return length
+            if (at, left) in done:
+                continue
+            done.add((at, left))
+            for following, steps in ways[at].items():
+                n = order.index(forms[following]) if forms[following] in order else None
+                if n is not None and left[n] > 0:
+                    heapq.heappush(heap, (length + steps, following, (*left[:n], left[n] - 1, *left[n + 1 :])))
+        return None
 
-    rounds = [round_from(start) for start in range(len(instructions)) if is_product[start]]
-    return min((len(way) for way in rounds if sum(is_product[i] for i in way) == count), default=None)
+    return min(filter(None, map(round_from, forms)), default=None)
 
 
 @needs_kernels
 @each_kernel
 def test_documents_count_the_instructions_of_the_main_loop(sass, kernel):
-    """For one compiler: others may need more or fewer."""
+    """For one compiler: others may need more or fewer. In the backward also those of dQ's warpgroup."""
     from flash_attn_ext._build_info import BUILD
 
     direction, index, _, gradients = kernel
@@ -169,11 +208,15 @@ def test_documents_count_the_instructions_of_the_main_loop(sass, kernel):
     if gradients not in ("", "all"):
         pytest.skip("only the kernel of all gradients is in the table")
     row = TABLE[index]
-    plan, counted = row[direction], shortest_round(sass[kernel], sum(products(kernel).values()))
-    consumers = plan["block_q" if direction == "forward" else "block_kv"] // 64
-    (cycles, a_thread) = re.search(rf"^\| {row['head_dim']} \(.* (\d+) \| (\d+) \|$", document, re.MULTILINE).groups()
-    assert counted == int(a_thread), f"docs/{direction}.md, cycle budget of head dim {row['head_dim']}"
-    assert int(cycles) == counted * consumers, "four warps a consumer, four instructions a cycle"
+    step = products(kernel)
+    threads = [shortest_round(sass[kernel], added(step[name] for name in step if name != "dQ"))]
+    if direction == "backward":
+        threads.append(shortest_round(sass[kernel], added([step["dQ"]])))
+    consumers = row[direction]["block_q" if direction == "forward" else "block_kv"] // 64
+    cycles = consumers * threads[0] + sum(threads[1:])  # four warps a warpgroup, four instructions a cycle
+    end_of_line = " | ".join([str(cycles), " + ".join(map(str, threads))])
+    found = re.search(rf"^\| {row['head_dim']} \(.* \| (\d+ \| [\d +]+) \|$", document, re.MULTILINE)[1]
+    assert found == end_of_line, f"docs/{direction}.md, cycle budget of head dim {row['head_dim']}"
 
 
 @needs_kernels

@@ -41,7 +41,7 @@ __device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commi
 template <int kPending, int... kRegisters>
 __device__ __forceinline__ void wgmma_wait_group(float (&... ready)[kRegisters]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-  const auto touch = []<int n>(float(&registers)[n]) {
+  const auto touch = []<int n>(float (&registers)[n]) {
 #pragma unroll
     for (int i = 0; i < n; ++i) asm volatile("" : "+f"(registers[i])::"memory");
   };

@@ -45,8 +45,7 @@ struct KMajor {
   __device__ __forceinline__ explicit KMajor(uint64_t descriptor) : descriptor(descriptor) {}
 };
 
-// A tile as an operand whose rows are summed over: V in P V. Where a product sums over more rows than the tile has, it
-// goes on with the next tile.
+// A tile as an operand whose rows are summed over: V in P V.
 template <class Tile>
 struct MnMajor {
   using Element = typename Tile::Element;
@@ -65,9 +64,7 @@ struct MnMajor {
   }
 
   // The descriptor of the k-th 16 rows.
-  __device__ __forceinline__ uint64_t step(int k) const {
-    return descriptor + descriptor_offset(k / kSteps * Tile::kBytes + k % kSteps * 16 * kRowBytes);
-  }
+  __device__ __forceinline__ uint64_t step(int k) const { return descriptor + descriptor_offset(k * 16 * kRowBytes); }
 
  private:
   __device__ __forceinline__ explicit MnMajor(uint64_t descriptor) : descriptor(descriptor) {}

@@ -24,9 +24,16 @@ struct Block {
 struct Sequences {
   int count;
   Sequence each;
+  int left_out = 0;  // rows ahead of each sequence's first one, which are not counted
 
   HOST_DEVICE Sequence at(int) const { return each; }
-  HOST_DEVICE Place place(int sequence) const { return {sequence, 0, 0}; }
+  HOST_DEVICE Place place(int sequence) const { return {sequence, left_out, 0}; }
+
+  // The same without the first rows, as far as they see no key: where a mask hides all keys from them.
+  HOST_DEVICE Sequences without_unseeing_rows() const {
+    const int unseeing = each.rows - each.keys - each.right, rows = unseeing > 0 ? each.rows - unseeing : each.rows;
+    return {count, {rows, each.keys, each.left, each.right}, each.rows - rows};
+  }
 
   // The row blocks of all heads are counted sequence by sequence, and within a sequence head by head.
   HOST_DEVICE int blocks_each(int block) const { return (each.rows - 1) / block + 1; }
@@ -43,7 +50,7 @@ struct Sequences {
 
   // Where a sequence's first row stands in a (batch, heads, rows) array such as lse.
   HOST_DEVICE int64_t first_value(int sequence, int head, int heads) const {
-    return (static_cast<int64_t>(sequence) * heads + head) * each.rows;
+    return (static_cast<int64_t>(sequence) * heads + head) * (left_out + each.rows) + left_out;
   }
 
   HOST_DEVICE Sequences transposed() const { return {count, each.transposed()}; }

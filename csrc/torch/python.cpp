@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
 #include "../limits.h"
 #include "checks.h"
@@ -137,9 +138,11 @@ void set_test_faults(bool tensor_map_encode_fails, int capability, int multiproc
 
 // The table of limits.h.
 py::list limits() {
-  const auto plan = [](const auto& p) -> py::object {
+  const auto plan = []<class Plan>(const Plan& p) -> py::object {
     if (!p.built()) return py::none();
-    return py::dict(py::arg("block_q") = p.block_q, py::arg("block_kv") = p.block_kv, py::arg("stages") = p.stages);
+    py::dict numbers(py::arg("block_q") = p.block_q, py::arg("block_kv") = p.block_kv, py::arg("stages") = p.stages);
+    if constexpr (std::is_same_v<Plan, BackwardPlan>) numbers["ds_stages"] = p.ds_stages;
+    return numbers;
   };
   py::list rows;
   for (const HeadDimLimits& row : kLimits) {

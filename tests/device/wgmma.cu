@@ -67,6 +67,23 @@ __global__ void multiply_ss(const T* a, const T* b, float* d) {
   store<N>(acc, d);
 }
 
+// The same with a from registers.
+template <class T, int N>
+__global__ void multiply_rs(const T* a, const T* b, float* d) {
+  extern __shared__ __align__(1024) unsigned char dynamic_smem[];
+  auto& smem = *reinterpret_cast<SsSmem<T, N>*>(dynamic_smem);
+  fill(smem.a, a);
+  fill(smem.b[1], b);
+  end_fill();
+  uint32_t operand[kDepth / 16][4];
+  load_operand(operand, smem.a);
+  float acc[N / 2];
+  set(acc, 1000.f);  // the product must ignore it
+  product_rs(acc, operand, KMajor(smem.b[0]).at(1), false);
+  ptx::wgmma_wait_group<0>(acc);
+  store<N>(acc, d);
+}
+
 template <class T, int N>
 struct RsSmem {
   SmemTile<T, kDepth, N> b[2];
@@ -74,7 +91,7 @@ struct RsSmem {
 
 // d = 1 + a b, a (64 x 128) from registers, b (128 x N), the second of two tiles, MN-major in shared memory.
 template <class T, int N>
-__global__ void multiply_rs(const T* a, const T* b, float* d) {
+__global__ void multiply_rs_mn(const T* a, const T* b, float* d) {
   extern __shared__ __align__(1024) unsigned char dynamic_smem[];
   auto& smem = *reinterpret_cast<RsSmem<T, N>*>(dynamic_smem);
   fill(smem.b[1], b);
@@ -85,32 +102,45 @@ __global__ void multiply_rs(const T* a, const T* b, float* d) {
   uint32_t operand[kDepth / 16][4];
   to_operand<T>(operand, a_fragment);
   set(acc, 1.f);  // the product must keep it
-  product_rs(acc, operand, MnMajor(smem.b[0]).at(1));
+  product_rs(acc, operand, MnMajor(smem.b[0]).at(1), true);
   ptx::wgmma_wait_group<0>(acc);
   store<N>(acc, d);
 }
 
-// a is one tile of 128 rows, b two of 64 rows each: the product over a's rows goes on from one to the next, as dQ's
-// does over the keys of two consumers.
+// Two tiles of 64 rows each: the products over their rows add up, as dQ's do over the keys of two consumers.
 template <class T>
 struct TransposedSmem {
-  SmemTile<T, kDepth, 2 * kSlabColumns> a;
-  SmemTile<T, kDepth / 2, 2 * kSlabColumns> b[2];
+  SmemTile<T, kDepth / 2, 2 * kSlabColumns> a[2], b[2];
+  SmemTile<T, kDepth / 2, kSlabColumns> a_slab[2];
 };
 
-// d = a^T b of the second slabs of a and b (128 x 128), both MN-major in shared memory.
-template <class T>
+// d = a^T b of the second slabs of a and b (128 x 128), b MN-major in shared memory, a likewise or from registers.
+template <class T, bool kFromRegisters>
 __global__ void multiply_transposed(const T* a, const T* b, float* d) {
   extern __shared__ __align__(1024) unsigned char dynamic_smem[];
   auto& smem = *reinterpret_cast<TransposedSmem<T>*>(dynamic_smem);
-  fill(smem.a, a);
-  fill(smem.b[0], b);
-  fill(smem.b[1], b + kDepth / 2 * 2 * kSlabColumns);
+  constexpr int kTile = kDepth / 2 * 2 * kSlabColumns;
+  for (int i = 0; i < 2; ++i) {
+    fill(smem.a[i], a + i * kTile);
+    fill(smem.b[i], b + i * kTile);
+  }
   end_fill();
+  for (int i = threadIdx.x; i < kDepth * kSlabColumns / 2; i += blockDim.x) {
+    for (int half = 0; half < 2; ++half) smem.a_slab[half].data[i] = smem.a[half].slab(1)[i];
+  }
+  __syncthreads();
   float acc[kSlabColumns / 2];
-  set(acc, 1000.f);  // the product must ignore it
-  product_ss(acc, MnMajor(smem.a, 1), MnMajor(smem.b[0], 1));
-  ptx::wgmma_wait_group<0>(acc);
+  set(acc, 1000.f);  // the first product must ignore it
+  for (int i = 0; i < 2; ++i) {
+    if constexpr (kFromRegisters) {
+      uint32_t operand[kDepth / 32][4];
+      load_operand_transposed(operand, smem.a_slab[i]);
+      product_rs(acc, operand, MnMajor(smem.b[i], 1), i > 0);
+    } else {
+      product_ss(acc, MnMajor(smem.a[i], 1), MnMajor(smem.b[i], 1), i > 0);
+    }
+    ptx::wgmma_wait_group<0>(acc);
+  }
   store<kSlabColumns>(acc, d);
 }
 
@@ -122,39 +152,41 @@ std::vector<T> small_integers(int count, int seed) {
   return values;
 }
 
-template <class T, int N, bool kFromRegisters>
-void check_product(const char* name) {
+enum class Form { kSs, kRs, kRsMn };
+
+template <class T, int N, Form kForm>
+void check_product(const std::string& name) {
+  constexpr bool kMn = kForm == Form::kRsMn;
   const auto a = small_integers<T>(kRows * kDepth, N), b = small_integers<T>(kDepth * N, N + 1);
   DeviceArray<T> a_device(a), b_device(b);
   DeviceArray<float> d_device(kRows * N);
-  if constexpr (kFromRegisters) {
-    launch(multiply_rs<T, N>, 1, 128, static_cast<int>(sizeof(RsSmem<T, N>)), (const T*)a_device.data,
-           (const T*)b_device.data, d_device.data);
-  } else {
-    launch(multiply_ss<T, N>, 1, 128, static_cast<int>(sizeof(SsSmem<T, N>)), (const T*)a_device.data,
-           (const T*)b_device.data, d_device.data);
-  }
+  const auto run = [&](auto* kernel, std::size_t bytes) {
+    launch(kernel, 1, 128, static_cast<int>(bytes), (const T*)a_device.data, (const T*)b_device.data, d_device.data);
+  };
+  if constexpr (kForm == Form::kSs) run(multiply_ss<T, N>, sizeof(SsSmem<T, N>));
+  if constexpr (kForm == Form::kRs) run(multiply_rs<T, N>, sizeof(SsSmem<T, N>));
+  if constexpr (kForm == Form::kRsMn) run(multiply_rs_mn<T, N>, sizeof(RsSmem<T, N>));
   const std::vector<float> d = d_device.host();
   for (int row = 0; row < kRows; ++row) {
     for (int column = 0; column < N; ++column) {
-      float expected = kFromRegisters ? 1.f : 0.f;
+      float expected = kMn ? 1.f : 0.f;
       for (int k = 0; k < kDepth; ++k) {
-        expected += float(a[row * kDepth + k]) * float(kFromRegisters ? b[k * N + column] : b[column * kDepth + k]);
+        expected += float(a[row * kDepth + k]) * float(kMn ? b[k * N + column] : b[column * kDepth + k]);
       }
-      test::check(d[row * N + column] == expected, std::string(name) + " N " + std::to_string(N) + " row " +
-                                                       std::to_string(row) + " column " + std::to_string(column));
+      test::check(d[row * N + column] == expected, name + " N " + std::to_string(N) + " row " + std::to_string(row) +
+                                                       " column " + std::to_string(column));
     }
   }
 }
 
-template <class T>
-void check_transposed_product(const char* name) {
+template <class T, bool kFromRegisters>
+void check_transposed_product(const std::string& name) {
   constexpr int kColumns = 2 * kSlabColumns, N = kSlabColumns;
   const auto a = small_integers<T>(kDepth * kColumns, 1), b = small_integers<T>(kDepth * kColumns, 2);
   DeviceArray<T> a_device(a), b_device(b);
   DeviceArray<float> d_device(kRows * N);
-  launch(multiply_transposed<T>, 1, 128, static_cast<int>(sizeof(TransposedSmem<T>)), (const T*)a_device.data,
-         (const T*)b_device.data, d_device.data);
+  launch(multiply_transposed<T, kFromRegisters>, 1, 128, static_cast<int>(sizeof(TransposedSmem<T>)),
+         (const T*)a_device.data, (const T*)b_device.data, d_device.data);
   const std::vector<float> d = d_device.host();
   for (int row = 0; row < kRows; ++row) {
     for (int column = 0; column < N; ++column) {
@@ -163,20 +195,22 @@ void check_transposed_product(const char* name) {
         expected += float(a[k * kColumns + kSlabColumns + row]) * float(b[k * kColumns + kSlabColumns + column]);
       }
       test::check(d[row * N + column] == expected,
-                  std::string(name) + " row " + std::to_string(row) + " column " + std::to_string(column));
+                  name + " row " + std::to_string(row) + " column " + std::to_string(column));
     }
   }
 }
 
 template <class T>
 void check_type(const std::string& type) {
-  check_product<T, 64, false>((type + " ss").c_str());
-  check_product<T, 80, false>((type + " ss").c_str());
-  check_product<T, 128, false>((type + " ss").c_str());
-  check_transposed_product<T>((type + " ss_mn").c_str());
-  check_product<T, 64, true>((type + " rs").c_str());
-  check_product<T, 128, true>((type + " rs").c_str());
-  check_product<T, 256, true>((type + " rs").c_str());
+  check_product<T, 64, Form::kSs>(type + " ss");
+  check_product<T, 80, Form::kSs>(type + " ss");
+  check_product<T, 128, Form::kSs>(type + " ss");
+  check_product<T, 64, Form::kRs>(type + " rs");
+  check_product<T, 64, Form::kRsMn>(type + " rs_mn");
+  check_product<T, 128, Form::kRsMn>(type + " rs_mn");
+  check_product<T, 256, Form::kRsMn>(type + " rs_mn");
+  check_transposed_product<T, false>(type + " ss_mn");
+  check_transposed_product<T, true>(type + " rs_mn of a transposed operand");
 }
 
 int main() {

@@ -140,7 +140,37 @@ static void check_no_overflow() {
   test::check(same(causal.transposed().blocks(0, 128, 128), {0, kBlocks}), "2^30 - 1 queries see the first keys");
 }
 
+// Without the rows that see nothing: the others see what they saw, and have their places in lse.
+static void check_left_out(const Sequence& each) {
+  const Sequences all{2, each}, some = all.without_unseeing_rows();
+  const Sequence& rest = some.each;
+  const std::string name = describe(each) + ", without rows that see nothing";
+  test::check(some.left_out + rest.rows == each.rows && rest.keys == each.keys, name + ": sizes");
+  test::check(some.place(1).row == some.left_out && some.place(1).key == 0, name + ": place");
+  test::check(some.transposed().place(1).row == 0, name + ": place from the keys' side");
+  for (int head = 0; head < 2; ++head) {
+    test::check(some.first_value(1, head, 2) == all.first_value(1, head, 2) + some.left_out, name + ": first_value");
+  }
+  for (int row = 0; row < each.rows; ++row) {
+    bool sees_any = false;
+    for (int key = 0; key < each.keys; ++key) {
+      const bool seen = sees(each, row, key);
+      sees_any |= seen;
+      test::check(seen == (row >= some.left_out && sees(rest, row - some.left_out, key)), name + ": pairs");
+    }
+    if (row >= some.left_out && each.left >= each.keys) test::check(sees_any, name + ": all see something");
+  }
+}
+
 static void check_sequences() {
+  for (int rows : {1, 5, 9}) {
+    for (int keys : {1, 4, 9, 12}) {
+      for (int left : {0, 3, kUnbounded}) {
+        for (int right : {0, 2, kUnbounded}) check_left_out({rows, keys, left, right});
+      }
+    }
+  }
+
   for (int count : {1, 3}) {
     for (int rows : {1, 7, 8, 9, 20}) {
       const Sequences all{count, {.rows = rows, .keys = 2 * rows + 1, .left = 5, .right = 0}};
