@@ -249,16 +249,15 @@ def standing_block() -> str:
 
 
 def readme_block() -> str:
-    """The short form: bf16, ours beside FA3, with the plots of the papers' grid."""
-    parts = []
-    for grid in GRID_NAMES:
-        if path := published(grid, "bf16"):
-            results = json.loads(path.read_text())
-            parts += [*speed_tables(results, ["ours", "fa3"], sentences=1), environment_line(results), ""]
-            if grid == "paper":
-                for image, shown in plots(path, results).items():
-                    parts += [f"![{shown}](docs/images/{image})", ""]
-    return "\n".join(parts).strip() or NOT_MEASURED
+    """The short form: the papers' grid, bf16, ours beside FA3, with its plots."""
+    path = published("paper", "bf16")
+    if not path:
+        return NOT_MEASURED
+    results = json.loads(path.read_text())
+    lines = [*speed_tables(results, ["ours", "fa3"], sentences=1), environment_line(results)]
+    for image, shown in plots(path, results).items():
+        lines += ["", f"![{shown}](docs/images/{image})"]
+    return "\n".join(lines)
 
 
 def full_block() -> str:
