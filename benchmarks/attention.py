@@ -136,7 +136,7 @@ def models_grid(
 
 
 GRIDS = {"paper": paper_grid, "models": models_grid}
-assert tuple(GRIDS) == GRID_NAMES
+assert list(GRIDS) == list(GRID_NAMES)
 
 
 # ---- measuring ----

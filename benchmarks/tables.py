@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CARDS = ("h200", "h100")  # whose results are published: of the first that has a file
-GRID_NAMES = ("paper", "models")
+GRID_NAMES = {"paper": "the papers' shapes", "models": "shapes of models"}
 DTYPES = ("bf16", "fp16")
 TRAIN_STEP = RESULTS / "h200-train-step.json"
 PEER_NAMES = {"ours": "flash_attn_ext", "fa3": "FA3", "cudnn": "cuDNN", "fa2": "FA2"}
@@ -42,10 +42,14 @@ def csrc_sha256(root: Path = ROOT) -> str:
     return digest.hexdigest()
 
 
+def measured(grid: str, dtype: str) -> list[Path]:
+    """The results files of all cards."""
+    return [path for card in CARDS if (path := RESULTS / f"{card}-{grid}-{dtype}.json").exists()]
+
+
 def published(grid: str, dtype: str) -> Path | None:
-    """The results file that the documents show, if there is one."""
-    paths = (RESULTS / f"{card}-{grid}-{dtype}.json" for card in CARDS)
-    return next(filter(Path.exists, paths), None)
+    """The results file whose cells the documents show, if there is one."""
+    return next(iter(measured(grid, dtype)), None)
 
 
 def all_published() -> list[Path]:
@@ -98,6 +102,11 @@ def by_shape(cells: list[dict]) -> dict[str, dict[str, dict]]:
     return shapes
 
 
+def mean_and_worst(cells: list[dict], peer: str) -> tuple[float, dict]:
+    """The geometric mean of our speed over the peer's, and the cell where it is least."""
+    return geometric_mean([ratio(cell, peer) for cell in cells]), min(cells, key=lambda cell: ratio(cell, peer))
+
+
 def summary(cells: list[dict], peer: str = "fa3") -> list[str]:
     """Sentences that sum up our speed beside one peer: over all cells, then per head dim."""
     known = [cell for cell in cells if ratio(cell, peer)]
@@ -105,8 +114,7 @@ def summary(cells: list[dict], peer: str = "fa3") -> list[str]:
         return []
 
     def of(some: list[dict]) -> str:
-        worst = min(some, key=lambda cell: ratio(cell, peer))
-        mean = geometric_mean([ratio(cell, peer) for cell in some])
+        mean, worst = mean_and_worst(some, peer)
         return f"geometric mean {mean:.3f}, least {ratio(worst, peer):.3f} ({describe(worst)})"
 
     lines = [f"{PEER_NAMES['ours']} / {PEER_NAMES[peer]}, {len(known)} cells: {of(known)}"]
@@ -217,17 +225,39 @@ def plots(path: Path, results: dict) -> dict[str, str]:
     return {f"{path.stem}-{name}.png": f"{name} speed" for name in by_pass(results["cells"])}
 
 
-def readme_block() -> str:
-    """The short form: bf16, ours beside FA3, with the plots of the papers' grid."""
-    parts = []
-    for grid in GRID_NAMES:
-        if path := published(grid, "bf16"):
+def standing_block() -> str:
+    """Our speed over the peers' in a few figures: a row per grid and card, bf16."""
+    peers, passes = ("fa3", "cudnn"), ("forward", "backward")
+
+    def figure(cells: list[dict], peer: str) -> str:
+        known = [cell for cell in cells if ratio(cell, peer)]
+        if not known:
+            return "–"
+        mean, worst = mean_and_worst(known, peer)
+        return f"{mean:.2f} ({ratio(worst, peer):.2f})"
+
+    columns = [f"{PEER_NAMES[peer]} {name}" for peer in peers for name in passes]
+    lines = [f"| speed, ours / theirs | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for grid, shapes in GRID_NAMES.items():
+        for path in measured(grid, "bf16"):
             results = json.loads(path.read_text())
-            parts += [*speed_tables(results, ["ours", "fa3"], sentences=1), environment_line(results), ""]
-            if grid == "paper":
-                for image, shown in plots(path, results).items():
-                    parts += [f"![{shown}](docs/images/{image})", ""]
-    return "\n".join(parts).strip() or NOT_MEASURED
+            cells = by_pass(results["cells"])
+            row = [figure(cells.get(name, []), peer) for peer in peers for name in passes]
+            lines.append(f"| {path.name.split('-')[0].upper()}, {shapes} | {' | '.join(row)} |")
+    below = "bf16, geometric mean over all shapes, and in brackets the least: [Speed](#speed) has the figures."
+    return "\n".join([*lines, "", below]) if len(lines) > 2 else NOT_MEASURED
+
+
+def readme_block() -> str:
+    """The short form: the papers' grid, bf16, ours beside FA3, with its plots."""
+    path = published("paper", "bf16")
+    if not path:
+        return NOT_MEASURED
+    results = json.loads(path.read_text())
+    lines = [*speed_tables(results, ["ours", "fa3"], sentences=1), environment_line(results)]
+    for image, shown in plots(path, results).items():
+        lines += ["", f"![{shown}](docs/images/{image})"]
+    return "\n".join(lines)
 
 
 def full_block() -> str:
@@ -286,7 +316,7 @@ def reference_block() -> str:
 
 # document -> marker -> the function that writes what stands between the markers, or None where it cannot know
 BLOCKS = {
-    ROOT / "README.md": {"support-table": support_block, "speed-table": readme_block},
+    ROOT / "README.md": {"standing": standing_block, "support-table": support_block, "speed-table": readme_block},
     ROOT / "docs" / "api.md": {"reference": reference_block},
     ROOT / "docs" / "head-dims.md": {"support-table": support_block},
     ROOT / "docs" / "performance.md": {"speed-table": full_block},
@@ -322,7 +352,8 @@ def main() -> int:
     args = parser.parse_args()
 
     stale = check()
-    for path in (*all_published(), TRAIN_STEP):
+    shown = [path for grid in GRID_NAMES for dtype in DTYPES for path in measured(grid, dtype)]
+    for path in (*shown, TRAIN_STEP):
         if path.exists() and json.loads(path.read_text())["csrc_sha256"] != csrc_sha256():
             print(f"note: {path.relative_to(ROOT)} was measured on other sources than csrc/ holds now")
     if args.check:

@@ -23,8 +23,8 @@ def flash_attn_func(
     """Exact attention, softmax(softmax_scale * q k^T) v, without the matrix of scores in memory. Differentiable, once.
 
     On Hopper GPUs by the algorithm of FlashAttention-3 (Shah et al. 2024, sections 3.1 and 3.2; the softmax by blocks
-    is from FlashAttention, Dao et al. 2022, section 3.1; the gradients: see `backward`); on the CPU by
-    `attention_reference`.
+    is from FlashAttention, Dao et al. 2022, section 3.1; the gradients: see `backward`); on the CPU in PyTorch, with
+    the results of `attention_reference` up to rounding.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim). float16 or bfloat16 on CUDA; also float32 and float64 on the CPU. Under

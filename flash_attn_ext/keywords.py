@@ -45,7 +45,11 @@ KEYWORDS = {
     "num_splits": Keyword((0, 1, None), "The keys of a row are not split: leave it out."),
     "pack_gqa": Keyword((bool, None), "It changes nothing here: leave it out."),
     "sm_margin": Keyword((int,), "It changes nothing here: leave it out."),
-    "sinks": Keyword((None,), f"{COMING} {FLEX}, which returns lse too: out * sigmoid(lse - sink) has a sink."),
+    "sinks": Keyword(
+        (None,),
+        f"{COMING} return_lse=True, and multiply out by sigmoid(lse - sink); to train {FLEX}, likewise, since lse has "
+        "no gradient here yet.",
+    ),
     # SDPA
     "query": Keyword((), f"The name is q. {LAYOUT}: q=query.transpose(1, 2)."),
     "key": Keyword((), f"The name is k. {LAYOUT}: k=key.transpose(1, 2)."),

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 import flash_attn_ext
+from flash_attn_ext import keywords
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(document, language):
@@ -67,6 +69,30 @@ def test_a_snippet_stands_in_one_place():
 def test_the_reference_names_nothing_private():
     text = (ROOT / "docs" / "api.md").read_text()
     assert "flash_attn_ext.forward" in text and not re.findall(r"_C\b|set_test_faults", text)
+
+
+def test_the_first_screen_says_for_whom_it_is():
+    screen = README.read_text().split("## Quick start")[0]
+    assert len(screen.splitlines()) < 40
+    today, missing = screen.split("**Not yet**")
+    coming, not_soon = missing.split("**Not soon**")
+    assert all(peer in today for peer in ("FlashAttention-3", "cuDNN", "FlexAttention"))
+    assert re.search(r"^\| H[12]00, ", today, re.MULTILINE)
+    for name in ("varlen", "windows", "sinks", "soft capping", "gradient of lse", "head dim", "deterministic"):
+        assert name in coming
+    for name in ("KV caches", "decoding", "paged", "FP8", "dropout", "biases", "masks", "other GPUs"):
+        assert name in not_soon
+
+
+def test_the_limits_name_all_that_is_refused_and_what_is_coming():
+    section = README.read_text().split("## Limits")[1].split("\n## ")[0]
+    needed = [line.split("|")[1] for line in section.splitlines() if line.startswith("| ")]
+    for name, keyword in keywords.KEYWORDS.items():
+        if "use " in keyword.way_out:  # it asks for something that there is elsewhere
+            (row,) = [row for row in needed if f"`{name}" in row]
+            assert ("(coming)" in row) == keyword.way_out.startswith(keywords.COMING), row
+    for name in ("flash_attn_varlen_func", "flash_attn_with_kvcache"):
+        assert hasattr(flash_attn_ext, name) != any(f"`{name}`" in row for row in needed)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -268,7 +268,7 @@ FOREIGN = {  # what is refused: (arguments, exception, words)
     "FP8": ({"k_descale": torch.ones(4)}, ValueError, ["k_descale is Tensor", "FP8", "bfloat16"]),
     "chunks": ({"attention_chunk": 1024}, ValueError, ["attention_chunk is 1024", "only 0", "flex_attention"]),
     "splits": ({"num_splits": 4}, ValueError, ["num_splits is 4", "only 0 or 1", "leave it out"]),
-    "sinks": ({"sinks": torch.ones(4)}, ValueError, ["sinks is Tensor", "coming version"]),
+    "sinks": ({"sinks": torch.ones(4)}, ValueError, ["sinks is Tensor", "coming version", "sigmoid(lse - sink)"]),
     "a mask": ({"attn_mask": torch.ones(5, 7)}, ValueError, ["attn_mask is Tensor", "causal=True", "flex_attention"]),
     "is_causal": ({"is_causal": True}, ValueError, ["is_causal is True", "The name is causal", "bottom right"]),
     "scale": ({"scale": 0.1}, ValueError, ["scale is 0.1", "The name is softmax_scale", "(batch, seqlen, heads"]),
