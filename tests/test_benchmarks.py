@@ -195,7 +195,7 @@ def test_documents_are_rewritten_and_checked(published, tmp_path, monkeypatch, c
     document = tmp_path / "README.md"
     document.write_text("before\n<!-- speed-table:begin -->\n<!-- speed-table:end -->\nafter\n")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    monkeypatch.setattr(tables, "TRAIN_STEP", tmp_path / "h200-train-step.json")
+    monkeypatch.setattr(tables, "TRAIN_STEP", tmp_path / "h100-train-step.json")
     monkeypatch.setattr(tables, "BLOCKS", {document: {"speed-table": tables.readme_block}})
 
     def run(*arguments):
