@@ -418,6 +418,15 @@ def test_a_learned_scale_is_not_guessed(monkeypatch, tmp_path, capsys):
     assert "the scale is not known" in (words := run(capsys, "check", path)[1]) and "96**-0.5" not in words
 
 
+def test_code_of_its_own_was_not_read(tmp_path, capsys):
+    config = json.loads((CONFIGS / "llama-3-8b.json").read_text())
+    for name, told in (("AutoConfig", False), ("AutoModelForCausalLM", True)):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config | {"auto_map": {name: "code_x.X"}}))
+        _, answer = json_of(capsys, "check", path)
+        assert any("was not read (code_x.X)" in note for note in answer["parts"][0]["notes"]) == told
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_of_models(family):
     config, shapes, features = FAMILIES[family]

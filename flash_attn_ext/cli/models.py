@@ -94,7 +94,19 @@ def read(config: object, seqlen: int | None = None) -> list[Attention]:
             + f". {GIVE_SHAPES}"
         )
     parts = tuple(f"{part}, which does not give its number of heads" for part in silent)
-    return [replace(found[0], not_looked_at=found[0].not_looked_at + parts), *found[1:]]
+    first = replace(
+        found[0], not_looked_at=found[0].not_looked_at + parts, notes=found[0].notes + _notes_on_code(config)
+    )
+    return [first, *found[1:]]
+
+
+def _notes_on_code(config: dict) -> tuple[str, ...]:
+    """Of code that comes with the model, which nobody has looked at."""
+    classes = config.get("auto_map")
+    models = [f"{value}" for name, value in classes.items() if "Model" in name] if isinstance(classes, dict) else []
+    if not models:
+        return ()
+    return (f"the model has code of its own, which was not read ({models[0]}): look there for another scale or mask",)
 
 
 def _parts(config: dict, part: str, silent: list[str], depth: int = 0) -> Iterator[tuple[str, Values]]:
