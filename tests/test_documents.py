@@ -26,17 +26,26 @@ def program(name):
     return text
 
 
-def run(folder, *arguments):
-    """In a folder that holds nothing else. The package comes from where it is imported here."""
+TORCH_ABORTS = "terminate called without an active exception"
+
+
+def run(folder, *arguments, torch_may_abort=False):
+    """In a folder that holds nothing else. The package comes from where it is imported here.
+
+    torch_may_abort: on a busy machine processes of torch.distributed now and then abort while they end, after their
+    work is done and with any attention; what they printed counts.
+    """
     environment = os.environ | {
         "PYTHONPATH": str(Path(flash_attn_ext.__file__).parents[1]),
         "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
     process = subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
-    assert process.returncode == 0, process.stdout + process.stderr
+    aborted = torch_may_abort and TORCH_ABORTS in process.stderr
+    assert process.returncode == 0 or aborted, process.stdout + process.stderr
     return process.stdout
 
 
@@ -53,7 +62,10 @@ def test_the_program_for_several_gpus(tmp_path):
         pytest.skip("this torch has no torch.distributed")
     (tmp_path / "data_parallel.py").write_text(program("data_parallel.py"))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    losses = [float(line.split()[-1]) for line in run(tmp_path, *launcher, "data_parallel.py").splitlines()]
+    losses = [
+        float(line.split()[-1])
+        for line in run(tmp_path, *launcher, "data_parallel.py", torch_may_abort=True).splitlines()
+    ]
     assert len(losses) == 3 and losses[2] < losses[0]
 
 
