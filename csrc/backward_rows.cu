@@ -11,6 +11,10 @@ namespace {
 
 constexpr int kRowThreads = 256;  // of a thread block, which handles one block of rows
 
+// Which block of rows is the thread block's: the last one first. What `prepare` touches last is what the products begin
+// with, and what they add to last is what `convert` begins with: L2 still has it.
+__device__ __forceinline__ int own_block() { return static_cast<int>(gridDim.x - 1 - blockIdx.x); }
+
 // Element (row, head, column) of a sequence whose rows begin at (batch, first_row) of a tensor.
 template <class T>
 __device__ __forceinline__ T* element(const Tensor& tensor, int batch, int64_t row, int head, int column) {
@@ -38,10 +42,11 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_const
   using T = typename Config::T;
   constexpr int kLanes = Config::kHeadDim / 8;  // a row's threads, 16 bytes each
   constexpr int kDqPatches = Workspace<Config>::kQPatches;
-  const Block block = args.sequences.locate(blockIdx.x, args.heads, Config::kBlockQ);
+  const int number = own_block();
+  const Block block = args.sequences.locate(number, args.heads, Config::kBlockQ);
   const Place place = args.sequences.place(block.sequence);
   const int rows = args.sequences.at(block.sequence).rows;
-  auto& stats = args.stats[blockIdx.x];
+  auto& stats = args.stats[number];
 
 #pragma unroll
   for (int first = 0; first < Config::kBlockQ; first += kRowThreads / kLanes) {
@@ -74,7 +79,7 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_const
   // The items that the thread blocks of the products begin with are not to be claimed.
   if (blockIdx.x == 0 && threadIdx.x == 0) *args.item_counter = args.thread_blocks;
   if (args.dq != nullptr) {
-    auto* quads = reinterpret_cast<float4*>(args.dq + int64_t{blockIdx.x} * kDqPatches);
+    auto* quads = reinterpret_cast<float4*>(args.dq + int64_t{number} * kDqPatches);
     constexpr int kQuads = kDqPatches * sizeof(SumPatch) / sizeof(float4);
     for (int i = threadIdx.x; i < kQuads; i += kRowThreads) quads[i] = float4{};
   }
@@ -160,10 +165,11 @@ __global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_const
   using Piece = SumPiece<kTransposed, kHeadDim>;
   constexpr int kPatches = kBlockRows / 64 * (kHeadDim / 64);
   constexpr int kPieces = kPatches * SumPatch::kQuads * 32 / kRowThreads;  // of a thread
-  const Block block = args.sequences.locate(args.from.first_block + blockIdx.x, args.heads, kBlockRows);
+  const int number = own_block();
+  const Block block = args.sequences.locate(args.from.first_block + number, args.heads, kBlockRows);
   const Place place = args.sequences.place(block.sequence);
   const int first_row = block.index * kBlockRows, rows = args.sequences.at(block.sequence).rows - first_row;
-  const SumPatch* patches = args.from.patches + int64_t{blockIdx.x} * kPatches;
+  const SumPatch* patches = args.from.patches + int64_t{number} * kPatches;
   const auto own = [](int piece) { return Piece(piece * kRowThreads + threadIdx.x); };
 
   float4 sums[kPieces][4];  // all loads are under way before the first is needed

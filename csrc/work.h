@@ -28,7 +28,8 @@ inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan
 // Without rows that see nothing: what dO has there, NaN too, must not reach dK and dV.
 inline Sequences backward_sequences(const Problem& problem) { return problem.sequences().without_unseeing_rows(); }
 
-// Blocks of keys. They read Q and dO of each query head, and add to its float32 dQ.
+// Blocks of keys. They read Q and dO of each query head, and add to its float32 dQ. Sections are smaller where an item
+// has one query head, which was measured to be better (docs/tuning.md).
 inline KeySchedule backward_schedule(const Problem& problem, const BackwardPlan& plan, int multiprocessors) {
   constexpr int kBytesPerElement = 2 + 2 + 4;
   const Sequences sequences = backward_sequences(problem), keys = sequences.transposed();
@@ -42,7 +43,7 @@ inline KeySchedule backward_schedule(const Problem& problem, const BackwardPlan&
                             .by_cost = problem.options.causal,
                             .falls = problem.options.causal && sequences.each.keys <= 2 * sequences.each.rows,
                             .head_bytes = int64_t{sequences.each.rows} * problem.head_dim * kBytesPerElement,
-                            .l2_bytes = kL2Bytes,
+                            .l2_bytes = heads == kv_heads ? kL2Bytes / 2 : kL2Bytes,
                             .multiprocessors = multiprocessors});
 }
 

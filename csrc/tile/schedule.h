@@ -63,7 +63,9 @@ struct KeyItem {
 // would be idle at the end. Sharing costs float32 sums of dK and dV, so that it needs items that are long enough.
 struct KeySchedule {
   static constexpr int kMostHeads = 4;
-  static constexpr int kFewSteps = 3;  // an item of so few steps a head is not worth its sums of dK and dV
+  static constexpr int kMostHeadsOfLong = 2;
+  static constexpr int kLongSteps = 512;  // of a head from which on that is better
+  static constexpr int kFewSteps = 3;     // an item of so few steps a head is not worth its sums of dK and dV
   // So many items for each multiprocessor are even enough as they are; and as many fine ones are the most.
   static constexpr int kManyItems = 20;
   // So many blocks of a head must run together for the direction of their walks to matter to L2.
@@ -90,7 +92,8 @@ struct KeySchedule {
   static HOST_DEVICE KeySchedule make(const Call& call) {
     const int blocks = call.blocks, group = call.group, pairs = call.sequences * call.kv_heads;
     const bool shares = group > 1 && call.steps > kFewSteps;
-    const int copies = shares && call.falls ? (group - 1) / kMostHeads + 1 : 1, most_heads = (group - 1) / copies + 1;
+    const int most = call.steps < kLongSteps ? kMostHeads : kMostHeadsOfLong;
+    const int copies = shares && call.falls ? (group - 1) / most + 1 : 1, most_heads = (group - 1) / copies + 1;
     const int fine = shares ? fine_pairs(call, copies, most_heads) : 0;
     const int coarse_section = Schedule::section_pairs(most_heads * call.head_bytes, 1, call.l2_bytes);
     // Sections of one width, so that the last one is no smaller than the others.
