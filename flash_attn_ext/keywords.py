@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-FLEX = "torch.nn.attention.flex_attention"
+from .refusals import FLEX
+
 SDPA = "torch.nn.functional.scaled_dot_product_attention"
-TAKES = "flash_attn_func takes q, k, v, softmax_scale, causal and, by its name, return_lse"
+TAKES = "flash_attn_func takes q, k, v, softmax_scale, causal and, by name, window_size, softcap, sinks, return_lse"
 LAYOUT = "SDPA's tensors are (batch, heads, seqlen, head_dim), and these must be (batch, seqlen, heads, head_dim)"
 COMING = "A coming version will have it; until then use"
 
@@ -30,8 +31,6 @@ class Keyword(NamedTuple):
 KEYWORDS = {
     # FlashAttention-2 and -3
     "dropout_p": Keyword((0.0,), f"There is no attention dropout: set it to 0 in the model, or use {SDPA}."),
-    "window_size": Keyword(((-1, -1), None), f"{COMING} {FLEX}, or causal=True for (-1, 0)."),
-    "softcap": Keyword((0.0, None), f"{COMING} {FLEX}."),
     "alibi_slopes": Keyword((None,), f"There are no biases: use {FLEX}."),
     "deterministic": Keyword(
         (False,), f"{COMING} {SDPA}. Here out, lse, dk and dv are the same in every run, and the last bits of dq vary."
@@ -45,16 +44,11 @@ KEYWORDS = {
     "num_splits": Keyword((0, 1, None), "The keys of a row are not split: leave it out."),
     "pack_gqa": Keyword((bool, None), "It changes nothing here: leave it out."),
     "sm_margin": Keyword((int,), "It changes nothing here: leave it out."),
-    "sinks": Keyword(
-        (None,),
-        f"{COMING} return_lse=True, and multiply out by sigmoid(lse - sink); to train {FLEX}, likewise, since lse has "
-        "no gradient here yet.",
-    ),
     # SDPA
     "query": Keyword((), f"The name is q. {LAYOUT}: q=query.transpose(1, 2)."),
     "key": Keyword((), f"The name is k. {LAYOUT}: k=key.transpose(1, 2)."),
     "value": Keyword((), f"The name is v. {LAYOUT}: v=value.transpose(1, 2)."),
-    "attn_mask": Keyword((None,), f"There are no masks but causal=True: use {SDPA}, or {FLEX}."),
+    "attn_mask": Keyword((None,), f"There are no masks but causal=True and window_size: use {SDPA}, or {FLEX}."),
     "is_causal": Keyword(
         (False,), f"The name is causal: its mask is aligned to the bottom right, SDPA's to the top left. {LAYOUT}."
     ),

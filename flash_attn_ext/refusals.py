@@ -12,10 +12,14 @@ from .options import Options
 
 LARGEST_SIZE = 2**30 - 1  # the kernels count rows with an int, with room for one more round past the last
 
-NO_GRADIENT_OF_LSE = (
-    "lse has no gradient yet, and a loss uses it. Ways out: use lse.detach() where it shall have none (under "
-    "torch.compile also where a compiled function returns it), or attention_reference, whose lse has one."
-)
+FLEX = "torch.nn.attention.flex_attention"
+OF_OPTIONS = {  # where the kernels do not have them
+    "window_size": f"use {FLEX}, or causal=True for (-1, 0)",
+    "softcap": f"use {FLEX}",
+    "sinks": "take return_lse=True and multiply out by sigmoid(lse - sink)",
+    "dlse": "use lse.detach() where it shall have no gradient (under torch.compile also where a compiled function "
+    "returns it)",
+}
 
 NO_SECOND_DERIVATIVE = (
     "attention is once_differentiable: the gradients of flash_attn_func cannot be differentiated again. Ways out: do "
@@ -32,14 +36,14 @@ def check(q, k, v, options: Options, *, on_device: bool = True) -> None:
     _raise(of_forward(q, k, v, options, on_device=on_device))
 
 
-def check_backward(dout, q, k, v, out, lse, options: Options, *, on_device: bool = True) -> None:
+def check_backward(dout, q, k, v, out, lse, options: Options, dlse=None, *, on_device: bool = True) -> None:
     """`check` for a call of `backward`."""
-    _raise(of_backward(dout, q, k, v, out, lse, options, on_device=on_device))
+    _raise(of_backward(dout, q, k, v, out, lse, options, dlse, on_device=on_device))
 
 
 def check_arguments(options: Options, **tensors) -> None:
     """The part of `check` that needs no tensor's properties: the arguments' Python types, and the options' values."""
-    _raise(_of_types(tensors) or options.refusal())
+    _raise(_of_types(tensors | options.tensors()) or options.refusal())
 
 
 def check_derivatives(q, k, v, options: Options) -> None:
@@ -48,21 +52,21 @@ def check_derivatives(q, k, v, options: Options) -> None:
     Says nothing of calls whose values `check` refuses: their turn comes when they run.
     """
     check_arguments(options, q=q, k=k, v=v)
-    check_forward_mode(q, k, v)
-    check_transforms(q, k, v)
+    check_forward_mode(q, k, v, options)
+    check_transforms(q, k, v, options)
     on_device = not torch._C._dispatch_keys(q).has(torch._C.DispatchKey.Python)  # not a fake tensor
     if torch.is_grad_enabled() and of_forward(q, k, v, options, on_device=on_device) is None:
-        check_gradients(q, k, v)
+        check_gradients(q, k, v, options)
 
 
-def check_gradients(q, k, v) -> None:
+def check_gradients(q, k, v, options: Options) -> None:
     """Raises if an input of a call in grad mode requires a gradient that no kernel computes."""
-    _raise(of_gradients(q, k, v))
+    _raise(of_gradients(q, k, v, options))
 
 
-def check_transforms(q, k, v) -> None:
+def check_transforms(q, k, v, options: Options) -> None:
     """Raises NotImplementedError if torch.func differentiates the call."""
-    if torch.is_grad_enabled() and any(map(_is_differentiated, (q, k, v))):
+    if torch.is_grad_enabled() and any(map(_is_differentiated, (q, k, v, *options.tensors().values()))):
         raise NotImplementedError(
             "flash_attn_func cannot be differentiated by torch.func's transforms: grad, vjp, jacrev, hessian. Use "
             "torch.autograd.grad or backward(), for gradients of single samples in a loop over them, or "
@@ -79,50 +83,52 @@ def _is_differentiated(tensor) -> bool:
     return False
 
 
-def check_forward_mode(q, k, v) -> None:
+def check_forward_mode(q, k, v, options: Options) -> None:
     """Raises NotImplementedError if an input is a dual tensor: its tangent would vanish silently."""
-    if any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in (q, k, v)):
+    tensors = q, k, v, *options.tensors().values()
+    if any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(
             "flash_attn_func has no forward-mode derivative (jvp). Use attention_reference, which has one, or reverse "
             "mode: torch.autograd.grad."
         )
 
 
-def refuse_gradient_of_lse() -> None:
-    raise NotImplementedError(NO_GRADIENT_OF_LSE)
-
-
 def of_forward(
     q, k, v, options: Options, *, on_device: bool = True, autocast: bool = True, on_hopper: bool = False
 ) -> Exception | None:
     """What is wrong with a call of `forward`, or None. on_hopper: were the tensors on a Hopper GPU."""
+    device_type = "cuda" if on_hopper else q.device.type if isinstance(q, torch.Tensor) else ""
     return (
-        _of_types({"q": q, "k": k, "v": v})
+        _of_types({"q": q, "k": k, "v": v} | options.tensors())
         or options.refusal()
         or _of_shapes(q, k, v)
-        or _of_devices(q, k, v, "cuda" if on_hopper else q.device.type, on_device and not on_hopper, autocast)
+        or _of_sinks(options.sinks, q)
+        or _of_devices(q, k, v, device_type, on_device and not on_hopper, autocast)
+        or (_no_option(options.asked(), "forward", q.shape[-1]) if device_type == "cuda" else None)
     )
 
 
-def of_backward(dout, q, k, v, out, lse, options: Options, *, on_device: bool = True) -> Exception | None:
+def of_backward(dout, q, k, v, out, lse, options: Options, dlse=None, *, on_device: bool = True) -> Exception | None:
     """What is wrong with a call of `backward`, or None."""
+    asked = options.asked() | ({"dlse": dlse} if dlse is not None else {})
     return (
         of_forward(q, k, v, options, on_device=on_device, autocast=False)
         or (_no_backward(q.shape[3], "Ways out: ") if q.device.type == "cuda" else None)
-        or _of_results(dout, q, out, lse)
+        or _of_results(dout, q, out, lse, dlse)
+        or (_no_option(asked, "backward", q.shape[3]) if q.device.type == "cuda" else None)
     )
 
 
-def of_gradients(q, k, v, *, on_hopper: bool = False) -> ValueError | None:
+def of_gradients(q, k, v, options: Options, *, on_hopper: bool = False) -> ValueError | None:
     """What is wrong with the gradients that the inputs of a call require, were it made in grad mode; or None."""
-    requiring = [name for name, tensor in (("q", q), ("k", k), ("v", v)) if tensor.requires_grad]
+    inputs = {"q": q, "k": k, "v": v} | options.tensors()
+    requiring = [name for name, tensor in inputs.items() if tensor.requires_grad]
     if not requiring or not (on_hopper or q.is_cuda):
         return None
-    require = "requires" if len(requiring) == 1 else "require"
-    return _no_backward(
-        q.shape[3],
-        "Ways out: call under torch.no_grad() or detach the inputs, ",
-        f"{_list(requiring, 'and')} {require} grad, and ",
+    why = f"{_list(requiring, 'and')} {'requires' if len(requiring) == 1 else 'require'} grad, and "
+    without = "call under torch.no_grad() or detach the inputs, "
+    return _no_backward(q.shape[-1], f"Ways out: {without}", why) or _no_option(
+        options.asked(), "backward", q.shape[-1], without, why
     )
 
 
@@ -181,6 +187,24 @@ def _of_shapes(q, k, v) -> ValueError | None:
             f"q has {heads} heads and k, v have {k.shape[2]}: the first must be a multiple of the second, so that each "
             "group of query heads shares one key and value head. Check num_heads and num_key_value_heads of the model."
         )
+    return None
+
+
+def _of_sinks(sinks, q) -> ValueError | None:
+    if sinks is None:
+        return None
+    heads = q.shape[-2]
+    if sinks.dim() != 1 or sinks.shape[0] != heads:
+        return ValueError(
+            f"sinks has shape {_shape(sinks)}; it must be ({heads},), a logit for each head of q. One for all heads: "
+            "sinks.expand(heads)."
+        )
+    if not sinks.dtype.is_floating_point:
+        return ValueError(
+            f"sinks is {_name(sinks.dtype)}; it must be of a floating-point type. Cast it: sinks.float()."
+        )
+    if sinks.device != q.device:
+        return ValueError(f"sinks is on {sinks.device} and q on {q.device}; they must be on one device.")
     return None
 
 
@@ -246,7 +270,23 @@ def _no_backward(head_dim: int, ways_out: str, why: str = "") -> ValueError | No
     )
 
 
-def _of_results(dout, q, out, lse) -> ValueError | None:
+def _no_option(asked: dict, which: str, head_dim: int, ways_out: str = "", why: str = "") -> ValueError | None:
+    """Of the options that a call asks for, the first that the kernels of the pass do not have at this head dim."""
+    for name, value in asked.items():
+        if not limits.TABLE or limits.has_option(name, which, head_dim):
+            continue
+        is_tensor = isinstance(value, torch.Tensor)
+        what = "lse has a gradient" if name == "dlse" else f"{name} is {'given' if is_tensor else value}"
+        dims = limits.OPTIONS[name][which]
+        have = f"have it at head_dim {_list(dims)}, not at {head_dim}" if dims else "do not have that yet"
+        return ValueError(
+            f"{why}{what}; the {which} kernels on the GPU {have}. Ways out: {ways_out}{OF_OPTIONS[name]}, or call with "
+            "CPU tensors, which may have every option."
+        )
+    return None
+
+
+def _of_results(dout, q, out, lse, dlse) -> ValueError | None:
     """What the backward is given besides the inputs of the forward."""
     batch, seqlen_q, heads, _ = q.shape
     for name, tensor in (("dout", dout), ("out", out)):
@@ -273,6 +313,11 @@ def _of_results(dout, q, out, lse) -> ValueError | None:
         return ValueError(
             f"dout, out and lse are on {dout.device}, {out.device} and {lse.device}, and q is on {q.device}; they must "
             "be on one device."
+        )
+    if dlse is not None and (dlse.shape, dlse.dtype, dlse.device) != (lse.shape, lse.dtype, lse.device):
+        return ValueError(
+            f"dlse has shape {_shape(dlse)}, {_name(dlse.dtype)} on {dlse.device}; it must be like lse, "
+            f"{_shape(lse)}, {_name(lse.dtype)} on {lse.device}."
         )
     return None
 

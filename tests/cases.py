@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from flash_attn_ext._binary import _C
 from flash_attn_ext.limits import TABLE
-from flash_attn_ext.options import Options
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
@@ -42,17 +41,34 @@ class Case:
     kv_heads: int = 3
     layout: str = "bshd"
     softmax_scale: float | None = None
+    window_size: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    sinks: bool = False
 
     def __str__(self):
         words = [f"d{self.head_dim}", self.dtype, "causal" if self.causal else "full"]
         words += [f"q{self.seqlen_q}k{self.seqlen_k}", f"b{self.batch}", f"h{self.heads}of{self.kv_heads}", self.layout]
         if self.softmax_scale is not None:
             words.append(f"scale{self.softmax_scale:g}")
+        if self.window_size != (-1, -1):
+            words.append("window{}to{}".format(*self.window_size))
+        if self.softcap:
+            words.append(f"softcap{self.softcap:g}")
+        if self.sinks:
+            words.append("sinks")
         return "-".join(words)
 
-    @property
-    def options(self):
-        return Options(self.softmax_scale, self.causal)
+    def options(self, device="cpu"):
+        """The options of the call by their names; sinks are normal values, the same at every call."""
+        options = {"softmax_scale": self.softmax_scale, "causal": self.causal}
+        if self.window_size != (-1, -1):
+            options["window_size"] = self.window_size
+        if self.softcap:
+            options["softcap"] = self.softcap
+        if self.sinks:
+            generator = torch.Generator(device).manual_seed(self.heads)
+            options["sinks"] = torch.randn(self.heads, generator=generator, device=device)
+        return options
 
     def inputs(self, device, seed=None):
         """q, k, v of the case's shapes, memory layout and dtype; normal values, the same at every call."""

@@ -31,18 +31,18 @@ CASES += [Case(16, "bf16", 33, 33, True, 2, 6, 2, layout) for layout in LAYOUTS]
 def arguments_of(case, dtype=None):
     """(dout, q, k, v, out, lse)."""
     q, k, v = (x if dtype is None else x.to(dtype) for x in case.inputs("cpu"))
-    return torch.randn_like(q), q, k, v, *flash_attn_ext.forward(q, k, v, *case.options)
+    return torch.randn_like(q), q, k, v, *flash_attn_ext.forward(q, k, v, **case.options())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cpu_tensors_meet_the_rule_of_the_gpu(case):
     arguments = arguments_of(case)
-    gradients = flash_attn_ext.backward(*arguments, *case.options)
-    check_gradients(gradients, *arguments, *case.options)
+    gradients = flash_attn_ext.backward(*arguments, **case.options())
+    check_gradients(gradients, *arguments, **case.options())
     assert [x.stride() for x in gradients] == [torch.empty_like(x).stride() for x in arguments[1:4]]
 
     leaves = [x.detach().requires_grad_() for x in arguments[1:4]]
-    out = flash_attn_func(*leaves, *case.options)
+    out = flash_attn_func(*leaves, **case.options())
     by_autograd = torch.autograd.grad(out, leaves, arguments[0])
     assert all(same_bits(a, b) for a, b in zip(by_autograd, gradients, strict=True))
 
@@ -87,7 +87,9 @@ def test_only_the_needed_gradients(needed):
     arguments = arguments_of(Case(16, "bf16", 9, 13, True, heads=4, kv_heads=2))
     every = flash_attn_ext.backward(*arguments, causal=True)
     needs = [name in needed for name in "qkv"]
-    for x, expected, need in zip(backward_operator(*arguments, causal=True, needs=needs), every, needs, strict=True):
+    *results, dsinks = backward_operator(*arguments, causal=True, needs=needs)
+    assert dsinks.numel() == 0
+    for x, expected, need in zip(results, every, needs, strict=True):
         assert same_bits(x, expected) if need else x.numel() == 0
 
 
@@ -121,9 +123,10 @@ def test_opcheck(causal):
 
 
 def test_signature():
-    """The forward's arguments after dout, then its results, then its options."""
+    """The forward's arguments after dout, then its results, then its options, then what flows into lse."""
     parameters = inspect.signature(flash_attn_ext.backward).parameters
-    assert list(parameters) == ["dout", "q", "k", "v", "out", "lse", *Options._fields]
+    options = inspect.signature(Options.of).parameters
+    assert list(parameters) == ["dout", "q", "k", "v", "out", "lse", *options, "dlse"]
 
 
 WRONG = {
