@@ -1,11 +1,11 @@
 // Attention forward for Hopper: O = softmax(scale * Q K^T) V and its log-sum-exp.
 //
 // FlashAttention-3 (Shah et al. 2024), sections 3.1 and 3.2. A thread block keeps 64 query rows per consumer warpgroup
-// and walks the KV blocks from the last to the first. Roles: of warpgroup 0, the producer, one thread takes work items
-// and copies their K and V blocks into two rings, and one thread copies Q; each other warpgroup, a consumer, multiplies
-// and does the softmax of its own rows. Thread blocks are persistent: they take item after item (tile/schedule.h), and
-// the producer is already at the next item while the consumers finish this one. docs/forward.md has the barriers, the
-// layout of shared memory and the cycle budget.
+// and walks the KV blocks that they see from the last to the first. Roles: of warpgroup 0, the producer, one thread
+// takes work items and copies their K and V blocks into two rings, and one thread copies Q; each other warpgroup, a
+// consumer, multiplies and does the softmax of its own rows. Thread blocks are persistent: they take item after item
+// (tile/schedule.h), and the producer is already at the next item while the consumers finish this one. docs/forward.md
+// has the barriers, the layout of shared memory and the cycle budget.
 
 #include <algorithm>
 #include <cuda/ptx>
@@ -114,17 +114,18 @@ struct ForwardArguments {
   float scale_log2;
 };
 
-// A work item: a block of query rows of a head, and how many KV blocks they see.
+// A work item: a block of query rows of a head, and the KV blocks that some of them see.
 template <class Config>
 struct Item {
-  int sequence, head, first_row, blocks;
+  int sequence, head, first_row;
+  Range blocks;
 
   __device__ __forceinline__ Item(const ForwardArguments& args, int index) {
     const WorkItem item = args.schedule.item(index);
     sequence = item.sequence;
     head = item.head;
     first_row = item.block * Config::kBlockQ;
-    blocks = args.sequences.at(sequence).blocks(first_row, Config::kBlockQ, Config::kBlockKv).end;
+    blocks = args.sequences.at(sequence).blocks(first_row, Config::kBlockQ, Config::kBlockKv);
   }
 };
 
@@ -156,18 +157,19 @@ __device__ __forceinline__ void load_kv(const ForwardArguments& args, ForwardSme
     const auto load = [&](typename Smem::KvTile& to, const CUtensorMap& from, int block, uint64_t* full) {
       load_tile(to, from, place.key + block * Config::kBlockKv, kv_head, place.batch, full);
     };
-    for (int block = item.blocks - 1; block >= -1; --block) {
-      if (block >= 0) {
+    const auto [begin, end] = item.blocks;
+    for (int block = end - 1; block >= begin - 1; --block) {
+      if (block >= begin) {
         load(smem.k[k_at.stage], args.k, block, smem.k_ring.begin_fill(k_at, Smem::KvTile::kBytes));
         k_at.next();
       } else {
         index = claim_item(args);  // as late as its latency stays hidden behind the wait for the last V
       }
-      if (!Config::kOwnOutBuffer && block == (item.blocks > 0 ? item.blocks : 1) - 2) {
+      if (!Config::kOwnOutBuffer && block == (begin < end ? end : begin + 1) - 2) {
         wait_phase(&smem.out_left,
                    item_at.phase ^ 1);  // O of the item before; once an item, or a phase would be missed
       }
-      if (block + 1 < item.blocks) {
+      if (block + 1 < end) {
         load(smem.v[v_at.stage], args.v, block + 1, smem.v_ring.begin_fill(v_at, Smem::KvTile::kBytes));
         v_at.next();
       }
@@ -245,18 +247,31 @@ struct Consumer {
     }
   }
 
+  // The blocks that need no mask. What rows past the end see is never stored.
+  __device__ __forceinline__ Range full_blocks(const Sequence& sequence, int first_row) {
+    return sequence.full_blocks(first_row, min(64, sequence.rows - first_row), kBlockKv);
+  }
+
+  // Masks the edges that the block has.
   template <int kRegisters>
   __device__ __forceinline__ void mask(float (&part)[kRegisters], const Sequence& sequence, int first_row, int block) {
-    const int row = first_row + own_row();
-    const int end[2] = {sequence.end_key(row) - block * kBlockKv, sequence.end_key(row + 8) - block * kBlockKv};
-    mask_from(part, end);
+    const Range full = full_blocks(sequence, first_row);  // again, since no registers are left to keep it
+    const int row = first_row + own_row(), first_key = block * kBlockKv;
+    if (block >= full.end) {
+      const int end[2] = {sequence.end_key(row) - first_key, sequence.end_key(row + 8) - first_key};
+      mask_from(part, end);
+    }
+    if (block < full.begin) {
+      const int first[2] = {sequence.first_key(row) - first_key, sequence.first_key(row + 8) - first_key};
+      mask_before(part, first);
+    }
   }
 
   // A block that rows of other consumers see, but none of this one's.
-  __device__ __forceinline__ void skip_block(int block) {
+  __device__ __forceinline__ void skip_block(bool has_turn) {
     smem.k_ring.wait_full(k_at);
     release_k();
-    if (block > 0) {
+    if (has_turn) {
       await_turn();
       pass_turn();
     }
@@ -267,15 +282,15 @@ struct Consumer {
   // The item's first block has no P V to hide its softmax behind. Of its keys only the first kColumns are seen.
   template <int kColumns>
   __device__ __forceinline__ void first_block(OnlineSoftmax& softmax, const Sequence& sequence, int first_row,
-                                              int block, bool masked) {
+                                              int block, bool last) {
     auto& seen = first_scores<kColumns>();
     float rescale[2];
     smem.k_ring.wait_full(k_at);
     product_ss(seen, q, k.at(k_at.stage));
     ptx::wgmma_wait_group<0>(seen);
     release_k();
-    if (block == 0) release_q();
-    if (masked) mask(seen, sequence, first_row, block);
+    if (last) release_q();
+    mask(seen, sequence, first_row, block);
     softmax.update(seen, rescale);
 #pragma unroll
     for (int i = kColumns / 2; i < kBlockKv / 2; ++i) scores[i] = 0.f;
@@ -284,8 +299,8 @@ struct Consumer {
 
   // S = Q K^T of this block is issued before O += P V of the one before it: the softmax of S runs under P V.
   template <bool kMasked>
-  __device__ __forceinline__ void next_block(OnlineSoftmax& softmax, const Sequence& sequence, int first_row,
-                                             int block) {
+  __device__ __forceinline__ void next_block(OnlineSoftmax& softmax, const Sequence& sequence, int first_row, int block,
+                                             bool last) {
     float rescale[2];
     smem.k_ring.wait_full(k_at);
     await_turn();
@@ -295,7 +310,7 @@ struct Consumer {
     pass_turn();
     ptx::wgmma_wait_group<1>(scores);
     release_k();
-    if (block == 0) release_q();
+    if (last) release_q();
     if constexpr (kMasked) mask(scores, sequence, first_row, block);
     const bool grew = softmax.update(scores, rescale);
     ptx::wgmma_wait_group<0>(out);
@@ -359,27 +374,36 @@ struct Consumer {
   __device__ __forceinline__ void run(const Item<Config>& item) {
     const Sequence sequence = args.sequences.at(item.sequence);
     const int first_row = item.first_row + 64 * index;
-    const int own_blocks = sequence.blocks(first_row, 64, kBlockKv).end;
-    const int full_blocks = sequence.full_blocks(first_row, 1, kBlockKv).end;  // no later row sees less
+    const Range own = sequence.blocks(first_row, 64, kBlockKv);
+    const Range full = full_blocks(sequence, first_row);
+    const bool sees = own.begin < own.end;
     OnlineSoftmax softmax(args.scale_log2);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.f;
 
     smem.q_ring[index].wait_full(item_at);
-    int block = item.blocks - 1;
-    for (; block >= own_blocks; --block) skip_block(block);
-    if (own_blocks == 0) release_q();
-    if (block >= 0) {
+    int block = item.blocks.end - 1;
+    for (; block >= (sees ? own.end : item.blocks.begin); --block) skip_block(sees || block > item.blocks.begin);
+    if (sees) {
       const bool half = sequence.seen(first_row, 64).end <= block * kBlockKv + kBlockKv / 2;
       if (Config::kHalfFirstBlock && half) {
-        first_block<Config::kHalfFirstBlock ? kBlockKv / 2 : kBlockKv>(softmax, sequence, first_row, block, true);
+        first_block<Config::kHalfFirstBlock ? kBlockKv / 2 : kBlockKv>(softmax, sequence, first_row, block,
+                                                                       block == own.begin);
       } else {
-        first_block<kBlockKv>(softmax, sequence, first_row, block, block >= full_blocks);
+        first_block<kBlockKv>(softmax, sequence, first_row, block, block == own.begin);
       }
+      // Masked blocks, those that need no mask, and masked ones again at the window's other edge. As two loops in a
+      // third they need more registers than there are (C7511 at head dim 64).
+      for (--block; block >= max(full.end, own.begin); --block) {
+        next_block<true>(softmax, sequence, first_row, block, block == own.begin);
+      }
+      for (; block >= full.begin; --block) next_block<false>(softmax, sequence, first_row, block, block == own.begin);
+      for (; block >= own.begin; --block) next_block<true>(softmax, sequence, first_row, block, block == own.begin);
+      last_output();
+      for (; block >= item.blocks.begin; --block) skip_block(true);
+    } else {
+      release_q();
     }
-    for (--block; block >= full_blocks; --block) next_block<true>(softmax, sequence, first_row, block);
-    for (; block >= 0; --block) next_block<false>(softmax, sequence, first_row, block);
-    if (own_blocks > 0) last_output();
     store(softmax, item, first_row);
   }
 };

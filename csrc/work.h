@@ -22,7 +22,7 @@ inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan
           .pairs = sequences.count * heads,
           .section = Schedule::section_pairs(2 * problem.seqlen_k * problem.head_dim * kElementBytes,
                                              problem.heads_per_kv_head(), kL2Bytes),
-          .by_cost = problem.options.causal};
+          .by_cost = sequences.each.right != Sequence::kUnbounded};  // later rows see more, until a window is full
 }
 
 // Without rows that see nothing: what dO has there, NaN too, must not reach dK and dV.

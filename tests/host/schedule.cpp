@@ -147,7 +147,8 @@ static Costs forward_costs(const Problem& problem, const ForwardPlan& plan, cons
   for (int index = 0; index < schedule.items(); ++index) {
     const WorkItem item = schedule.item(index);
     const Sequence sequence = problem.sequences().at(item.sequence);
-    costs.push_back(1 + sequence.blocks(item.block * plan.block_q, plan.block_q, plan.block_kv).end);
+    const Range blocks = sequence.blocks(item.block * plan.block_q, plan.block_q, plan.block_kv);
+    costs.push_back(1 + blocks.end - blocks.begin);
   }
   return costs;
 }
@@ -254,6 +255,20 @@ static void check_shape(int64_t heads, int64_t kv_heads, int head_dim, int64_t b
   test::check(found, name + ": no such head dim");
 }
 
+// Sliding windows: the forward's items cost what their rows see, and nothing for the rest.
+static void check_window(const HeadDimLimits& row, int64_t batch, int64_t seqlen, int window) {
+  const Problem problem{
+      batch, seqlen,       seqlen,           32,
+      8,     row.head_dim, DType::kBFloat16, {.softmax_scale = {}, .causal = true, .window_left = window}};
+  const std::string name = "heads of " + std::to_string(row.head_dim) + ", " + std::to_string(batch) + " x " +
+                           std::to_string(seqlen) + ", window " + std::to_string(window);
+  const ForwardPlan& plan = row.forward;
+  const Costs costs = forward_costs(problem, plan, forward_schedule(problem, plan));
+  const int most = (plan.block_q + window - 1) / plan.block_kv + 2;  // blocks that so many keys can touch
+  test::check(*std::ranges::max_element(costs) <= 1 + most, name + ": blocks outside are visited");
+  if (window > 128) check_balance(name, costs);  // else items of few steps each, as whole as they are
+}
+
 static void check_real_shapes() {
   struct Heads {
     int64_t heads, kv_heads;
@@ -272,6 +287,11 @@ static void check_real_shapes() {
   for (const auto& [batch, seqlen] : {kOneLong, kTwo, kFour}) check_shape(64, 8, 64, batch, seqlen, true);
   for (const auto& [heads, kv_heads] : {Heads{8, 4}, {16, 8}}) {
     for (const auto& [batch, seqlen] : {kOneLong, kTwo}) check_shape(heads, kv_heads, 256, batch, seqlen, true);
+  }
+  for (const auto& [batch, seqlen] : {kOneLong, kTwo, kFour, kLongest}) {
+    for (int window : {128, 1024, 4096}) {
+      for (const HeadDimLimits& row : kLimits) check_window(row, batch, seqlen, window);
+    }
   }
   // The papers' grid.
   for (const HeadDimLimits& row : kLimits) {
