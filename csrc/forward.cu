@@ -8,6 +8,7 @@
 // has the barriers, the layout of shared memory and the cycle budget.
 
 #include <algorithm>
+#include <cmath>
 #include <cuda/ptx>
 #include <stdexcept>
 #include <string>
@@ -107,6 +108,7 @@ constexpr int kVDoneBarrier = 7;  // no consumer multiplies with V any more
 struct ForwardArguments {
   CUtensorMap q, k, v, out;
   float* lse;
+  const float* sinks;  // of each head; null: none
   int* item_counter;
   Schedule schedule;
   Sequences sequences;
@@ -331,8 +333,9 @@ struct Consumer {
 
   // O / sum leaves through shared memory by TMA, which clips the rows past the end; lse leaves from registers.
   __device__ __forceinline__ void store(OnlineSoftmax& softmax, const Item<Config>& item, int first_row) {
+    const float sink_log2 = args.sinks != nullptr ? args.sinks[item.head] * kLog2E : -INFINITY;
     float row_scale[2], lse[2];
-    softmax.finish(row_scale, lse);
+    softmax.finish(sink_log2, row_scale, lse);
 
     const bool leader = threadIdx.x % 128 == 0;
     if constexpr (Config::kOwnOutBuffer) {  // the item before has left it
@@ -461,6 +464,7 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
   args.v = make_tensor_map<typename Smem::KvTile>("v", params.v, k_shape);
   args.out = make_tensor_map<typename Smem::QTile>("out", params.out, q_shape);
   args.lse = params.lse;
+  args.sinks = params.sinks;
   args.item_counter = params.item_counter;
   args.sequences = problem.sequences();
   args.heads = static_cast<int>(problem.heads);
