@@ -59,12 +59,15 @@ inline void check_counts(std::initializer_list<int64_t> counts) {
 }
 
 struct Problem {
-  int64_t batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim;  // all >= 1; heads % kv_heads == 0
+  // All >= 1; heads % kv_heads == 0. batch: of sequences. A seqlen of packed ones is the sum of theirs, and more if
+  // rows after the last one belong to none.
+  int64_t batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim;
   DType dtype;
   Options options;
+  Lengths lengths = {};
 
-  Shape q_shape() const { return {batch, seqlen_q, heads, head_dim}; }
-  Shape k_shape() const { return {batch, seqlen_k, kv_heads, head_dim}; }
+  Shape q_shape() const { return {lengths.cu_seqlens_q ? 1 : batch, seqlen_q, heads, head_dim}; }
+  Shape k_shape() const { return {lengths.cu_seqlens_k ? 1 : batch, seqlen_k, kv_heads, head_dim}; }
 
   int heads_per_kv_head() const { return static_cast<int>(heads / kv_heads); }
 
@@ -74,6 +77,9 @@ struct Problem {
 
   Sequences sequences() const {
     check_counts({batch, seqlen_q, seqlen_k, heads});
+    // Where only so much of them is used, the sequences of a batch are addressed like packed ones.
+    if (lengths.seqused_q) check_counts({q_shape().batch * seqlen_q});
+    if (lengths.seqused_k) check_counts({k_shape().batch * seqlen_k});
     const auto reach = [](int64_t keys) {
       return keys < 0 || keys > Sequence::kUnbounded ? Sequence::kUnbounded : static_cast<int>(keys);
     };
@@ -81,7 +87,9 @@ struct Problem {
             {.rows = static_cast<int>(seqlen_q),
              .keys = static_cast<int>(seqlen_k),
              .left = reach(options.window_left),
-             .right = reach(options.causal ? 0 : options.window_right)}};
+             .right = reach(options.causal ? 0 : options.window_right)},
+            0,
+            lengths};
   }
 };
 
