@@ -44,6 +44,8 @@ KEYWORDS = {
     "num_splits": Keyword((0, 1, None), "The keys of a row are not split: leave it out."),
     "pack_gqa": Keyword((bool, None), "It changes nothing here: leave it out."),
     "sm_margin": Keyword((int,), "It changes nothing here: leave it out."),
+    "s_aux": Keyword((None,), "The name is sinks."),  # of the FlashAttention-3 of vLLM and Transformers
+    "learnable_sink": Keyword((None,), "The name is sinks."),  # FlashAttention-4
     # SDPA
     "query": Keyword((), f"The name is q. {LAYOUT}: q=query.transpose(1, 2)."),
     "key": Keyword((), f"The name is k. {LAYOUT}: k=key.transpose(1, 2)."),

@@ -48,7 +48,7 @@ def supported() -> dict[str, tuple[int, ...]]:
 
 def has_option(option: str, which: str, head_dim: int) -> bool:
     """Whether the GPU kernels of a pass ("forward", "backward") have the option at this head dim."""
-    return head_dim in OPTIONS[option][which]
+    return head_dim in OPTIONS[option].get(which, EVERY)
 
 
 def is_available(device: torch.device | str | int | None = None) -> bool:
