@@ -324,7 +324,7 @@ def reference_block() -> str:
 
     import flash_attn_ext
 
-    first = ["flash_attn_func", "forward", "backward", "supported", "is_available", "explain"]
+    first = ["flash_attn_func", "flash_attn_varlen_func", "forward", "backward", "supported", "is_available", "explain"]
     names = [name for name in flash_attn_ext.__all__ if callable(getattr(flash_attn_ext, name))]
     return api_reference.reference(
         [getattr(flash_attn_ext, name) for name in [*first, *(name for name in names if name not in first)]]

@@ -58,13 +58,26 @@ inline void check_counts(std::initializer_list<int64_t> counts) {
   }
 }
 
+// Lengths on the device, where they differ from sequence to sequence; null: they do not. Nobody has looked at the
+// values.
+struct Lengths {
+  const int *cu_seqlens_q = nullptr,
+            *cu_seqlens_k = nullptr;                     // (sequences + 1,): where each begins, packed in one batch
+  const int *seqused_q = nullptr, *seqused_k = nullptr;  // (sequences,): how much of each is used
+
+  bool any() const { return cu_seqlens_q || cu_seqlens_k || seqused_q || seqused_k; }
+};
+
 struct Problem {
-  int64_t batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim;  // all >= 1; heads % kv_heads == 0
+  // All >= 1; heads % kv_heads == 0. batch: of sequences. A seqlen of packed ones is the sum of theirs, and more if
+  // rows after the last one belong to none.
+  int64_t batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim;
   DType dtype;
   Options options;
+  Lengths lengths = {};
 
-  Shape q_shape() const { return {batch, seqlen_q, heads, head_dim}; }
-  Shape k_shape() const { return {batch, seqlen_k, kv_heads, head_dim}; }
+  Shape q_shape() const { return {lengths.cu_seqlens_q ? 1 : batch, seqlen_q, heads, head_dim}; }
+  Shape k_shape() const { return {lengths.cu_seqlens_k ? 1 : batch, seqlen_k, kv_heads, head_dim}; }
 
   int heads_per_kv_head() const { return static_cast<int>(heads / kv_heads); }
 
@@ -73,6 +86,7 @@ struct Problem {
   }
 
   Sequences sequences() const {
+    if (lengths.any()) throw std::runtime_error("no kernel takes sequences of several lengths");
     check_counts({batch, seqlen_q, seqlen_k, heads});
     const auto reach = [](int64_t keys) {
       return keys < 0 || keys > Sequence::kUnbounded ? Sequence::kUnbounded : static_cast<int>(keys);

@@ -29,6 +29,8 @@ OPTIONS = {
     "window_size": {"forward": NONE, "backward": NONE},
     "softcap": {"forward": NONE, "backward": NONE},
     "sinks": {"forward": NONE, "backward": NONE},
+    "cu_seqlens": {"forward": NONE, "backward": NONE},
+    "seqused": {"forward": NONE, "backward": NONE},
     "dlse": {"backward": NONE},  # a gradient that flows into lse
 }
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import flash_attn_ext
 from flash_attn_ext import attention_reference, cpu, flash_attn_func, reference
-from flash_attn_ext.options import Options
+from flash_attn_ext.options import LENGTHS, Options
 
 shapes = pytest.mark.parametrize(
     "seqlen_q, seqlen_k, heads, kv_heads, head_dim",
@@ -345,7 +345,7 @@ def test_signatures():
     assert positional == ["q", "k", "v", "softmax_scale", "causal"]
     assert by_name["return_lse"].kind is inspect.Parameter.KEYWORD_ONLY and by_name["return_lse"].default is False
     assert list(inspect.signature(flash_attn_ext.forward).parameters) == ["q", "k", "v", *OPTIONS]
-    assert set(by_name) | {"target"} == set(inspect.signature(flash_attn_ext.explain).parameters)
+    assert set(by_name) | {"target", *LENGTHS} == set(inspect.signature(flash_attn_ext.explain).parameters)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +354,9 @@ def test_signatures():
 )
 def test_every_function_takes_every_option(name):
     parameters = inspect.signature(getattr(flash_attn_ext, name)).parameters
-    assert {name: parameters[name].default for name in OPTIONS} == OPTIONS
+    options = {name: default for name, default in OPTIONS.items() if name not in LENGTHS or name in parameters}
+    assert {name: parameters[name].default for name in options} == options
+    assert set(LENGTHS) <= set(parameters) or name == "flash_attn_func"
 
 
 def test_public_function_is_the_low_level_pair():
