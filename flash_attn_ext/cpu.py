@@ -4,7 +4,7 @@ same, else `reference` on blocks of rows.
 
 import torch
 
-from . import reference
+from . import packed, reference
 from .options import FLOAT32, UNBOUNDED, Options
 
 SCORES = 2**23  # of a block of rows: 32 MiB in float32. Smaller blocks are slower, since each reads all its keys again
@@ -12,6 +12,8 @@ SCORES = 2**23  # of a block of rows: 32 MiB in float32. Smaller blocks are slow
 
 def forward(q, k, v, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """What `reference.forward` returns, up to rounding."""
+    if options.has_lengths():
+        return packed.forward(forward, q, k, v, options)
     if _torch_computes_the_same(q, k, options):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *map(_for_torch, (q, k, v)), is_causal=_is_masked(q, options), scale=options.softmax_scale
@@ -22,6 +24,8 @@ def forward(q, k, v, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
 
 def backward(dout, q, k, v, out, lse, options: Options, dlse=None) -> tuple[torch.Tensor, ...]:
     """What `reference.backward` returns, up to rounding."""
+    if options.has_lengths():
+        return packed.backward(backward, dout, q, k, v, out, lse, options, dlse)
     if dlse is None and _torch_computes_the_same(q, k, options):
         nothing_seen = lse == -torch.inf
         gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -79,6 +79,132 @@ def flash_attn_func(
     return (out, lse) if return_lse else out
 
 
+def flash_attn_varlen_func(
+    q: torch.Tensor = None,
+    k: torch.Tensor = None,
+    v: torch.Tensor = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *others,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+    **others_by_name,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`flash_attn_func` on sequences of several lengths, packed one after the other. A query sees keys of its own
+    sequence only.
+
+    Args:
+        q: (total_q, heads, head_dim). dtypes as in `flash_attn_func`.
+        k, v: (total_k, kv_heads, head_dim).
+        cu_seqlens_q: (sequences + 1,), int32, contiguous, on q's device: sequence i is the rows cu_seqlens_q[i] to
+            cu_seqlens_q[i + 1] of q. It begins with 0 and never falls; sequences may be empty. Rows after the last
+            sequence belong to none. None: q is dense, (batch, seqlen_q, heads, head_dim), a sequence for each batch.
+        cu_seqlens_k: the same of k and v.
+        max_seqlen_q, max_seqlen_k: accepted for FlashAttention's sake, and not needed.
+        seqused_q, seqused_k: (sequences,), int32, contiguous, on q's device: how many rows, or keys, of each sequence
+            are used, from its first one on. Default: all.
+        softmax_scale, causal, window_size, softcap, sinks: as in `flash_attn_func`, for each sequence by itself: masks
+            are aligned to the bottom right of what is used of it.
+        return_lse: also return lse.
+        others, others_by_name: as in `flash_attn_func`.
+
+    Returns:
+        out: shape, dtype and strides of torch.empty_like(q). Rows that see no key, are not used or belong to no
+            sequence are 0.
+        lse, if return_lse: (heads, total_q), float32, or (batch, heads, seqlen_q) if q is dense; as in
+            `flash_attn_func`. -inf for rows that are not used or belong to no sequence.
+
+    Nothing waits for the device to read the lengths. On the CPU values that are out of range are refused; on a GPU they
+    are not seen, and what they leave out or reach twice is unspecified.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, RuntimeError: as `flash_attn_func`, and ValueError if cu_seqlens or
+            seqused do not fit q, k and v.
+    """
+    if others or others_by_name:
+        if refusal := keywords.refusal(others, others_by_name, "flash_attn_varlen_func"):
+            raise refusal
+        return_lse = return_lse or others_by_name.get("return_attn_probs", False)
+    out, lse = forward(
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        window_size=window_size,
+        softcap=softcap,
+        sinks=sinks,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+    )
+    return (out, lse) if return_lse else out
+
+
+def flash_attn_qkvpacked_func(
+    qkv: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    *,
+    num_heads_q: int | None = None,
+    **options,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`flash_attn_func` of q, k and v that are slices of one tensor, as one projection makes them. They are read where
+    they lie.
+
+    Args:
+        qkv: (batch, seqlen, 3, heads, head_dim); with num_heads_q (batch, seqlen, heads + 2 kv_heads, head_dim).
+        num_heads_q: how many of the heads are q's.
+        softmax_scale, causal, options: as in `flash_attn_func`.
+
+    Returns:
+        As `flash_attn_func`.
+
+    Raises:
+        ValueError: qkv has another shape.
+        Others: as `flash_attn_func`.
+    """
+    q, k, v = _unpacked(qkv, 5, num_heads_q)
+    return flash_attn_func(q, k, v, softmax_scale, causal, **options)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int | None = None,
+    *,
+    num_heads_q: int | None = None,
+    **options,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`flash_attn_varlen_func` of q, k and v that are slices of one tensor.
+
+    Args:
+        qkv: (total, 3, heads, head_dim); with num_heads_q (total, heads + 2 kv_heads, head_dim).
+        cu_seqlens: (sequences + 1,), as in `flash_attn_varlen_func`, of q, k and v alike.
+        max_seqlen: accepted, and not needed.
+        num_heads_q: how many of the heads are q's.
+        options: as in `flash_attn_varlen_func`.
+
+    Returns:
+        As `flash_attn_varlen_func`.
+
+    Raises:
+        ValueError: qkv has another shape.
+        Others: as `flash_attn_varlen_func`.
+    """
+    q, k, v = _unpacked(qkv, 4, num_heads_q)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, **options)
+
+
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -89,12 +215,17 @@ def forward(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`flash_attn_func` with return_lse=True: returns (out, lse)."""
-    options = Options.of(softmax_scale, causal, window_size, softcap, sinks)
+    """`flash_attn_func` or, with lengths, `flash_attn_varlen_func`, with return_lse=True: returns (out, lse)."""
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths)
     if is_compiling():
         return ops.forward(q, k, v, *options)
-    if has_torch_function_variadic(q, k, v, sinks):
+    if has_torch_function_variadic(q, k, v, sinks, *lengths):
         return _forward_by_operator(q, k, v, options)
     return _forward(q, k, v, options)
 
@@ -112,6 +243,10 @@ def backward(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
     dlse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of `forward`, for code that calls the kernels by itself; autograd calls the same kernel.
@@ -125,9 +260,10 @@ def backward(
 
     Args:
         dout: gradient of the loss with respect to out; shape, dtype and device of q. Any strides.
-        q, k, v, softmax_scale, causal, window_size, softcap: as in `forward`. Autocast casts nothing here.
+        q, k, v, softmax_scale, causal, window_size, softcap, lengths: as in `forward`. Autocast casts nothing here.
         out: shape, dtype and device of q.
-        lse: (batch, heads, seqlen_q), float32, on q's device; natural logarithm, -inf for rows that see no key.
+        lse: (batch, heads, seqlen_q), packed (heads, total_q), float32, on q's device; natural logarithm, -inf for rows
+            that see no key.
         sinks: as in `forward`, where their gradient is wanted; lse has them in it already.
         dlse: gradient of the loss with respect to lse, like lse; None: the loss does not use it.
 
@@ -139,7 +275,8 @@ def backward(
         TypeError, ValueError, RuntimeError: as `flash_attn_func`, and ValueError if dout, out, lse or dlse do not fit q
             or the head_dim has no backward kernel.
     """
-    options = Options.of(softmax_scale, causal, window_size, softcap, sinks)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths)
     if not is_compiling():
         optional = {} if dlse is None else {"dlse": dlse}
         refusals.check_arguments(options, dout=dout, q=q, k=k, v=v, out=out, lse=lse, **optional)
@@ -157,14 +294,19 @@ def explain(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
     return_lse: bool = False,
     target: str | None = None,
     **others_by_name,
 ) -> str | None:
     """Why `flash_attn_func` would refuse this call, or None if it would run. Makes no call.
 
-    Takes the arguments of `flash_attn_func`. The text names the argument, its value, what is accepted, and the way out.
-    Where grad mode is on, gradients that the inputs require count too.
+    Takes the arguments of `flash_attn_func`, and by name those of `flash_attn_varlen_func`. The text names the
+    argument, its value, what is accepted, and the way out. Where grad mode is on, gradients that the inputs require
+    count too.
 
     Args:
         target: "hopper" asks what a Hopper GPU would say to these shapes and dtypes. q, k and v may be on any device
@@ -176,7 +318,8 @@ def explain(
     if target not in (None, "hopper"):
         raise ValueError(f'target is {target!r}; it must be "hopper", or None for the device of q, k and v.')
     on_hopper = target == "hopper"
-    options = Options.of(softmax_scale, causal, window_size, softcap, sinks)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths)
     refusal = keywords.refusal(others, others_by_name)
     refusal = refusal or refusals.of_forward(q, k, v, options, on_hopper=on_hopper)
     if refusal is None and torch.is_grad_enabled():
@@ -194,6 +337,10 @@ def attention_reference(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(softmax_scale * q k^T) v, with every score in memory (Vaswani et al. 2017, section 3.2.1).
@@ -201,6 +348,7 @@ def attention_reference(
     Args:
         q: (batch, seqlen_q, heads, head_dim).
         k, v: (batch, seqlen_k, kv_heads, head_dim). Query head h uses key and value head h // (heads // kv_heads).
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k: lengths, as in `flash_attn_varlen_func`.
         softmax_scale: factor of the scores, default 1/sqrt(head_dim).
         causal, window_size: query i sees key j iff i + seqlen_k - seqlen_q - left <= j <= i + seqlen_k - seqlen_q +
             right (bottom-right aligned). -1 is unbounded; causal=True sets right to 0.
@@ -216,7 +364,8 @@ def attention_reference(
 
     Both are differentiable; the rows that are 0 contribute no gradient and no NaN.
     """
-    options = Options.of(softmax_scale, causal, window_size, softcap, sinks)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths)
     return reference.forward(q, k, v, options, compute_dtype)
 
 
@@ -233,6 +382,10 @@ def attention_reference_backward(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
     dlse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of `attention_reference` from out and lse as they are given (FlashAttention-2, Dao 2023,
@@ -241,7 +394,7 @@ def attention_reference_backward(
 
     Args:
         dout, out: like q.
-        q, k, v, softmax_scale, causal, window_size, softcap, sinks: as in the forward.
+        q, k, v, softmax_scale, causal, window_size, softcap, sinks, lengths: as in the forward.
         lse: (batch, heads, seqlen_q), natural logarithm. Rows of -inf saw nothing and contribute nothing.
         dlse: gradient of the loss with respect to lse; None: the loss does not use it.
 
@@ -249,8 +402,20 @@ def attention_reference_backward(
         dq, dk, dv, and dsinks if sinks are given: shapes and dtypes of q, k, v and sinks. Computed in float64 for
         float64 inputs, else in float32.
     """
-    options = Options.of(softmax_scale, causal, window_size, softcap, sinks)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths)
     return reference.backward(dout, q, k, v, out, lse, options, dlse)
+
+
+def _unpacked(qkv, dims: int, num_heads_q: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v; dims: of a qkv that has them in a dimension of its own."""
+    refusals.check_arguments(Options(), qkv=qkv)
+    if refusal := refusals.of_qkv(qkv, dims, num_heads_q):
+        raise refusal
+    if num_heads_q is None:
+        return qkv.unbind(-3)
+    kv_heads = (qkv.shape[-2] - num_heads_q) // 2
+    return qkv.split([num_heads_q, kv_heads, kv_heads], -2)
 
 
 def _forward_by_operator(q, k, v, options: Options):

@@ -1,5 +1,6 @@
-"""Arguments of other attention functions: FlashAttention-2's and -3's flash_attn_func, torch's
-scaled_dot_product_attention (SDPA). What asks for nothing passes; the rest is refused by its name, with the way out.
+"""Arguments of other attention functions: FlashAttention-2's and -3's flash_attn_func and flash_attn_varlen_func,
+torch's scaled_dot_product_attention (SDPA). What asks for nothing passes; the rest is refused by its name, with the way
+out.
 """
 
 from typing import Any, NamedTuple
@@ -9,7 +10,14 @@ import torch
 from .refusals import FLEX
 
 SDPA = "torch.nn.functional.scaled_dot_product_attention"
-TAKES = "flash_attn_func takes q, k, v, softmax_scale, causal and, by name, window_size, softcap, sinks, return_lse"
+POSITIONS = {  # of the functions that look at them
+    "flash_attn_func": "q, k, v, softmax_scale, causal",
+    "flash_attn_varlen_func": "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k",
+}
+BY_NAME = {
+    "flash_attn_func": "window_size, softcap, sinks, return_lse",
+    "flash_attn_varlen_func": "seqused_q, seqused_k, softmax_scale, causal, window_size, softcap, sinks, return_lse",
+}
 LAYOUT = "SDPA's tensors are (batch, heads, seqlen, head_dim), and these must be (batch, seqlen, heads, head_dim)"
 COMING = "A coming version will have it; until then use"
 
@@ -44,6 +52,9 @@ KEYWORDS = {
     "num_splits": Keyword((0, 1, None), "The keys of a row are not split: leave it out."),
     "pack_gqa": Keyword((bool, None), "It changes nothing here: leave it out."),
     "sm_margin": Keyword((int,), "It changes nothing here: leave it out."),
+    "block_table": Keyword((None,), "There is no paged KV cache: use FlashAttention-3."),
+    "s_aux": Keyword((None,), "The name is sinks."),  # of the FlashAttention-3 of vLLM and Transformers
+    "learnable_sink": Keyword((None,), "The name is sinks."),  # FlashAttention-4
     # SDPA
     "query": Keyword((), f"The name is q. {LAYOUT}: q=query.transpose(1, 2)."),
     "key": Keyword((), f"The name is k. {LAYOUT}: k=key.transpose(1, 2)."),
@@ -57,22 +68,25 @@ KEYWORDS = {
 }
 
 
-def refusal(positional: tuple, by_name: dict[str, Any]) -> Exception | None:
-    """What is wrong with the arguments of a call that flash_attn_func has no parameters for, or None."""
+def refusal(positional: tuple, by_name: dict[str, Any], function: str = "flash_attn_func") -> Exception | None:
+    """What is wrong with the arguments of a call that the function has no parameters for, or None."""
+    positions, dropout = POSITIONS[function], "fourth" if function == "flash_attn_func" else "eighth"
     if positional:
+        count = len(positions.split())
         return TypeError(
-            f"{5 + len(positional)} arguments by position; flash_attn_func takes 5: q, k, v, softmax_scale, causal. "
-            "FlashAttention-2 has dropout_p in the fourth place, before softmax_scale: pass all but q, k and v by name."
+            f"{count + len(positional)} arguments by position; {function} takes {count}: {positions}. FlashAttention-2 "
+            f"has dropout_p in the {dropout} place, before softmax_scale: pass all but q, k and v by name."
         )
     for name, value in by_name.items():
         keyword = KEYWORDS.get(name)
         if keyword is None:
             return TypeError(
-                f"flash_attn_func has no argument {name}. {TAKES}; also what other attention functions have, where it "
-                f"asks for nothing: {', '.join(name for name, keyword in KEYWORDS.items() if keyword.passes)}."
+                f"{function} has no argument {name}. It takes {positions} and, by name, {BY_NAME[function]}; also what "
+                "other attention functions have, where it asks for nothing: "
+                f"{', '.join(name for name, keyword in KEYWORDS.items() if keyword.passes)}."
             )
         if not keyword.passes:
-            return TypeError(f"flash_attn_func has no argument {name}. {keyword.way_out}")
+            return TypeError(f"{function} has no argument {name}. {keyword.way_out}")
         if not keyword.takes(value):
             shown = type(value).__name__ if isinstance(value, torch.Tensor) else f"{value!r:.60}"
             return ValueError(f"{name} is {shown}; only {keyword.accepted()} is accepted. {keyword.way_out}")

@@ -29,6 +29,8 @@ OPTIONS = {
     "window_size": {"forward": NONE, "backward": NONE},
     "softcap": {"forward": NONE, "backward": NONE},
     "sinks": {"forward": NONE, "backward": NONE},
+    "cu_seqlens": {"forward": NONE, "backward": NONE},
+    "seqused": {"forward": NONE, "backward": NONE},
     "dlse": {"backward": NONE},  # a gradient that flows into lse
 }
 
@@ -48,7 +50,7 @@ def supported() -> dict[str, tuple[int, ...]]:
 
 def has_option(option: str, which: str, head_dim: int) -> bool:
     """Whether the GPU kernels of a pass ("forward", "backward") have the option at this head dim."""
-    return head_dim in OPTIONS[option][which]
+    return head_dim in OPTIONS[option].get(which, EVERY)
 
 
 def is_available(device: torch.device | str | int | None = None) -> bool:

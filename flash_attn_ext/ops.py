@@ -12,7 +12,7 @@ from torch import library
 
 from . import cpu, limits, refusals
 from ._binary import _C
-from .options import Options, schema
+from .options import TENSORS, Options, lse_shape, schema
 
 _library = library.Library("flash_attn_ext", "DEF")
 _library.define(
@@ -82,8 +82,7 @@ def _split(others):
 
 
 def _empty_results(q):
-    batch, seqlen_q, heads, _ = q.shape
-    return torch.empty_like(q), q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+    return torch.empty_like(q), q.new_empty(lse_shape(q), dtype=torch.float32)
 
 
 def _empty_gradients(q, k, v, options, needs):
@@ -91,7 +90,7 @@ def _empty_gradients(q, k, v, options, needs):
     where they are given: the backward has no other use for them."""
     pairs = zip((q, k, v), needs, strict=True)
     dsinks = q.new_empty(0, dtype=torch.float32) if options.sinks is None else torch.empty_like(options.sinks)
-    return *(torch.empty_like(x) if needed else x.new_empty((0, 0, 0, 0)) for x, needed in pairs), dsinks
+    return *(torch.empty_like(x) if needed else x.new_empty((0,) * x.dim()) for x, needed in pairs), dsinks
 
 
 # CompositeExplicitAutograd stands for every device without a kernel of its own: the CPU, and CUDA where the package was
@@ -111,8 +110,8 @@ def _save(ctx, inputs, output):
     q, k, v, *options = inputs
     options = Options(*options)
     refusals.check_gradients(q, k, v, options)
-    ctx.save_for_backward(q, k, v, *output, options.sinks)
-    ctx.options = options._replace(sinks=None)
+    ctx.save_for_backward(q, k, v, *output, *(getattr(options, name) for name in TENSORS))
+    ctx.options = options.without_tensors()
     ctx.set_materialize_grads(False)  # nothing is computed for an lse that no loss uses
 
 
@@ -120,8 +119,9 @@ def _differentiate(ctx, dout, dlse):
     needs = dict(zip(("q", "k", "v", *Options._fields), ctx.needs_input_grad, strict=False))
     gradients = dict.fromkeys(needs)
     if dout is not None or dlse is not None:
-        q, k, v, out, lse, sinks = ctx.saved_tensors
-        options = ctx.options._replace(sinks=sinks if needs.get("sinks") else None)
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        options = ctx.options._replace(**dict(zip(TENSORS, tensors, strict=True)))
+        options = options if needs.get("sinks") else options._replace(sinks=None)
         dout = torch.zeros_like(out) if dout is None else dout
         results = backward(dout, q, k, v, out, lse, *options, dlse, [needs[name] for name in "qkv"])
         of_inputs = zip(("q", "k", "v", "sinks"), results, strict=True)

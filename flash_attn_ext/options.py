@@ -23,15 +23,31 @@ class Options(NamedTuple):
     window_right: int = UNBOUNDED
     softcap: float = 0.0
     sinks: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    seqused_q: torch.Tensor | None = None
+    seqused_k: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, sinks=None) -> "Options":
+    def of(
+        cls,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        sinks=None,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        seqused_q=None,
+        seqused_k=None,
+    ) -> "Options":
         """Of the arguments of a public function. What is no pair of sizes is left to `refusal`."""
         if window_size is None:
             window_size = (UNBOUNDED, UNBOUNDED)
         is_pair = isinstance(window_size, tuple | list) and len(window_size) == 2
         left, right = window_size if is_pair else (window_size, None)
-        return cls(softmax_scale, causal, left, right, 0.0 if softcap is None else softcap, sinks)
+        numbers = softmax_scale, causal, left, right, 0.0 if softcap is None else softcap
+        return cls(*numbers, sinks, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
 
     @property
     def window(self) -> tuple[int, int]:
@@ -45,11 +61,26 @@ class Options(NamedTuple):
             asked["window_size"] = self.window_left, self.window_right
         if self.softcap != 0:
             asked["softcap"] = self.softcap
-        return asked | self.tensors()
+        given = {name.removesuffix("_q").removesuffix("_k"): tensor for name, tensor in self.tensors().items()}
+        return asked | given
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those options that are tensors, as far as they are given."""
-        return {"sinks": self.sinks} if self.sinks is not None else {}
+        return {name: self._asdict()[name] for name in TENSORS if self._asdict()[name] is not None}
+
+    def differentiable(self) -> dict[str, torch.Tensor]:
+        """Those of them that may require a gradient."""
+        return {} if self.sinks is None else {"sinks": self.sinks}
+
+    def without_tensors(self) -> "Options":
+        return self._replace(**dict.fromkeys(TENSORS))
+
+    def dense(self) -> "Options":
+        """The options of a call for one of the sequences."""
+        return self._replace(**dict.fromkeys(LENGTHS))
+
+    def has_lengths(self) -> bool:
+        return any(name in LENGTHS for name in self.tensors())
 
     def scale(self, head_dim: int) -> float:
         """The factor of the scores."""
@@ -57,7 +88,7 @@ class Options(NamedTuple):
 
     def plain(self) -> "Options":
         """With numbers as the operators take them: NumPy's, too, become Python's."""
-        scale, _, left, right, softcap, _ = self
+        scale, _, left, right, softcap, *_ = self
         return self._replace(
             softmax_scale=None if scale is None else _plain(scale, float),
             window_left=_plain(left, int),
@@ -81,6 +112,16 @@ class Options(NamedTuple):
             or _window_value(self.window_left, self.window_right)
             or _softcap_value(self.softcap)
         )
+
+
+LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+TENSORS = ("sinks", *LENGTHS)
+
+
+def lse_shape(q) -> tuple[int, ...]:
+    """(batch, heads, seqlen_q), or (heads, total_q) of packed sequences."""
+    *batch, rows, heads, _ = q.shape
+    return *batch, heads, rows
 
 
 def schema() -> str:

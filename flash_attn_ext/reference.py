@@ -2,8 +2,11 @@
 path is made of. What the functions take and return: `attention_reference` and `attention_reference_backward`.
 """
 
+from functools import partial
+
 import torch
 
+from . import packed
 from .options import UNBOUNDED, Options
 
 
@@ -28,6 +31,8 @@ def visible(
 
 
 def forward(q, k, v, options: Options, compute_dtype: torch.dtype | None = None, diagonal: int | None = None):
+    if options.has_lengths():
+        return packed.forward(partial(forward, compute_dtype=compute_dtype), q, k, v, options)
     compute_dtype = compute_dtype or _default_dtype(q)
     scores, _ = _scores(q.to(compute_dtype), k.to(compute_dtype), options, diagonal)
     if options.sinks is not None:  # as the score of one more key, which has no value
@@ -46,6 +51,8 @@ def forward(q, k, v, options: Options, compute_dtype: torch.dtype | None = None,
 
 
 def backward(dout, q, k, v, out, lse, options: Options, dlse=None, diagonal: int | None = None):
+    if options.has_lengths():
+        return packed.backward(backward, dout, q, k, v, out, lse, options, dlse)
     dtypes, compute_dtype = (q.dtype, k.dtype, v.dtype), _default_dtype(q)
     dout, q, k, v, out, lse = (x.to(compute_dtype) for x in (dout, q, k, v, out, lse))
     q_groups, dout_groups, out_groups = (_by_kv_head(x, k, 2) for x in (q, dout, out))

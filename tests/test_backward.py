@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases import (
     BACKWARD,
+    BACKWARD_OPTIONS,
     BACKWARD_SMOKE,
     LAYOUTS,
     ROWS,
@@ -68,6 +69,22 @@ def test_smoke(case):
 @pytest.mark.parametrize("case", BACKWARD, ids=str)
 def test_table(case):
     both_passes_and_check(*case.inputs("cuda"), **case.options("cuda"))
+
+
+@pytest.mark.parametrize("case", BACKWARD_OPTIONS, ids=str)
+def test_options(case):
+    """Autograd's gradients are those of the low-level pair."""
+    inputs, options = case.inputs("cuda"), case.options("cuda")
+    dlse = normal(case.batch, case.heads, case.seqlen_q, dtype=torch.float32) if case.dlse else None
+    (dout, *_), expected = both_passes_and_check(*inputs, dlse=dlse, **options)
+    leaves = {name: x.detach().requires_grad_() for name, x in zip("qkv", inputs, strict=True)}
+    if case.sinks:
+        leaves["sinks"] = options["sinks"].requires_grad_()
+    out, lse = flash_attn_func(**(options | leaves), return_lse=True)
+    through = [out] if dlse is None else [out, lse]
+    results = torch.autograd.grad(through, list(leaves.values()), [dout, dlse][: len(through)])
+    assert_same(results[:3], expected[:3], "by autograd", case.seqlen_k)
+    assert not case.sinks or same_bits(results[3], expected[3])
 
 
 @seed(SEED)

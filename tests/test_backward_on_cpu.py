@@ -120,6 +120,8 @@ def test_changes_in_place_are_noticed():
 def test_opcheck(causal):
     arguments = arguments_of(Case(16, "bf16", 9, 13, causal, heads=4, kv_heads=2), torch.float32)
     library.opcheck(backward_operator, (*arguments, 0.3), {"causal": causal, "needs": [True] * 3})
+    options = {"window_left": 3, "softcap": 5.0, "sinks": torch.randn(4), "dlse": torch.randn(2, 4, 9)}
+    library.opcheck(backward_operator, arguments, {"causal": causal} | options)
 
 
 def test_signature():
@@ -133,6 +135,8 @@ WRONG = {
     "dout of another shape": (lambda a: {"dout": a["dout"][:, :4]}, ["dout has shape (2, 4, 4, 16)", "(2, 9, 4, 16)"]),
     "out of another shape": (lambda a: {"out": a["out"][:1]}, ["out has shape (1, 9, 4, 16)", "must be equal"]),
     "dout of another dtype": (lambda a: {"dout": a["dout"].float()}, ["dout is float32", "q bfloat16", "dout.to("]),
+    "dlse transposed": (lambda a: {"dlse": a["lse"].mT}, ["dlse has shape (2, 9, 4)", "like lse, (2, 4, 9)"]),
+    "dlse in float64": (lambda a: {"dlse": a["lse"].double()}, ["dlse has shape", "float64", "like lse"]),
     "lse transposed": (lambda a: {"lse": a["lse"].mT}, ["lse has shape (2, 9, 4)", "(2, 4, 9)", "forward returns"]),
     "lse of another dtype": (lambda a: {"lse": a["lse"].double()}, ["lse is float64", "float32", "lse.float()"]),
     "k and v differ": (lambda a: {"v": a["v"][:, 1:]}, ["k has seqlen 13 but v has 12"]),

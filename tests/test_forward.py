@@ -7,7 +7,19 @@ import threading
 import gpu
 import pytest
 import torch
-from cases import FORWARD, HEAD_DIMS, LAYOUTS, ROWS, SMOKE, Case, both_dtypes, both_masks, extreme_logits, random_cases
+from cases import (
+    FORWARD,
+    FORWARD_OPTIONS,
+    HEAD_DIMS,
+    LAYOUTS,
+    ROWS,
+    SMOKE,
+    Case,
+    both_dtypes,
+    both_masks,
+    extreme_logits,
+    random_cases,
+)
 from conftest import SEED
 from gpu import normal
 from hypothesis import HealthCheck, given, seed, settings
@@ -52,6 +64,11 @@ def test_smoke(case):
 
 @pytest.mark.parametrize("case", FORWARD, ids=str)
 def test_table(case):
+    attend_and_check(*case.inputs("cuda"), **case.options("cuda"))
+
+
+@pytest.mark.parametrize("case", FORWARD_OPTIONS, ids=str)
+def test_options(case):
     attend_and_check(*case.inputs("cuda"), **case.options("cuda"))
 
 

@@ -85,11 +85,11 @@ using Flat = OneByOne<CallOptions::Types>;
 at::Tensor gradient_of_sinks(const OptionalTensor& sinks, const at::Tensor& dout, const at::Tensor& out,
                              const at::Tensor& lse, const OptionalTensor& dlse) {
   if (!sinks) return allocate({0}, dout, at::kFloat);
-  const at::Tensor delta = dout.to(at::kFloat).mul_(out).sum(-1).transpose(1, 2);
+  const at::Tensor delta = dout.to(at::kFloat).mul_(out).sum(-1).transpose(-2, -1);
   const at::Tensor probability = sinks->to(at::kFloat).unsqueeze(-1).sub(lse).exp_();
   const at::Tensor of_rows = probability.mul_(dlse ? dlse->sub(delta) : delta.neg());
   of_rows.masked_fill_(lse.eq(-std::numeric_limits<float>::infinity()), 0);
-  return of_rows.sum(at::IntArrayRef{0, 2}).to(sinks->scalar_type());
+  return (lse.dim() == 2 ? of_rows.sum(1) : of_rows.sum(at::IntArrayRef{0, 2})).to(sinks->scalar_type());
 }
 
 // Gradients that are not needed have no elements.
@@ -112,7 +112,7 @@ BackwardResult backward_cuda(const at::Tensor& dout, const at::Tensor& q, const 
   const at::Tensor lse_in = contiguous_and_aligned(lse);
   const at::Tensor dlse_in = dlse ? contiguous_and_aligned(*dlse) : at::Tensor();
   BackwardParams params{
-      .problem = problem_of(q, k, options.numbers),
+      .problem = problem_of(q, k, options),
       .dout = dout_in,
       .q = q_in,
       .k = k_in,
@@ -216,19 +216,19 @@ ForwardResult forward_cuda(const at::Tensor& q, const at::Tensor& k, const at::T
   const c10::cuda::CUDAGuard guard(q.device());
 
   const Result out(q);
-  const at::Tensor lse = allocate({q.size(0), q.size(2), q.size(1)}, q, at::kFloat);
+  const at::Tensor lse = allocate(lse_size(q), q, at::kFloat);
   if (q.numel() == 0) return {out.tensor, lse};
   const at::Tensor sinks = options.sinks ? contiguous_and_aligned(options.sinks->to(at::kFloat)) : at::Tensor();
   if (k.numel() == 0) {
     constexpr float kOfNothing = -std::numeric_limits<float>::infinity();
-    return {out.tensor.zero_(), options.sinks ? lse.copy_(sinks.view({1, -1, 1})) : lse.fill_(kOfNothing)};
+    return {out.tensor.zero_(), options.sinks ? lse.copy_(sinks.unsqueeze(-1)) : lse.fill_(kOfNothing)};
   }
 
   const Input q_in(q), k_in(k), v_in(v);
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(q.get_device());
   const at::Tensor counter = item_counter(stream, q);
   const ForwardParams params{
-      .problem = problem_of(q, k, options.numbers),
+      .problem = problem_of(q, k, options),
       .q = q_in,
       .k = k_in,
       .v = v_in,

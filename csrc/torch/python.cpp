@@ -104,7 +104,12 @@ bool needs_dispatcher(const at::Tensor& q, const at::Tensor& k, const at::Tensor
                                                       c10::DispatchKey::BackendSelect};
   const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
   c10::DispatchKeySet of_inputs = q.key_set() | k.key_set() | v.key_set();
-  if (sinks) of_inputs = of_inputs | sinks->key_set();
+  const auto add = [&]<class T>(const T& option) {
+    if constexpr (std::is_same_v<T, OptionalTensor>) {
+      if (option) of_inputs = of_inputs | option->key_set();
+    }
+  };
+  std::apply([&](const auto&... option) { (add(option), ...); }, options);
   const c10::DispatchKeySet keys = (of_inputs | local.included_) - local.excluded_;
   return (keys.raw_repr() & ~kPassedThrough.raw_repr()) != 0;
 }
