@@ -58,16 +58,6 @@ inline void check_counts(std::initializer_list<int64_t> counts) {
   }
 }
 
-// Lengths on the device, where they differ from sequence to sequence; null: they do not. Nobody has looked at the
-// values.
-struct Lengths {
-  const int *cu_seqlens_q = nullptr,
-            *cu_seqlens_k = nullptr;                     // (sequences + 1,): where each begins, packed in one batch
-  const int *seqused_q = nullptr, *seqused_k = nullptr;  // (sequences,): how much of each is used
-
-  bool any() const { return cu_seqlens_q || cu_seqlens_k || seqused_q || seqused_k; }
-};
-
 struct Problem {
   // All >= 1; heads % kv_heads == 0. batch: of sequences. A seqlen of packed ones is the sum of theirs, and more if
   // rows after the last one belong to none.
@@ -86,7 +76,6 @@ struct Problem {
   }
 
   Sequences sequences() const {
-    if (lengths.any()) throw std::runtime_error("no kernel takes sequences of several lengths");
     check_counts({batch, seqlen_q, seqlen_k, heads});
     // Where only so much of them is used, the sequences of a batch are addressed like packed ones.
     if (lengths.seqused_q) check_counts({q_shape().batch * seqlen_q});
