@@ -75,7 +75,7 @@ def flash_attn_func(
         if refusal := keywords.refusal(others, others_by_name):
             raise refusal
         return_lse = return_lse or others_by_name.get("return_attn_probs", False)
-    out, lse = forward(q, k, v, softmax_scale, causal, window_size=window_size, softcap=softcap, sinks=sinks)
+    out, lse = _attend(q, k, v, Options.of(softmax_scale, causal, window_size, softcap, sinks))
     return (out, lse) if return_lse else out
 
 
@@ -133,20 +133,8 @@ def flash_attn_varlen_func(
         if refusal := keywords.refusal(others, others_by_name, "flash_attn_varlen_func"):
             raise refusal
         return_lse = return_lse or others_by_name.get("return_attn_probs", False)
-    out, lse = forward(
-        q,
-        k,
-        v,
-        softmax_scale,
-        causal,
-        window_size=window_size,
-        softcap=softcap,
-        sinks=sinks,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        seqused_q=seqused_q,
-        seqused_k=seqused_k,
-    )
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    out, lse = _attend(q, k, v, Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths))
     return (out, lse) if return_lse else out
 
 
@@ -222,12 +210,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`flash_attn_func` or, with lengths, `flash_attn_varlen_func`, with return_lse=True: returns (out, lse)."""
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths)
-    if is_compiling():
-        return ops.forward(q, k, v, *options)
-    if has_torch_function_variadic(q, k, v, sinks, *lengths):
-        return _forward_by_operator(q, k, v, options)
-    return _forward(q, k, v, options)
+    return _attend(q, k, v, Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths))
 
 
 def backward(
@@ -405,6 +388,14 @@ def attention_reference_backward(
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     options = Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths)
     return reference.backward(dout, q, k, v, out, lse, options, dlse)
+
+
+def _attend(q, k, v, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
+    if is_compiling():
+        return ops.forward(q, k, v, *options)
+    if has_torch_function_variadic(q, k, v, *options):
+        return _forward_by_operator(q, k, v, options)
+    return _forward(q, k, v, options)
 
 
 def _unpacked(qkv, dims: int, num_heads_q: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -42,12 +42,15 @@ class Options(NamedTuple):
         seqused_k=None,
     ) -> "Options":
         """Of the arguments of a public function. What is no pair of sizes is left to `refusal`."""
-        if window_size is None:
-            window_size = (UNBOUNDED, UNBOUNDED)
-        is_pair = isinstance(window_size, tuple | list) and len(window_size) == 2
-        left, right = window_size if is_pair else (window_size, None)
-        numbers = softmax_scale, causal, left, right, 0.0 if softcap is None else softcap
-        return cls(*numbers, sinks, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+        if type(window_size) is tuple and len(window_size) == 2:
+            left, right = window_size
+        elif window_size is None:
+            left = right = UNBOUNDED
+        else:
+            left, right = window_size if type(window_size) is list and len(window_size) == 2 else (window_size, None)
+        softcap = 0.0 if softcap is None else softcap
+        tensors = sinks, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+        return tuple.__new__(cls, (softmax_scale, causal, left, right, softcap, *tensors))  # half the time of cls(...)
 
     @property
     def window(self) -> tuple[int, int]:
