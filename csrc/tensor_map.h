@@ -102,15 +102,16 @@ CUtensorMap make_sequence_map(const char* name, const Tensor& tensor, const Shap
     constexpr int64_t kWrappingStride = int64_t{1} << 34;  // times kWrap and 2 bytes: 2^65
     constexpr cuuint64_t kMost = 0x7fff0000;               // sizes may be 2^32, but coordinates are signed
     const Strides& strides = tensor.strides;
-    if (shape.batch > 1 && strides.batch != shape.seqlen * strides.row) {
+    const int64_t row_stride = shape.seqlen > 1 ? strides.row : strides.batch;
+    if (shape.batch > 1 && strides.batch != shape.seqlen * row_stride) {
       throw std::runtime_error(std::string(name) +
                                " has batches of which only a part is used, and they do not follow " +
                                "each other like rows; a contiguous copy of the tensor works");
     }
     dimensions.sizes[1] = Sequences::kWrap;
     dimensions.sizes[3] = dimensions.sizes[4] = kMost;
-    dimensions.strides[2] = strides.row;
-    dimensions.strides[3] = kWrappingStride - strides.row;
+    dimensions.strides[0] = dimensions.strides[2] = row_stride;
+    dimensions.strides[3] = kWrappingStride - row_stride;
   }
   return make_tensor_map<Tile>(name, tensor, shape, dimensions);
 }

@@ -26,11 +26,11 @@ TABLE = _table()
 EVERY = tuple(row["head_dim"] for row in TABLE)
 NONE = ()
 OPTIONS = {
-    "window_size": {"forward": NONE, "backward": NONE},
+    "window_size": {"forward": EVERY, "backward": NONE},
     "softcap": {"forward": NONE, "backward": NONE},
-    "sinks": {"forward": NONE, "backward": NONE},
-    "cu_seqlens": {"forward": NONE, "backward": NONE},
-    "seqused": {"forward": NONE, "backward": NONE},
+    "sinks": {"forward": EVERY, "backward": NONE},
+    "cu_seqlens": {"forward": EVERY, "backward": NONE},
+    "seqused": {"forward": EVERY, "backward": NONE},
     "dlse": {"backward": NONE},  # a gradient that flows into lse
 }
 

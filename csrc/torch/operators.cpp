@@ -215,7 +215,8 @@ ForwardResult forward_cuda(const at::Tensor& q, const at::Tensor& k, const at::T
   if (!is_plainly_fine(q, k, v, options)) python::check(q, k, v, values);
   const c10::cuda::CUDAGuard guard(q.device());
 
-  const Result out(q);
+  const bool part_of_q = options.seqused_q.has_value(), part_of_k = options.seqused_k.has_value();
+  const Result out(q, true, part_of_q);
   const at::Tensor lse = allocate(lse_size(q), q, at::kFloat);
   if (q.numel() == 0) return {out.tensor, lse};
   const at::Tensor sinks = options.sinks ? contiguous_and_aligned(options.sinks->to(at::kFloat)) : at::Tensor();
@@ -224,7 +225,7 @@ ForwardResult forward_cuda(const at::Tensor& q, const at::Tensor& k, const at::T
     return {out.tensor.zero_(), options.sinks ? lse.copy_(sinks.unsqueeze(-1)) : lse.fill_(kOfNothing)};
   }
 
-  const Input q_in(q), k_in(k), v_in(v);
+  const Input q_in(q, part_of_q), k_in(k, part_of_k), v_in(v, part_of_k);
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(q.get_device());
   const at::Tensor counter = item_counter(stream, q);
   const ForwardParams params{

@@ -63,10 +63,17 @@ inline Strides strides_of(const at::Tensor& t) {
   return {.batch = t.dim() == 4 ? stride(0) : t.size(-1), .row = stride(-3), .head = stride(-2)};
 }
 
+// Whether so many sequences of a batch follow each other like rows, as they must where only a part of each is used.
+inline bool batches_follow(const at::Tensor& t) {
+  return t.dim() == 3 || t.size(0) <= 1 || t.size(1) <= 1 || t.stride(0) == t.size(1) * t.stride(1);
+}
+
 // A tensor that a pass takes: where it lies, or copied where tensor maps cannot address that.
 class Input {
  public:
-  explicit Input(const at::Tensor& t) : tensor_(is_addressable(t) ? t : t.clone(at::MemoryFormat::Contiguous)) {}
+  explicit Input(const at::Tensor& t, bool part_is_used = false)
+      : tensor_(is_addressable(t) && (!part_is_used || batches_follow(t)) ? t : t.clone(at::MemoryFormat::Contiguous)) {
+  }
 
   operator Tensor() const&& = delete;  // its memory would be gone before the launch
   operator Tensor() const& { return {const_cast<void*>(tensor_.const_data_ptr()), strides_of(tensor_)}; }
@@ -100,10 +107,11 @@ inline at::Tensor allocate_empty(const at::Tensor& like) {
 struct Result {
   at::Tensor tensor, written;
 
-  explicit Result(const at::Tensor& like, bool is_needed = true)
+  explicit Result(const at::Tensor& like, bool is_needed = true, bool part_is_used = false)
       : tensor(is_needed ? allocate_like(like) : allocate_empty(like)),
-        written(is_addressable(tensor) ? tensor
-                                       : at::empty_like(tensor, tensor.options(), at::MemoryFormat::Contiguous)) {}
+        written(is_addressable(tensor) && (!part_is_used || batches_follow(tensor))
+                    ? tensor
+                    : at::empty_like(tensor, tensor.options(), at::MemoryFormat::Contiguous)) {}
 
   operator Tensor() const&& = delete;
   operator Tensor() const& { return {written.mutable_data_ptr(), strides_of(written)}; }
