@@ -37,9 +37,10 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------------- config
 
-template <int kRow, class Type>
+template <int kRow, class Type, bool kCapped = false>
 struct ForwardConfig {
   using T = Type;
+  static constexpr bool kSoftcap = kCapped;
   static constexpr ForwardPlan kPlan = kLimits[kRow].forward;
   static constexpr int kHeadDim = kLimits[kRow].head_dim;
   static constexpr int kBlockQ = kPlan.block_q;
@@ -129,7 +130,8 @@ struct ForwardArguments {
   Schedule schedule;
   Sequences sequences;
   int heads, heads_per_kv_head;
-  float scale_log2;
+  float scale_log2;  // with softcap: of the capped scores, which are at most 1
+  float cap_log2;    // softmax_scale / softcap * 2 * log2(e)
 };
 
 // --------------------------------------------------------------------------------------------------------- producer
@@ -343,6 +345,7 @@ struct Consumer {
     ptx::wgmma_wait_group<0>(seen);
     release_k();
     if (last) release_q();
+    if constexpr (Config::kSoftcap) cap(seen, args.cap_log2);
     mask(seen, block);
     softmax.update(seen, rescale);
 #pragma unroll
@@ -363,6 +366,7 @@ struct Consumer {
     ptx::wgmma_wait_group<1>(scores);
     release_k();
     if (last) release_q();
+    if constexpr (Config::kSoftcap) cap(scores, args.cap_log2);
     if constexpr (kMasked) mask(scores, block);
     const bool grew = softmax.update(scores, rescale);
     ptx::wgmma_wait_group<0>(out);
@@ -534,7 +538,9 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
   args.sequences = sequences;
   args.heads = static_cast<int>(problem.heads);
   args.heads_per_kv_head = problem.heads_per_kv_head();
-  args.scale_log2 = problem.softmax_scale() * kLog2E;
+  const auto softcap = static_cast<float>(problem.options.softcap);
+  args.scale_log2 = (Config::kSoftcap ? softcap : problem.softmax_scale()) * kLog2E;
+  args.cap_log2 = Config::kSoftcap ? problem.softmax_scale() / softcap * 2 * kLog2E : 0.f;
   args.schedule = forward_schedule(problem, Config::kPlan);
 
   constexpr int kBytes = sizeof(Smem);
@@ -548,12 +554,19 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
 }  // namespace
 
 void launch_forward(const ForwardParams& params, cudaStream_t stream) {
+  const auto launch_type = [&]<std::size_t row, bool kSoftcap>() {
+    if (params.problem.dtype == DType::kFloat16) {
+      launch<ForwardConfig<row, __half, kSoftcap>>(params, stream);
+    } else {
+      launch<ForwardConfig<row, __nv_bfloat16, kSoftcap>>(params, stream);
+    }
+  };
   const bool found = with_limits(params.problem.head_dim, [&]<std::size_t row>() {
     if constexpr (kLimits[row].forward.built()) {
-      if (params.problem.dtype == DType::kFloat16) {
-        launch<ForwardConfig<row, __half>>(params, stream);
+      if (params.problem.options.softcap == 0) {
+        launch_type.template operator()<row, false>();
       } else {
-        launch<ForwardConfig<row, __nv_bfloat16>>(params, stream);
+        launch_type.template operator()<row, true>();
       }
     }
   });

@@ -27,7 +27,7 @@ EVERY = tuple(row["head_dim"] for row in TABLE)
 NONE = ()
 OPTIONS = {
     "window_size": {"forward": EVERY, "backward": NONE},
-    "softcap": {"forward": NONE, "backward": NONE},
+    "softcap": {"forward": EVERY, "backward": NONE},
     "sinks": {"forward": EVERY, "backward": NONE},
     "cu_seqlens": {"forward": EVERY, "backward": NONE},
     "seqused": {"forward": EVERY, "backward": NONE},

@@ -8,6 +8,16 @@
 
 namespace flash_attn_ext {
 
+// Caps scores: each becomes tanh(score * factor), where `factor_log2` is factor * 2 * log2(e). As 1 - 2 / (1 + exp(2
+// x)), which is right to 3e-7; tanh.approx is only to 5e-4, too little for lse.
+template <int kRegisters>
+__device__ __forceinline__ void cap(float (&scores)[kRegisters], float factor_log2) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) {
+    scores[i] = fmaf(-2.f, ptx::rcp(1.f + ptx::ex2(scores[i] * factor_log2)), 1.f);
+  }
+}
+
 // Per thread: two rows, each shared by the four threads of a quad. The maximum is the quad's, the sum the thread's own.
 //
 // The offset that is subtracted from the scores need not be the maximum: any value serves as long as sum and O share it

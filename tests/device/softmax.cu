@@ -1,4 +1,4 @@
-// The online softmax and both masks on fragments, block by block, against a softmax in double on the CPU.
+// The online softmax, the softcap and both masks on fragments, block by block, against a softmax in double on the CPU.
 #include <cmath>
 
 #include "../../csrc/tile/fragment.cuh"
@@ -74,6 +74,30 @@ static void check_sink(const std::vector<float>& scores, const std::vector<int>&
   }
 }
 
+// Scores from far below to far above the cap, infinite ones too.
+__global__ void cap_scores(float* scores, float factor) {
+  float s[2] = {scores[2 * threadIdx.x], scores[2 * threadIdx.x + 1]};
+  cap(s, factor * 2 * kLog2e);
+  scores[2 * threadIdx.x] = s[0];
+  scores[2 * threadIdx.x + 1] = s[1];
+}
+
+static void check_cap() {
+  constexpr int kScores = 2048;
+  constexpr float kFactor = 0.02f;
+  std::vector<float> scores{0.f, INFINITY, -INFINITY, NAN};
+  for (int i = 0; scores.size() < kScores; ++i)
+    scores.push_back((i % 2 == 0 ? 1.f : -1.f) * std::pow(1.02f, i / 2 - 500));
+  DeviceArray<float> device(scores);
+  cap_scores<<<1, kScores / 2>>>(device.data, kFactor);
+  const std::vector<float> capped = device.host();
+  for (int i = 0; i < kScores; ++i) {
+    const double expected = std::tanh(double{scores[i]} * kFactor);
+    test::check(std::isnan(scores[i]) ? std::isnan(capped[i]) : std::fabs(capped[i] - expected) < 5e-7,
+                "cap of " + std::to_string(scores[i]) + ": " + std::to_string(capped[i]));
+  }
+}
+
 int main() {
   test::require_hopper();
   std::mt19937 generator(1);
@@ -104,5 +128,6 @@ int main() {
   first[10] = kKeys;  // and begins after its end
   // No sink, one that is little, about as much as the scores, and so much that the scores vanish beside it.
   for (float sink : {-INFINITY, -100.f, 5.f, 1000.f}) check_sink(scores, first, end, sink);
+  check_cap();
   return test::finish("softmax");
 }
