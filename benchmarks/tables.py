@@ -301,13 +301,30 @@ def support_block() -> str | None:
     return "\n".join(lines)
 
 
+def option_block() -> str | None:
+    """The head dims at which the kernels have an option, from flash_attn_ext/limits.py."""
+    from flash_attn_ext.limits import OPTIONS, TABLE, has_option
+
+    if not TABLE:
+        return None
+    names = {"dlse": "a loss that uses lse"}
+    lines = ["| option | forward | backward |", "|---|---|---|"]
+    for option in OPTIONS:
+        cells = [names.get(option, f"`{option}`")]
+        for which in ("forward", "backward"):
+            have = [str(row["head_dim"]) for row in TABLE if row[which] and has_option(option, which, row["head_dim"])]
+            cells.append(", ".join(have) or "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def reference_block() -> str:
     """The public functions, those that most need first."""
     import api_reference
 
     import flash_attn_ext
 
-    first = ["flash_attn_func", "forward", "backward", "supported", "is_available", "explain"]
+    first = ["flash_attn_func", "flash_attn_varlen_func", "forward", "backward", "supported", "is_available", "explain"]
     names = [name for name in flash_attn_ext.__all__ if callable(getattr(flash_attn_ext, name))]
     return api_reference.reference(
         [getattr(flash_attn_ext, name) for name in [*first, *(name for name in names if name not in first)]]
@@ -316,7 +333,12 @@ def reference_block() -> str:
 
 # document -> marker -> the function that writes what stands between the markers, or None where it cannot know
 BLOCKS = {
-    ROOT / "README.md": {"standing": standing_block, "support-table": support_block, "speed-table": readme_block},
+    ROOT / "README.md": {
+        "standing": standing_block,
+        "support-table": support_block,
+        "option-table": option_block,
+        "speed-table": readme_block,
+    },
     ROOT / "docs" / "api.md": {"reference": reference_block},
     ROOT / "docs" / "head-dims.md": {"support-table": support_block},
     ROOT / "docs" / "performance.md": {"speed-table": full_block},

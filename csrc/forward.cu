@@ -1,13 +1,14 @@
 // Attention forward for Hopper: O = softmax(scale * Q K^T) V and its log-sum-exp.
 //
 // FlashAttention-3 (Shah et al. 2024), sections 3.1 and 3.2. A thread block keeps 64 query rows per consumer warpgroup
-// and walks the KV blocks from the last to the first. Roles: of warpgroup 0, the producer, one thread takes work items
-// and copies their K and V blocks into two rings, and one thread copies Q; each other warpgroup, a consumer, multiplies
-// and does the softmax of its own rows. Thread blocks are persistent: they take item after item (tile/schedule.h), and
-// the producer is already at the next item while the consumers finish this one. docs/forward.md has the barriers, the
-// layout of shared memory and the cycle budget.
+// and walks the KV blocks that they see from the last to the first. Roles: of warpgroup 0, the producer, one thread
+// finds work items, one copies their K and V blocks into two rings, and one copies Q; each other warpgroup, a consumer,
+// multiplies and does the softmax of its own rows. Thread blocks are persistent: they take item after item
+// (tile/schedule.h), and the producer is already at the next item while the consumers finish this one. docs/forward.md
+// has the barriers, the layout of shared memory and the cycle budget.
 
 #include <algorithm>
+#include <cmath>
 #include <cuda/ptx>
 #include <stdexcept>
 #include <string>
@@ -36,9 +37,10 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------------- config
 
-template <int kRow, class Type>
+template <int kRow, class Type, bool kCapped = false>
 struct ForwardConfig {
   using T = Type;
+  static constexpr bool kSoftcap = kCapped;
   static constexpr ForwardPlan kPlan = kLimits[kRow].forward;
   static constexpr int kHeadDim = kLimits[kRow].head_dim;
   static constexpr int kBlockQ = kPlan.block_q;
@@ -47,9 +49,10 @@ struct ForwardConfig {
   static constexpr int kConsumers = kPlan.consumers();
   static constexpr int kThreads = 128 * (1 + kConsumers);
 
-  // The SM's 65536 registers, shared out by setmaxnreg in multiples of 8: 24 + 2 * 240 <= 504, 32 + 3 * 160 = 512.
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+  // The SM's 65536 registers, shared out by setmaxnreg in multiples of 8: 40 + 2 * 232 = 504, 32 + 3 * 160 = 512.
+  // With two consumers the kernel starts with 168 a thread, 504 of the 512; the producer's threads need more than 24.
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 
   // With a buffer of its own, O leaves while V of the next item arrives. Where it does not fit beside Q, K, V and 1 KB
   // of barriers, O leaves through V's.
@@ -66,6 +69,20 @@ struct ForwardConfig {
 };
 
 // ---------------------------------------------------------------------------------------------------- shared memory
+
+// A work item, a block of query rows of a head: what the producer finds out about it for all others.
+struct Item {
+  static constexpr int kNone = -1;
+
+  int head;  // kNone: there are no more items
+  int kv_head;
+  int first_row;   // in the sequence
+  int rows, keys;  // of the sequence: those that are used
+  int stored;      // rows that the sequence has room for
+  Range blocks;    // of keys: those that some of the item's rows see
+  Origin q, kv, out;
+  int64_t first_lse;  // of the sequence's rows
+};
 
 template <class Config>
 struct ForwardSmem {
@@ -86,9 +103,10 @@ struct ForwardSmem {
   KvRing k_ring;
   KvRing v_ring;
   Ring<1> q_ring[kConsumers];  // of each consumer; empty: its last Q K^T of the item is done
-  Ring<1> item_ring;           // KV loader -> Q loader and consumers: the number of the next item
-  int item_index;
-  uint64_t out_left;  // consumers -> KV loader: O has left V's buffers (without an own buffer)
+  Ring<2> item_ring;           // scheduler -> loaders and consumers; empty: the item is done
+  Item items[2];
+  uint64_t next_item;  // KV loader -> scheduler: the item's last K is requested
+  uint64_t out_left;   // consumers -> KV loader: O has left V's buffers (without an own buffer)
 
   __device__ QTile& out(int consumer) {
     if constexpr (Config::kOwnOutBuffer) {
@@ -107,26 +125,16 @@ constexpr int kVDoneBarrier = 7;  // no consumer multiplies with V any more
 struct ForwardArguments {
   CUtensorMap q, k, v, out;
   float* lse;
+  const float* sinks;  // of each head; null: none
   int* item_counter;
   Schedule schedule;
   Sequences sequences;
   int heads, heads_per_kv_head;
-  float scale_log2;
+  float scale_log2;  // with softcap: of the capped scores, which are at most 1
+  float cap_log2;    // softmax_scale / softcap * 2 * log2(e)
 };
 
-// A work item: a block of query rows of a head, and how many KV blocks they see.
-template <class Config>
-struct Item {
-  int sequence, head, first_row, blocks;
-
-  __device__ __forceinline__ Item(const ForwardArguments& args, int index) {
-    const WorkItem item = args.schedule.item(index);
-    sequence = item.sequence;
-    head = item.head;
-    first_row = item.block * Config::kBlockQ;
-    blocks = args.sequences.at(sequence).blocks(first_row, Config::kBlockQ, Config::kBlockKv).end;
-  }
-};
+// --------------------------------------------------------------------------------------------------------- producer
 
 // The first item is the thread block's own number, the others are claimed. After the last claim of the launch, the
 // items()-th (each thread block's last one fails), the counter is 0 again for the next launch.
@@ -136,60 +144,95 @@ __device__ __forceinline__ int claim_item(const ForwardArguments& args) {
   return gridDim.x + claimed;
 }
 
-// --------------------------------------------------------------------------------------------------------- producer
+// Finds the item with this number; false if that is a hole among the blocks of packed sequences.
+template <class Config>
+__device__ __forceinline__ bool find_item(const ForwardArguments& args, int index, Item& item) {
+  const Sequences& sequences = args.sequences;
+  const WorkItem work = args.schedule.item(index);
+  const Block at = sequences.is_packed() ? sequences.locate_packed(work.block, work.head, Config::kBlockQ)
+                                         : Block{work.sequence, work.head, work.block};
+  const int first_row = at.index * Config::kBlockQ, stored = sequences.stored_rows(at.sequence);
+  if (at.index < 0 || at.index > (stored - 1) / Config::kBlockQ || stored == 0) return false;
+
+  const Sequence sequence = sequences.at(at.sequence);
+  item.head = at.head;
+  item.kv_head = quotient(at.head, args.heads_per_kv_head);
+  item.first_row = first_row;
+  item.rows = sequence.rows;
+  item.keys = sequence.keys;
+  item.stored = stored;
+  item.blocks = sequence.blocks(first_row, Config::kBlockQ, Config::kBlockKv);
+  item.q = sequences.origin_of_used(at.sequence);
+  item.kv = sequences.transposed().origin_of_used(at.sequence);
+  item.out = sequences.origin_of_stored(at.sequence);
+  item.first_lse = sequences.first_value(at.sequence, at.head, args.heads);
+  return true;
+}
+
+// An item is claimed when the last K of the one before has been requested: as late as its latency stays hidden.
+template <class Config>
+__device__ __forceinline__ void find_items(const ForwardArguments& args, ForwardSmem<Config>& smem) {
+  int index = blockIdx.x;
+  for (RingPosition<2> item_at;; item_at.next()) {
+    smem.item_ring.wait_empty(item_at);
+    Item& item = smem.items[item_at.stage];
+    while (index < args.schedule.items() && !find_item<Config>(args, index, item)) index = claim_item(args);
+    const bool found = index < args.schedule.items();
+    if (!found) item.head = Item::kNone;
+    smem.item_ring.end_fill(item_at);
+    if (!found) break;
+    wait_phase(&smem.next_item, item_at.stage);
+    index = claim_item(args);
+  }
+}
 
 // K runs one block ahead of V, because the consumers multiply Q K^T of a block before P V of the block before it.
 template <class Config>
 __device__ __forceinline__ void load_kv(const ForwardArguments& args, ForwardSmem<Config>& smem) {
   using Smem = ForwardSmem<Config>;
   RingPosition<Config::kStages> k_at, v_at;
-  RingPosition<1> item_at;
-  for (int index = blockIdx.x;; item_at.next()) {
-    smem.item_ring.wait_empty(item_at);
-    smem.item_index = index;
-    smem.item_ring.end_fill(item_at);
-    if (index >= args.schedule.items()) break;
+  for (RingPosition<2> item_at;; item_at.next()) {
+    smem.item_ring.wait_full(item_at);
+    const Item& item = smem.items[item_at.stage];
+    if (item.head == Item::kNone) break;
 
-    const Item<Config> item(args, index);
-    const int kv_head = quotient(item.head, args.heads_per_kv_head);
-    const Place place = args.sequences.place(item.sequence);
     const auto load = [&](typename Smem::KvTile& to, const CUtensorMap& from, int block, uint64_t* full) {
-      load_tile(to, from, place.key + block * Config::kBlockKv, kv_head, place.batch, full);
+      load_tile(to, from, item.kv, block * Config::kBlockKv, item.kv_head, full);
     };
-    for (int block = item.blocks - 1; block >= -1; --block) {
-      if (block >= 0) {
+    const auto [begin, end] = item.blocks;
+    for (int block = end - 1; block >= begin - 1; --block) {
+      if (block >= begin) {
         load(smem.k[k_at.stage], args.k, block, smem.k_ring.begin_fill(k_at, Smem::KvTile::kBytes));
         k_at.next();
       } else {
-        index = claim_item(args);  // as late as its latency stays hidden behind the wait for the last V
+        cuda::ptx::mbarrier_arrive(&smem.next_item);
       }
-      if (!Config::kOwnOutBuffer && block == (item.blocks > 0 ? item.blocks : 1) - 2) {
+      if (!Config::kOwnOutBuffer && block == (begin < end ? end : begin + 1) - 2) {
         wait_phase(&smem.out_left,
-                   item_at.phase ^ 1);  // O of the item before; once an item, or a phase would be missed
+                   item_at.stage ^ 1);  // O of the item before; once an item, or a phase would be missed
       }
-      if (block + 1 < item.blocks) {
+      if (block + 1 < end) {
         load(smem.v[v_at.stage], args.v, block + 1, smem.v_ring.begin_fill(v_at, Smem::KvTile::kBytes));
         v_at.next();
       }
     }
+    smem.item_ring.release(item_at);
   }
 }
 
 template <class Config>
 __device__ __forceinline__ void load_q(const ForwardArguments& args, ForwardSmem<Config>& smem) {
   using Smem = ForwardSmem<Config>;
-  for (RingPosition<1> item_at;; item_at.next()) {
+  RingPosition<1> q_at;
+  for (RingPosition<2> item_at;; item_at.next(), q_at.next()) {
     smem.item_ring.wait_full(item_at);
-    const int index = smem.item_index;
-    smem.item_ring.release(item_at);
-    if (index >= args.schedule.items()) break;
-
-    const Item<Config> item(args, index);
-    const Place place = args.sequences.place(item.sequence);
+    const Item& item = smem.items[item_at.stage];
+    if (item.head == Item::kNone) break;
     for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
-      uint64_t* full = smem.q_ring[consumer].begin_fill(item_at, Smem::QTile::kBytes);
-      load_tile(smem.q[consumer], args.q, place.row + item.first_row + 64 * consumer, item.head, place.batch, full);
+      uint64_t* full = smem.q_ring[consumer].begin_fill(q_at, Smem::QTile::kBytes);
+      load_tile(smem.q[consumer], args.q, item.q, item.first_row + 64 * consumer, item.head, full);
     }
+    smem.item_ring.release(item_at);
   }
 }
 
@@ -209,7 +252,7 @@ struct Consumer {
   const KMajor<typename Smem::KvTile> k;
   const MnMajor<typename Smem::KvTile> v;
   RingPosition<Config::kStages> k_at, v_at;
-  RingPosition<1> item_at;  // Q's as well: one Q an item
+  RingPosition<2> item_at;
 
   float out[kHeadDim / 2];
   float scores[kBlockKv / 2];
@@ -218,13 +261,16 @@ struct Consumer {
   __device__ __forceinline__ Consumer(const ForwardArguments& args, Smem& smem, int index)
       : args(args), smem(smem), index(index), q(smem.q[index]), k(smem.k[0]), v(smem.v[0]) {}
 
+  // One Q an item.
+  __device__ __forceinline__ RingPosition<1> q_at() const { return {0, static_cast<uint32_t>(item_at.stage)}; }
+
   // The first kColumns columns of the scores.
   template <int kColumns>
   __device__ __forceinline__ auto& first_scores() {
     return reinterpret_cast<float (&)[kColumns / 2]>(scores);
   }
 
-  __device__ __forceinline__ void release_q() { smem.q_ring[index].release(item_at); }
+  __device__ __forceinline__ void release_q() { smem.q_ring[index].release(q_at()); }
   __device__ __forceinline__ void release_k() {
     smem.k_ring.release(k_at);
     k_at.next();
@@ -245,18 +291,43 @@ struct Consumer {
     }
   }
 
+  __device__ __forceinline__ const Item& item() const { return smem.items[item_at.stage]; }
+
+  // Through a shuffle, so that the compiler knows the number, and the loops that depend on it, to be the warp's.
+  static __device__ __forceinline__ int same(int number) { return __shfl_sync(~0u, number, 0); }
+
+  __device__ __forceinline__ Sequence own_sequence() const {
+    return {same(item().rows), same(item().keys), args.sequences.each.left, args.sequences.each.right};
+  }
+  __device__ __forceinline__ int own_first_row() const { return same(item().first_row) + 64 * index; }
+
+  // The blocks that need no mask. What rows past the end see is never stored.
+  __device__ __forceinline__ Range full_blocks(const Sequence& sequence, int first_row) {
+    return sequence.full_blocks(first_row, min(64, sequence.rows - first_row), kBlockKv);
+  }
+
+  // Masks the edges that the block has.
   template <int kRegisters>
-  __device__ __forceinline__ void mask(float (&part)[kRegisters], const Sequence& sequence, int first_row, int block) {
-    const int row = first_row + own_row();
-    const int end[2] = {sequence.end_key(row) - block * kBlockKv, sequence.end_key(row + 8) - block * kBlockKv};
-    mask_from(part, end);
+  __device__ __forceinline__ void mask(float (&part)[kRegisters], int block) {
+    const Sequence sequence = own_sequence();  // from shared memory again, since no registers are left to keep it
+    const int first_row = own_first_row();
+    const Range full = full_blocks(sequence, first_row);
+    const int row = first_row + own_row(), first_key = block * kBlockKv;
+    if (block >= full.end) {
+      const int end[2] = {sequence.end_key(row) - first_key, sequence.end_key(row + 8) - first_key};
+      mask_from(part, end);
+    }
+    if (block < full.begin) {
+      const int first[2] = {sequence.first_key(row) - first_key, sequence.first_key(row + 8) - first_key};
+      mask_before(part, first);
+    }
   }
 
   // A block that rows of other consumers see, but none of this one's.
-  __device__ __forceinline__ void skip_block(int block) {
+  __device__ __forceinline__ void skip_block(bool has_turn) {
     smem.k_ring.wait_full(k_at);
     release_k();
-    if (block > 0) {
+    if (has_turn) {
       await_turn();
       pass_turn();
     }
@@ -266,16 +337,16 @@ struct Consumer {
 
   // The item's first block has no P V to hide its softmax behind. Of its keys only the first kColumns are seen.
   template <int kColumns>
-  __device__ __forceinline__ void first_block(OnlineSoftmax& softmax, const Sequence& sequence, int first_row,
-                                              int block, bool masked) {
+  __device__ __forceinline__ void first_block(OnlineSoftmax& softmax, int block, bool last) {
     auto& seen = first_scores<kColumns>();
     float rescale[2];
     smem.k_ring.wait_full(k_at);
     product_ss(seen, q, k.at(k_at.stage));
     ptx::wgmma_wait_group<0>(seen);
     release_k();
-    if (block == 0) release_q();
-    if (masked) mask(seen, sequence, first_row, block);
+    if (last) release_q();
+    if constexpr (Config::kSoftcap) cap(seen, args.cap_log2);
+    mask(seen, block);
     softmax.update(seen, rescale);
 #pragma unroll
     for (int i = kColumns / 2; i < kBlockKv / 2; ++i) scores[i] = 0.f;
@@ -284,8 +355,7 @@ struct Consumer {
 
   // S = Q K^T of this block is issued before O += P V of the one before it: the softmax of S runs under P V.
   template <bool kMasked>
-  __device__ __forceinline__ void next_block(OnlineSoftmax& softmax, const Sequence& sequence, int first_row,
-                                             int block) {
+  __device__ __forceinline__ void next_block(OnlineSoftmax& softmax, int block, bool last) {
     float rescale[2];
     smem.k_ring.wait_full(k_at);
     await_turn();
@@ -295,8 +365,9 @@ struct Consumer {
     pass_turn();
     ptx::wgmma_wait_group<1>(scores);
     release_k();
-    if (block == 0) release_q();
-    if constexpr (kMasked) mask(scores, sequence, first_row, block);
+    if (last) release_q();
+    if constexpr (Config::kSoftcap) cap(scores, args.cap_log2);
+    if constexpr (kMasked) mask(scores, block);
     const bool grew = softmax.update(scores, rescale);
     ptx::wgmma_wait_group<0>(out);
     release_v();
@@ -315,9 +386,14 @@ struct Consumer {
   }
 
   // O / sum leaves through shared memory by TMA, which clips the rows past the end; lse leaves from registers.
-  __device__ __forceinline__ void store(OnlineSoftmax& softmax, const Item<Config>& item, int first_row) {
+  __device__ __forceinline__ void store(OnlineSoftmax& softmax) {
+    const Item& item = this->item();
+    const int first_row = own_first_row();
+    const float sink_log2 = args.sinks != nullptr ? args.sinks[item.head] * kLog2E : -INFINITY;
     float row_scale[2], lse[2];
-    softmax.finish(row_scale, lse);
+    softmax.finish(sink_log2, row_scale, lse);
+    const int row = first_row + own_row();
+    if (first_row + 64 > item.rows && item.rows < item.stored) zero_unused(row, item.rows, row_scale, lse);
 
     const bool leader = threadIdx.x % 128 == 0;
     if constexpr (Config::kOwnOutBuffer) {  // the item before has left it
@@ -330,8 +406,7 @@ struct Consumer {
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     ptx::bar_sync(kOutBarrier + index, 128);
     if (leader) {
-      const Place place = args.sequences.place(item.sequence);
-      store_tile(args.out, smem.out(index), place.row + first_row, item.head, place.batch);
+      store_tile(args.out, smem.out(index), item.out, first_row, item.head);
       cuda::ptx::cp_async_bulk_commit_group();
       if constexpr (!Config::kOwnOutBuffer) {
         cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
@@ -339,48 +414,68 @@ struct Consumer {
       }
     }
 
-    const int row = first_row + own_row();
-    const int rows = args.sequences.at(item.sequence).rows;
-    float* head_lse = args.lse + args.sequences.first_value(item.sequence, item.head, args.heads);
+    float* row_lse = args.lse + item.first_lse + row;
     if (own_column() == 0) {
-      if (row < rows) head_lse[row] = lse[0];
-      if (row + 8 < rows) head_lse[row + 8] = lse[1];
+      if (row < item.stored) row_lse[0] = lse[0];
+      if (row + 8 < item.stored) row_lse[8] = lse[1];
     }
   }
 
-  // Through a shuffle, so that the compiler knows the number, and the loops that depend on it, to be the warp's.
-  __device__ __forceinline__ int take_item() {
-    smem.item_ring.wait_full(item_at);
-    const int item_index = __shfl_sync(~0u, smem.item_index, 0);
-    smem.item_ring.release(item_at);
-    return item_index;
+  // Rows that are stored but not used have O 0 and the lse of nothing, whatever their neighbours saw.
+  __device__ __forceinline__ void zero_unused(int row, int rows, float (&row_scale)[2], float (&lse)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (row + 8 * r < rows) continue;
+      row_scale[r] = 0.f;
+      lse[r] = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) {
+        if (fragment_row(i) == r) out[i] = 0.f;
+      }
+    }
   }
 
-  __device__ __forceinline__ void run(const Item<Config>& item) {
-    const Sequence sequence = args.sequences.at(item.sequence);
-    const int first_row = item.first_row + 64 * index;
-    const int own_blocks = sequence.blocks(first_row, 64, kBlockKv).end;
-    const int full_blocks = sequence.full_blocks(first_row, 1, kBlockKv).end;  // no later row sees less
+  // False: there are no more items.
+  __device__ __forceinline__ bool run() {
+    smem.item_ring.wait_full(item_at);
+    if (same(item().head) == Item::kNone) return false;
+    const Sequence sequence = own_sequence();
+    const int first_row = own_first_row();
+    const int lowest = same(item().blocks.begin);
+    const Range own = sequence.blocks(first_row, 64, kBlockKv);
+    const Range full = full_blocks(sequence, first_row);
+    const bool sees = own.begin < own.end;
     OnlineSoftmax softmax(args.scale_log2);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.f;
 
-    smem.q_ring[index].wait_full(item_at);
-    int block = item.blocks - 1;
-    for (; block >= own_blocks; --block) skip_block(block);
-    if (own_blocks == 0) release_q();
-    if (block >= 0) {
+    smem.q_ring[index].wait_full(q_at());
+    int block = same(item().blocks.end) - 1;
+    for (; block >= (sees ? own.end : lowest); --block) skip_block(sees || block > lowest);
+    if (sees) {
       const bool half = sequence.seen(first_row, 64).end <= block * kBlockKv + kBlockKv / 2;
       if (Config::kHalfFirstBlock && half) {
-        first_block<Config::kHalfFirstBlock ? kBlockKv / 2 : kBlockKv>(softmax, sequence, first_row, block, true);
+        first_block<Config::kHalfFirstBlock ? kBlockKv / 2 : kBlockKv>(softmax, block, block == own.begin);
       } else {
-        first_block<kBlockKv>(softmax, sequence, first_row, block, block >= full_blocks);
+        first_block<kBlockKv>(softmax, block, block == own.begin);
       }
+      // Masked blocks, those that need no mask, and masked ones again at the window's other edge. As two loops in a
+      // third they need more registers than there are (C7511 at head dim 64).
+      for (--block; block >= max(full.end, own.begin); --block) {
+        next_block<true>(softmax, block, block == own.begin);
+      }
+      for (; block >= full.begin; --block) next_block<false>(softmax, block, block == own.begin);
+      for (; block >= own.begin; --block) next_block<true>(softmax, block, block == own.begin);
+      last_output();
+      for (const int last = same(item().blocks.begin); block >= last; --block) skip_block(true);
+    } else {
+      release_q();
     }
-    for (--block; block >= full_blocks; --block) next_block<true>(softmax, sequence, first_row, block);
-    for (; block >= 0; --block) next_block<false>(softmax, sequence, first_row, block);
-    if (own_blocks > 0) last_output();
-    store(softmax, item, first_row);
+    store(softmax);
+    __syncwarp();  // all lanes have read the item
+    smem.item_ring.release(item_at);
+    item_at.next();
+    return true;
   }
 };
 
@@ -398,7 +493,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
     smem.k_ring.init(kConsumerWarps);
     smem.v_ring.init(kConsumerWarps);
     for (auto& ring : smem.q_ring) ring.init(4);
-    smem.item_ring.init(kConsumerWarps + 1);  // and the Q loader
+    smem.item_ring.init(kConsumerWarps + 2);  // and the loaders
+    cuda::ptx::mbarrier_init(&smem.next_item, 1);
     cuda::ptx::mbarrier_init(&smem.out_left, Config::kConsumers);
     cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
     for (const CUtensorMap* map : {&args.q, &args.k, &args.v, &args.out}) ptx::prefetch_tensormap(map);
@@ -409,14 +505,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     if (threadIdx.x == 0) load_kv<Config>(args, smem);
     if (threadIdx.x == 32) load_q<Config>(args, smem);
+    if (threadIdx.x == 64) find_items<Config>(args, smem);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     Consumer<Config> consumer(args, smem, warpgroup - 1);
     if (consumer.index == Config::kConsumers - 1) consumer.pass_turn();  // the first turn is consumer 0's
-    for (;; consumer.item_at.next()) {
-      const int item_index = consumer.take_item();
-      if (item_index >= args.schedule.items()) break;
-      consumer.run(Item<Config>(args, item_index));
+    while (consumer.run()) {
     }
     if (consumer.index == 0) consumer.await_turn();  // takes the last turn, so that no barrier is left half full
     if (threadIdx.x % 128 == 0) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
@@ -430,18 +524,23 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
   using Smem = ForwardSmem<Config>;
   const Problem& problem = params.problem;
   const Shape q_shape = problem.q_shape(), k_shape = problem.k_shape();
+  const Sequences sequences = problem.sequences();
+  const bool q_is_ragged = sequences.is_ragged(), k_is_ragged = sequences.transposed().is_ragged();
 
   ForwardArguments args;
-  args.q = make_tensor_map<typename Smem::QTile>("q", params.q, q_shape);
-  args.k = make_tensor_map<typename Smem::KvTile>("k", params.k, k_shape);
-  args.v = make_tensor_map<typename Smem::KvTile>("v", params.v, k_shape);
-  args.out = make_tensor_map<typename Smem::QTile>("out", params.out, q_shape);
+  args.q = make_sequence_map<typename Smem::QTile>("q", params.q, q_shape, q_is_ragged);
+  args.k = make_sequence_map<typename Smem::KvTile>("k", params.k, k_shape, k_is_ragged);
+  args.v = make_sequence_map<typename Smem::KvTile>("v", params.v, k_shape, k_is_ragged);
+  args.out = make_sequence_map<typename Smem::QTile>("out", params.out, q_shape, q_is_ragged);
   args.lse = params.lse;
+  args.sinks = params.sinks;
   args.item_counter = params.item_counter;
-  args.sequences = problem.sequences();
+  args.sequences = sequences;
   args.heads = static_cast<int>(problem.heads);
   args.heads_per_kv_head = problem.heads_per_kv_head();
-  args.scale_log2 = problem.softmax_scale() * kLog2E;
+  const auto softcap = static_cast<float>(problem.options.softcap);
+  args.scale_log2 = (Config::kSoftcap ? softcap : problem.softmax_scale()) * kLog2E;
+  args.cap_log2 = Config::kSoftcap ? problem.softmax_scale() / softcap * 2 * kLog2E : 0.f;
   args.schedule = forward_schedule(problem, Config::kPlan);
 
   constexpr int kBytes = sizeof(Smem);
@@ -455,12 +554,19 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
 }  // namespace
 
 void launch_forward(const ForwardParams& params, cudaStream_t stream) {
+  const auto launch_type = [&]<std::size_t row, bool kSoftcap>() {
+    if (params.problem.dtype == DType::kFloat16) {
+      launch<ForwardConfig<row, __half, kSoftcap>>(params, stream);
+    } else {
+      launch<ForwardConfig<row, __nv_bfloat16, kSoftcap>>(params, stream);
+    }
+  };
   const bool found = with_limits(params.problem.head_dim, [&]<std::size_t row>() {
     if constexpr (kLimits[row].forward.built()) {
-      if (params.problem.dtype == DType::kFloat16) {
-        launch<ForwardConfig<row, __half>>(params, stream);
+      if (params.problem.options.softcap == 0) {
+        launch_type.template operator()<row, false>();
       } else {
-        launch<ForwardConfig<row, __nv_bfloat16>>(params, stream);
+        launch_type.template operator()<row, true>();
       }
     }
   });

@@ -18,6 +18,7 @@ struct Strides {
 };
 
 // A (batch, seqlen, heads, head_dim) tensor of the problem's type, 16-byte aligned. What a pass takes is only read.
+// Packed sequences are one batch.
 struct Tensor {
   void* data;
   Strides strides;
@@ -27,14 +28,16 @@ struct ForwardParams {
   Problem problem;
   Tensor q, k, v;
   Tensor out;
-  float* lse;         // (batch, heads, seqlen_q), contiguous; natural logarithm
-  int* item_counter;  // 0 when the kernel starts, and 0 again when it is done; used by one launch at a time
+  float* lse;          // (batch, heads, seqlen_q), packed (heads, seqlen_q), contiguous; natural logarithm
+  const float* sinks;  // (heads,): a logit that joins each row's sum of exponentials, and no value; null: none
+  int* item_counter;   // 0 when the kernel starts, and 0 again when it is done; used by one launch at a time
 };
 
 struct BackwardParams {
   Problem problem;
   Tensor dout, q, k, v, out;
-  const float* lse;   // (batch, heads, seqlen_q), contiguous; natural logarithm; -inf: the row saw nothing
+  const float* lse;   // (batch, heads, seqlen_q), packed (heads, seqlen_q), contiguous; -inf: the row saw nothing
+  const float* dlse;  // like lse: the loss's gradient by it, not read in rows that saw nothing; null: zeros
   Tensor dq, dk, dv;  // data is null: not needed
   void* workspace;    // backward_workspace_bytes(), 16-byte aligned; what it holds does not matter
 };

@@ -1,6 +1,8 @@
 // How a call's work is ordered, for each pass: plain functions of sizes, which the launches and the tests call alike.
 #pragma once
 
+#include <stdexcept>
+
 #include "limits.h"
 #include "problem.h"
 #include "tile/schedule.h"
@@ -16,17 +18,24 @@ inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan
   const Sequences sequences = problem.sequences();
   const int heads = static_cast<int>(problem.heads);
   check_counts({sequences.block_count(heads, plan.block_q)});
+  // Packed sequences are taken as one, since their lengths are not known here: from the last block to the first. Under
+  // a causal mask a costly block has all its sequence's cheaper ones behind it, which even out what it leaves.
+  const bool packed = sequences.is_packed();
   return {.blocks = sequences.blocks_each(plan.block_q),
           .heads = heads,
           .first_pair = 0,
-          .pairs = sequences.count * heads,
+          .pairs = (packed ? 1 : sequences.count) * heads,
           .section = Schedule::section_pairs(2 * problem.seqlen_k * problem.head_dim * kElementBytes,
                                              problem.heads_per_kv_head(), kL2Bytes),
-          .by_cost = problem.options.causal};
+          .by_cost =
+              packed || sequences.each.right != Sequence::kUnbounded};  // later rows see more, until a window is full
 }
 
 // Without rows that see nothing: what dO has there, NaN too, must not reach dK and dV.
-inline Sequences backward_sequences(const Problem& problem) { return problem.sequences().without_unseeing_rows(); }
+inline Sequences backward_sequences(const Problem& problem) {
+  if (problem.lengths.any()) throw std::runtime_error("the backward does not take sequences of several lengths");
+  return problem.sequences().without_unseeing_rows();
+}
 
 // Blocks of keys. They read Q and dO of each query head, and add to its float32 dQ. Sections are smaller where an item
 // has one query head, which was measured to be better (docs/tuning.md).

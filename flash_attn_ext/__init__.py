@@ -7,6 +7,9 @@ from .interface import (
     backward,
     explain,
     flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_qkvpacked_func,
     forward,
 )
 from .limits import is_available, supported
@@ -18,6 +21,9 @@ __all__ = [
     "backward",
     "explain",
     "flash_attn_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_qkvpacked_func",
     "forward",
     "is_available",
     "supported",

@@ -17,6 +17,9 @@ def flash_attn_func(
     softmax_scale: float | None = None,
     causal: bool = False,
     *others,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
     **others_by_name,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -34,6 +37,11 @@ def flash_attn_func(
         softmax_scale: factor of the scores before the softmax, finite and > 0. Default: 1/sqrt(head_dim).
         causal: query i sees key j iff j <= i + seqlen_k - seqlen_q: the mask is aligned to the bottom right, so that
             the last query sees every key.
+        window_size: (left, right): query i sees key j only if i + seqlen_k - seqlen_q - left <= j <= i + seqlen_k -
+            seqlen_q + right. -1 is unbounded; causal=True sets right to 0.
+        softcap: scores become softcap * tanh(score / softcap) before the mask, where it is not 0.
+        sinks: (heads,), of any floating-point type: a logit for each head that joins the sum of the softmax, and no
+            value: it takes weight from the keys that a query sees.
         return_lse: also return lse.
         others, others_by_name: arguments that only FlashAttention-2, FlashAttention-3 or SDPA have. What asks for
             nothing passes, as dropout_p=0.0 and num_splits=1; the rest is refused by name. return_attn_probs=True is
@@ -42,8 +50,7 @@ def flash_attn_func(
     Returns:
         out: shape, dtype and strides of torch.empty_like(q). Rows that see no key are 0.
         lse, if return_lse: (batch, heads, seqlen_q), float32: natural logarithm of the sum of exp(score) of each row,
-            -inf for rows that see no key. It has no gradient yet: a loss that uses it raises in its backward, unless
-            it uses lse.detach().
+            with exp(sink) in it. Rows that see no key have -inf, or the sink. It is differentiable like out.
 
     On CUDA the inputs are read where they lie if their last stride is 1 and their address and other strides are
     multiples of 16 bytes and not 0: (batch, heads, seqlen, head_dim) memory and slices of a packed qkv are. Other
@@ -56,10 +63,11 @@ def flash_attn_func(
     Raises:
         TypeError: an argument is not a tensor, a number or a bool where it must be, is sparse or nested, or has no
             place here by its position or name.
-        ValueError: shapes, dtypes, devices or softmax_scale do not fit, the head_dim has no kernel, an input requires
-            grad and the head_dim has no backward kernel, or another function's argument asks for something. `explain`
-            gives the text without making the call.
-        NotImplementedError: torch.func differentiates the call (grad, vjp, jvp); in the backward, if a loss uses lse.
+        ValueError: shapes, dtypes, devices or an option's value do not fit, the head_dim has no kernel or its kernel
+            does not have an option, an input requires grad and the backward kernel is not there or does not have it, or
+            another function's argument asks for something. `explain` gives the text without making the call. In the
+            backward on a GPU, if a loss uses lse and the kernel has no gradient of it.
+        NotImplementedError: torch.func differentiates the call (grad, vjp, jvp).
         RuntimeError: CUDA tensors on a GPU that is not a Hopper, or in an installation without the GPU kernels; in the
             backward on a GPU, if q needs a gradient under torch.use_deterministic_algorithms(True).
     """
@@ -67,8 +75,122 @@ def flash_attn_func(
         if refusal := keywords.refusal(others, others_by_name):
             raise refusal
         return_lse = return_lse or others_by_name.get("return_attn_probs", False)
-    out, lse = forward(q, k, v, softmax_scale, causal)
+    out, lse = _attend(q, k, v, Options.of(softmax_scale, causal, window_size, softcap, sinks))
     return (out, lse) if return_lse else out
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor = None,
+    k: torch.Tensor = None,
+    v: torch.Tensor = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *others,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+    **others_by_name,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`flash_attn_func` on sequences of several lengths, packed one after the other. A query sees keys of its own
+    sequence only.
+
+    Args:
+        q: (total_q, heads, head_dim). dtypes as in `flash_attn_func`.
+        k, v: (total_k, kv_heads, head_dim).
+        cu_seqlens_q: (sequences + 1,), int32, contiguous, on q's device: sequence i is the rows cu_seqlens_q[i] to
+            cu_seqlens_q[i + 1] of q. It begins with 0 and never falls; sequences may be empty. Rows after the last
+            sequence belong to none. None: q is dense, (batch, seqlen_q, heads, head_dim), a sequence for each batch.
+        cu_seqlens_k: the same of k and v.
+        max_seqlen_q, max_seqlen_k: accepted for FlashAttention's sake, and not needed.
+        seqused_q, seqused_k: (sequences,), int32, contiguous, on q's device: how many rows, or keys, of each sequence
+            are used, from its first one on. Default: all.
+        softmax_scale, causal, window_size, softcap, sinks: as in `flash_attn_func`, for each sequence by itself: masks
+            are aligned to the bottom right of what is used of it.
+        return_lse: also return lse.
+        others, others_by_name: as in `flash_attn_func`.
+
+    Returns:
+        out: shape, dtype and strides of torch.empty_like(q). Rows that see no key, are not used or belong to no
+            sequence are 0.
+        lse, if return_lse: (heads, total_q), float32, or (batch, heads, seqlen_q) if q is dense; as in
+            `flash_attn_func`. -inf for rows that are not used or belong to no sequence.
+
+    Nothing waits for the device to read the lengths. On the CPU values that are out of range are refused; on a GPU they
+    are not seen, and what they leave out or reach twice is unspecified.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, RuntimeError: as `flash_attn_func`, and ValueError if cu_seqlens or
+            seqused do not fit q, k and v.
+    """
+    if others or others_by_name:
+        if refusal := keywords.refusal(others, others_by_name, "flash_attn_varlen_func"):
+            raise refusal
+        return_lse = return_lse or others_by_name.get("return_attn_probs", False)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    out, lse = _attend(q, k, v, Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths))
+    return (out, lse) if return_lse else out
+
+
+def flash_attn_qkvpacked_func(
+    qkv: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    *,
+    num_heads_q: int | None = None,
+    **options,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`flash_attn_func` of q, k and v that are slices of one tensor, as one projection makes them. They are read where
+    they lie.
+
+    Args:
+        qkv: (batch, seqlen, 3, heads, head_dim); with num_heads_q (batch, seqlen, heads + 2 kv_heads, head_dim).
+        num_heads_q: how many of the heads are q's.
+        softmax_scale, causal, options: as in `flash_attn_func`.
+
+    Returns:
+        As `flash_attn_func`.
+
+    Raises:
+        ValueError: qkv has another shape.
+        Others: as `flash_attn_func`.
+    """
+    q, k, v = _unpacked(qkv, 5, num_heads_q)
+    return flash_attn_func(q, k, v, softmax_scale, causal, **options)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int | None = None,
+    *,
+    num_heads_q: int | None = None,
+    **options,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`flash_attn_varlen_func` of q, k and v that are slices of one tensor.
+
+    Args:
+        qkv: (total, 3, heads, head_dim); with num_heads_q (total, heads + 2 kv_heads, head_dim).
+        cu_seqlens: (sequences + 1,), as in `flash_attn_varlen_func`, of q, k and v alike.
+        max_seqlen: accepted, and not needed.
+        num_heads_q: how many of the heads are q's.
+        options: as in `flash_attn_varlen_func`.
+
+    Returns:
+        As `flash_attn_varlen_func`.
+
+    Raises:
+        ValueError: qkv has another shape.
+        Others: as `flash_attn_varlen_func`.
+    """
+    q, k, v = _unpacked(qkv, 4, num_heads_q)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, **options)
 
 
 def forward(
@@ -77,14 +199,18 @@ def forward(
     v: torch.Tensor,
     softmax_scale: float | None = None,
     causal: bool = False,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`flash_attn_func` with return_lse=True: returns (out, lse)."""
-    options = Options(softmax_scale, causal)
-    if is_compiling():
-        return ops.forward(q, k, v, *options)
-    if has_torch_function_variadic(q, k, v):
-        return _forward_by_operator(q, k, v, options)
-    return _forward(q, k, v, options)
+    """`flash_attn_func` or, with lengths, `flash_attn_varlen_func`, with return_lse=True: returns (out, lse)."""
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    return _attend(q, k, v, Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths))
 
 
 def backward(
@@ -96,8 +222,17 @@ def backward(
     lse: torch.Tensor,
     softmax_scale: float | None = None,
     causal: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of `forward`'s out, for code that calls the kernels by itself; autograd calls the same kernel.
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    dlse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of `forward`, for code that calls the kernels by itself; autograd calls the same kernel.
 
     After FlashAttention-2 (Dao 2023, section 3.1.2; on Hopper FlashAttention-3, Shah et al. 2024, appendix B): the
     probabilities are computed again from q, k and lse. On the CPU in PyTorch, with the results of
@@ -108,21 +243,28 @@ def backward(
 
     Args:
         dout: gradient of the loss with respect to out; shape, dtype and device of q. Any strides.
-        q, k, v, softmax_scale, causal: as in `forward`. Autocast casts nothing here.
+        q, k, v, softmax_scale, causal, window_size, softcap, lengths: as in `forward`. Autocast casts nothing here.
         out: shape, dtype and device of q.
-        lse: (batch, heads, seqlen_q), float32, on q's device; natural logarithm, -inf for rows that see no key.
+        lse: (batch, heads, seqlen_q), packed (heads, total_q), float32, on q's device; natural logarithm, -inf for rows
+            that see no key.
+        sinks: as in `forward`, where their gradient is wanted; lse has them in it already.
+        dlse: gradient of the loss with respect to lse, like lse; None: the loss does not use it.
 
     Returns:
         dq, dk, dv: shapes, dtypes and strides of torch.empty_like(q), (k) and (v). Rows that see no key contribute 0.
+        dsinks, if sinks are given: shape and dtype of sinks.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `flash_attn_func`, and ValueError if dout, out or lse do not fit q or
-            the head_dim has no backward kernel.
+        TypeError, ValueError, RuntimeError: as `flash_attn_func`, and ValueError if dout, out, lse or dlse do not fit q
+            or the head_dim has no backward kernel.
     """
-    options = Options(softmax_scale, causal)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths)
     if not is_compiling():
-        refusals.check_arguments(options, dout=dout, q=q, k=k, v=v, out=out, lse=lse)
-    return ops.backward(dout, q, k, v, out, lse, *options.plain())
+        optional = {} if dlse is None else {"dlse": dlse}
+        refusals.check_arguments(options, dout=dout, q=q, k=k, v=v, out=out, lse=lse, **optional)
+    gradients = ops.backward(dout, q, k, v, out, lse, *options.plain(), dlse)
+    return gradients if sinks is not None else gradients[:3]
 
 
 def explain(
@@ -132,14 +274,22 @@ def explain(
     softmax_scale: float | None = None,
     causal: bool = False,
     *others,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
     return_lse: bool = False,
     target: str | None = None,
     **others_by_name,
 ) -> str | None:
     """Why `flash_attn_func` would refuse this call, or None if it would run. Makes no call.
 
-    Takes the arguments of `flash_attn_func`. The text names the argument, its value, what is accepted, and the way out.
-    Where grad mode is on, gradients that the inputs require count too.
+    Takes the arguments of `flash_attn_func`, and by name those of `flash_attn_varlen_func`. The text names the
+    argument, its value, what is accepted, and the way out. Where grad mode is on, gradients that the inputs require
+    count too.
 
     Args:
         target: "hopper" asks what a Hopper GPU would say to these shapes and dtypes. q, k and v may be on any device
@@ -151,10 +301,12 @@ def explain(
     if target not in (None, "hopper"):
         raise ValueError(f'target is {target!r}; it must be "hopper", or None for the device of q, k and v.')
     on_hopper = target == "hopper"
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths)
     refusal = keywords.refusal(others, others_by_name)
-    refusal = refusal or refusals.of_forward(q, k, v, Options(softmax_scale, causal), on_hopper=on_hopper)
+    refusal = refusal or refusals.of_forward(q, k, v, options, on_hopper=on_hopper)
     if refusal is None and torch.is_grad_enabled():
-        refusal = refusals.of_gradients(q, k, v, on_hopper=on_hopper)
+        refusal = refusals.of_gradients(q, k, v, options, on_hopper=on_hopper)
     return str(refusal) if refusal else None
 
 
@@ -165,6 +317,13 @@ def attention_reference(
     softmax_scale: float | None = None,
     causal: bool = False,
     *,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(softmax_scale * q k^T) v, with every score in memory (Vaswani et al. 2017, section 3.2.1).
@@ -172,19 +331,25 @@ def attention_reference(
     Args:
         q: (batch, seqlen_q, heads, head_dim).
         k, v: (batch, seqlen_k, kv_heads, head_dim). Query head h uses key and value head h // (heads // kv_heads).
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k: lengths, as in `flash_attn_varlen_func`.
         softmax_scale: factor of the scores, default 1/sqrt(head_dim).
-        causal: query i sees key j iff j <= i + seqlen_k - seqlen_q (bottom-right aligned).
+        causal, window_size: query i sees key j iff i + seqlen_k - seqlen_q - left <= j <= i + seqlen_k - seqlen_q +
+            right (bottom-right aligned). -1 is unbounded; causal=True sets right to 0.
+        softcap: scores become softcap * tanh(score / softcap) before the mask, where it is not 0.
+        sinks: (heads,): a logit for each head that joins the sum of the softmax, and no value.
         compute_dtype: default float64 for float64 inputs, else float32. The inputs' own low precision gives what plain
             PyTorch attention in that precision would, which is the yardstick for a kernel's error.
 
     Returns:
         out: like q, in q's dtype. Rows that see no key, or only scores of -inf, are 0.
-        lse: (batch, heads, seqlen_q), natural logarithm of the sum of exp(score); float32, or float64 for float64
-            inputs or computations. -inf for the rows whose out is 0.
+        lse: (batch, heads, seqlen_q), natural logarithm of the sum of exp(score), with exp(sink) in it; float32, or
+            float64 for float64 inputs or computations. -inf, or the sink, for the rows whose out is 0.
 
     Both are differentiable; the rows that are 0 contribute no gradient and no NaN.
     """
-    return reference.forward(q, k, v, Options(softmax_scale, causal), compute_dtype)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths)
+    return reference.forward(q, k, v, options, compute_dtype)
 
 
 def attention_reference_backward(
@@ -196,27 +361,60 @@ def attention_reference_backward(
     lse: torch.Tensor,
     softmax_scale: float | None = None,
     causal: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of `attention_reference`'s out from out and lse as they are given (FlashAttention-2, Dao 2023,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    dlse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of `attention_reference` from out and lse as they are given (FlashAttention-2, Dao 2023,
     section 3.1.2), with every score in memory: given those of a longer sequence of keys, of which k and v are a part,
     dk and dv are this part's gradients, and the dq of all parts add up to q's.
 
     Args:
         dout, out: like q.
-        q, k, v, softmax_scale, causal: as in the forward.
+        q, k, v, softmax_scale, causal, window_size, softcap, sinks, lengths: as in the forward.
         lse: (batch, heads, seqlen_q), natural logarithm. Rows of -inf saw nothing and contribute nothing.
+        dlse: gradient of the loss with respect to lse; None: the loss does not use it.
 
     Returns:
-        dq, dk, dv: shapes and dtypes of q, k and v. Computed in float64 for float64 inputs, else in float32.
+        dq, dk, dv, and dsinks if sinks are given: shapes and dtypes of q, k, v and sinks. Computed in float64 for
+        float64 inputs, else in float32.
     """
-    return reference.backward(dout, q, k, v, out, lse, Options(softmax_scale, causal))
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths)
+    return reference.backward(dout, q, k, v, out, lse, options, dlse)
+
+
+def _attend(q, k, v, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
+    if is_compiling():
+        return ops.forward(q, k, v, *options)
+    if has_torch_function_variadic(q, k, v, *options):
+        return _forward_by_operator(q, k, v, options)
+    return _forward(q, k, v, options)
+
+
+def _unpacked(qkv, dims: int, num_heads_q: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v; dims: of a qkv that has them in a dimension of its own."""
+    refusals.check_arguments(Options(), qkv=qkv)
+    if refusal := refusals.of_qkv(qkv, dims, num_heads_q):
+        raise refusal
+    if num_heads_q is None:
+        return qkv.unbind(-3)
+    kv_heads = (qkv.shape[-2] - num_heads_q) // 2
+    return qkv.split([num_heads_q, kv_heads, kv_heads], -2)
 
 
 def _forward_by_operator(q, k, v, options: Options):
     """`forward` without the shortcut of the compiled module."""
     refusals.check_arguments(options, q=q, k=k, v=v)
-    refusals.check_forward_mode(q, k, v)  # these here too: the operator's kernel no longer sees what torch.func does
-    refusals.check_transforms(q, k, v)
+    # These here too: the operator's kernel no longer sees what torch.func does.
+    refusals.check_forward_mode(q, k, v, options)
+    refusals.check_transforms(q, k, v, options)
     return ops.forward(q, k, v, *options.plain())
 
 
@@ -229,7 +427,6 @@ if _C:
         check=refusals.check,
         check_backward=refusals.check_backward,
         check_derivatives=refusals.check_derivatives,
-        refuse_gradient_of_lse=refusals.refuse_gradient_of_lse,
     )
 else:
     _forward = _forward_by_operator

@@ -1,14 +1,23 @@
-"""Arguments of other attention functions: FlashAttention-2's and -3's flash_attn_func, torch's
-scaled_dot_product_attention (SDPA). What asks for nothing passes; the rest is refused by its name, with the way out.
+"""Arguments of other attention functions: FlashAttention-2's and -3's flash_attn_func and flash_attn_varlen_func,
+torch's scaled_dot_product_attention (SDPA). What asks for nothing passes; the rest is refused by its name, with the way
+out.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 
-FLEX = "torch.nn.attention.flex_attention"
+from .refusals import FLEX
+
 SDPA = "torch.nn.functional.scaled_dot_product_attention"
-TAKES = "flash_attn_func takes q, k, v, softmax_scale, causal and, by its name, return_lse"
+POSITIONS = {  # of the functions that look at them
+    "flash_attn_func": "q, k, v, softmax_scale, causal",
+    "flash_attn_varlen_func": "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k",
+}
+BY_NAME = {
+    "flash_attn_func": "window_size, softcap, sinks, return_lse",
+    "flash_attn_varlen_func": "seqused_q, seqused_k, softmax_scale, causal, window_size, softcap, sinks, return_lse",
+}
 LAYOUT = "SDPA's tensors are (batch, heads, seqlen, head_dim), and these must be (batch, seqlen, heads, head_dim)"
 COMING = "A coming version will have it; until then use"
 
@@ -30,8 +39,6 @@ class Keyword(NamedTuple):
 KEYWORDS = {
     # FlashAttention-2 and -3
     "dropout_p": Keyword((0.0,), f"There is no attention dropout: set it to 0 in the model, or use {SDPA}."),
-    "window_size": Keyword(((-1, -1), None), f"{COMING} {FLEX}, or causal=True for (-1, 0)."),
-    "softcap": Keyword((0.0, None), f"{COMING} {FLEX}."),
     "alibi_slopes": Keyword((None,), f"There are no biases: use {FLEX}."),
     "deterministic": Keyword(
         (False,), f"{COMING} {SDPA}. Here out, lse, dk and dv are the same in every run, and the last bits of dq vary."
@@ -45,16 +52,14 @@ KEYWORDS = {
     "num_splits": Keyword((0, 1, None), "The keys of a row are not split: leave it out."),
     "pack_gqa": Keyword((bool, None), "It changes nothing here: leave it out."),
     "sm_margin": Keyword((int,), "It changes nothing here: leave it out."),
-    "sinks": Keyword(
-        (None,),
-        f"{COMING} return_lse=True, and multiply out by sigmoid(lse - sink); to train {FLEX}, likewise, since lse has "
-        "no gradient here yet.",
-    ),
+    "block_table": Keyword((None,), "There is no paged KV cache: use FlashAttention-3."),
+    "s_aux": Keyword((None,), "The name is sinks."),  # of the FlashAttention-3 of vLLM and Transformers
+    "learnable_sink": Keyword((None,), "The name is sinks."),  # FlashAttention-4
     # SDPA
     "query": Keyword((), f"The name is q. {LAYOUT}: q=query.transpose(1, 2)."),
     "key": Keyword((), f"The name is k. {LAYOUT}: k=key.transpose(1, 2)."),
     "value": Keyword((), f"The name is v. {LAYOUT}: v=value.transpose(1, 2)."),
-    "attn_mask": Keyword((None,), f"There are no masks but causal=True: use {SDPA}, or {FLEX}."),
+    "attn_mask": Keyword((None,), f"There are no masks but causal=True and window_size: use {SDPA}, or {FLEX}."),
     "is_causal": Keyword(
         (False,), f"The name is causal: its mask is aligned to the bottom right, SDPA's to the top left. {LAYOUT}."
     ),
@@ -63,22 +68,25 @@ KEYWORDS = {
 }
 
 
-def refusal(positional: tuple, by_name: dict[str, Any]) -> Exception | None:
-    """What is wrong with the arguments of a call that flash_attn_func has no parameters for, or None."""
+def refusal(positional: tuple, by_name: dict[str, Any], function: str = "flash_attn_func") -> Exception | None:
+    """What is wrong with the arguments of a call that the function has no parameters for, or None."""
+    positions, dropout = POSITIONS[function], "fourth" if function == "flash_attn_func" else "eighth"
     if positional:
+        count = len(positions.split())
         return TypeError(
-            f"{5 + len(positional)} arguments by position; flash_attn_func takes 5: q, k, v, softmax_scale, causal. "
-            "FlashAttention-2 has dropout_p in the fourth place, before softmax_scale: pass all but q, k and v by name."
+            f"{count + len(positional)} arguments by position; {function} takes {count}: {positions}. FlashAttention-2 "
+            f"has dropout_p in the {dropout} place, before softmax_scale: pass all but q, k and v by name."
         )
     for name, value in by_name.items():
         keyword = KEYWORDS.get(name)
         if keyword is None:
             return TypeError(
-                f"flash_attn_func has no argument {name}. {TAKES}; also what other attention functions have, where it "
-                f"asks for nothing: {', '.join(name for name, keyword in KEYWORDS.items() if keyword.passes)}."
+                f"{function} has no argument {name}. It takes {positions} and, by name, {BY_NAME[function]}; also what "
+                "other attention functions have, where it asks for nothing: "
+                f"{', '.join(name for name, keyword in KEYWORDS.items() if keyword.passes)}."
             )
         if not keyword.passes:
-            return TypeError(f"flash_attn_func has no argument {name}. {keyword.way_out}")
+            return TypeError(f"{function} has no argument {name}. {keyword.way_out}")
         if not keyword.takes(value):
             shown = type(value).__name__ if isinstance(value, torch.Tensor) else f"{value!r:.60}"
             return ValueError(f"{name} is {shown}; only {keyword.accepted()} is accepted. {keyword.way_out}")

@@ -20,6 +20,20 @@ def _table() -> list[dict]:
 
 
 TABLE = _table()
+
+# The head dims at which the GPU kernels of a pass have an option, by the argument that asks for it; elsewhere such a
+# call is refused before a launch. Which calls need not ask this table: csrc/torch/checks.h.
+EVERY = tuple(row["head_dim"] for row in TABLE)
+NONE = ()
+OPTIONS = {
+    "window_size": {"forward": EVERY, "backward": NONE},
+    "softcap": {"forward": EVERY, "backward": NONE},
+    "sinks": {"forward": EVERY, "backward": NONE},
+    "cu_seqlens": {"forward": EVERY, "backward": NONE},
+    "seqused": {"forward": EVERY, "backward": NONE},
+    "dlse": {"backward": NONE},  # a gradient that flows into lse
+}
+
 GPU_DTYPES = (torch.float16, torch.bfloat16)
 CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts
@@ -32,6 +46,11 @@ def supported() -> dict[str, tuple[int, ...]]:
     have any head dimension.
     """
     return {which: tuple(row["head_dim"] for row in TABLE if row[which]) for which in ("forward", "backward")}
+
+
+def has_option(option: str, which: str, head_dim: int) -> bool:
+    """Whether the GPU kernels of a pass ("forward", "backward") have the option at this head dim."""
+    return head_dim in OPTIONS[option].get(which, EVERY)
 
 
 def is_available(device: torch.device | str | int | None = None) -> bool:

@@ -8,14 +8,21 @@ The compiled module says yes by itself to a call that is plainly fine, and leave
 import torch
 
 from . import limits
-from .options import Options
+from .options import Options, lse_shape
+from .packed import spans
 
 LARGEST_SIZE = 2**30 - 1  # the kernels count rows with an int, with room for one more round past the last
 
-NO_GRADIENT_OF_LSE = (
-    "lse has no gradient yet, and a loss uses it. Ways out: use lse.detach() where it shall have none (under "
-    "torch.compile also where a compiled function returns it), or attention_reference, whose lse has one."
-)
+FLEX = "torch.nn.attention.flex_attention"
+OF_OPTIONS = {  # where the kernels do not have them
+    "window_size": f"use {FLEX}, or causal=True for (-1, 0)",
+    "softcap": f"use {FLEX}",
+    "sinks": "take return_lse=True and multiply out by sigmoid(lse - sink)",
+    "cu_seqlens": "a call for each sequence, or under a causal mask padding on the right, which no earlier row sees",
+    "seqused": "a call for each sequence, of what is used of it",
+    "dlse": "use lse.detach() where it shall have no gradient (under torch.compile also where a compiled function "
+    "returns it)",
+}
 
 NO_SECOND_DERIVATIVE = (
     "attention is once_differentiable: the gradients of flash_attn_func cannot be differentiated again. Ways out: do "
@@ -32,14 +39,14 @@ def check(q, k, v, options: Options, *, on_device: bool = True) -> None:
     _raise(of_forward(q, k, v, options, on_device=on_device))
 
 
-def check_backward(dout, q, k, v, out, lse, options: Options, *, on_device: bool = True) -> None:
+def check_backward(dout, q, k, v, out, lse, options: Options, dlse=None, *, on_device: bool = True) -> None:
     """`check` for a call of `backward`."""
-    _raise(of_backward(dout, q, k, v, out, lse, options, on_device=on_device))
+    _raise(of_backward(dout, q, k, v, out, lse, options, dlse, on_device=on_device))
 
 
 def check_arguments(options: Options, **tensors) -> None:
     """The part of `check` that needs no tensor's properties: the arguments' Python types, and the options' values."""
-    _raise(_of_types(tensors) or options.refusal())
+    _raise(_of_types(tensors | options.tensors()) or options.refusal())
 
 
 def check_derivatives(q, k, v, options: Options) -> None:
@@ -48,21 +55,21 @@ def check_derivatives(q, k, v, options: Options) -> None:
     Says nothing of calls whose values `check` refuses: their turn comes when they run.
     """
     check_arguments(options, q=q, k=k, v=v)
-    check_forward_mode(q, k, v)
-    check_transforms(q, k, v)
+    check_forward_mode(q, k, v, options)
+    check_transforms(q, k, v, options)
     on_device = not torch._C._dispatch_keys(q).has(torch._C.DispatchKey.Python)  # not a fake tensor
     if torch.is_grad_enabled() and of_forward(q, k, v, options, on_device=on_device) is None:
-        check_gradients(q, k, v)
+        check_gradients(q, k, v, options)
 
 
-def check_gradients(q, k, v) -> None:
+def check_gradients(q, k, v, options: Options) -> None:
     """Raises if an input of a call in grad mode requires a gradient that no kernel computes."""
-    _raise(of_gradients(q, k, v))
+    _raise(of_gradients(q, k, v, options))
 
 
-def check_transforms(q, k, v) -> None:
+def check_transforms(q, k, v, options: Options) -> None:
     """Raises NotImplementedError if torch.func differentiates the call."""
-    if torch.is_grad_enabled() and any(map(_is_differentiated, (q, k, v))):
+    if torch.is_grad_enabled() and any(map(_is_differentiated, (q, k, v, *options.differentiable().values()))):
         raise NotImplementedError(
             "flash_attn_func cannot be differentiated by torch.func's transforms: grad, vjp, jacrev, hessian. Use "
             "torch.autograd.grad or backward(), for gradients of single samples in a loop over them, or "
@@ -79,50 +86,72 @@ def _is_differentiated(tensor) -> bool:
     return False
 
 
-def check_forward_mode(q, k, v) -> None:
+def check_forward_mode(q, k, v, options: Options) -> None:
     """Raises NotImplementedError if an input is a dual tensor: its tangent would vanish silently."""
-    if any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in (q, k, v)):
+    tensors = q, k, v, *options.differentiable().values()
+    if any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(
             "flash_attn_func has no forward-mode derivative (jvp). Use attention_reference, which has one, or reverse "
             "mode: torch.autograd.grad."
         )
 
 
-def refuse_gradient_of_lse() -> None:
-    raise NotImplementedError(NO_GRADIENT_OF_LSE)
-
-
 def of_forward(
     q, k, v, options: Options, *, on_device: bool = True, autocast: bool = True, on_hopper: bool = False
 ) -> Exception | None:
     """What is wrong with a call of `forward`, or None. on_hopper: were the tensors on a Hopper GPU."""
+    device_type = "cuda" if on_hopper else q.device.type if isinstance(q, torch.Tensor) else ""
     return (
-        _of_types({"q": q, "k": k, "v": v})
+        _of_types({"q": q, "k": k, "v": v} | options.tensors())
         or options.refusal()
-        or _of_shapes(q, k, v)
-        or _of_devices(q, k, v, "cuda" if on_hopper else q.device.type, on_device and not on_hopper, autocast)
+        or _of_shapes(q, k, v, options)
+        or _of_sinks(options.sinks, q)
+        or _of_lengths(q, k, options)
+        or _of_devices(q, k, v, device_type, on_device and not on_hopper, autocast)
+        or (_no_option(options.asked(), "forward", q.shape[-1]) if device_type == "cuda" else None)
     )
 
 
-def of_backward(dout, q, k, v, out, lse, options: Options, *, on_device: bool = True) -> Exception | None:
+def of_backward(dout, q, k, v, out, lse, options: Options, dlse=None, *, on_device: bool = True) -> Exception | None:
     """What is wrong with a call of `backward`, or None."""
+    asked = options.asked() | ({"dlse": dlse} if dlse is not None else {})
     return (
         of_forward(q, k, v, options, on_device=on_device, autocast=False)
-        or (_no_backward(q.shape[3], "Ways out: ") if q.device.type == "cuda" else None)
-        or _of_results(dout, q, out, lse)
+        or (_no_backward(q.shape[-1], "Ways out: ") if q.device.type == "cuda" else None)
+        or _of_results(dout, q, out, lse, dlse)
+        or (_no_option(asked, "backward", q.shape[-1]) if q.device.type == "cuda" else None)
     )
 
 
-def of_gradients(q, k, v, *, on_hopper: bool = False) -> ValueError | None:
+def of_gradients(q, k, v, options: Options, *, on_hopper: bool = False) -> ValueError | None:
     """What is wrong with the gradients that the inputs of a call require, were it made in grad mode; or None."""
-    requiring = [name for name, tensor in (("q", q), ("k", k), ("v", v)) if tensor.requires_grad]
+    inputs = {"q": q, "k": k, "v": v} | options.differentiable()
+    requiring = [name for name, tensor in inputs.items() if tensor.requires_grad]
     if not requiring or not (on_hopper or q.is_cuda):
         return None
-    require = "requires" if len(requiring) == 1 else "require"
-    return _no_backward(
-        q.shape[3],
-        "Ways out: call under torch.no_grad() or detach the inputs, ",
-        f"{_list(requiring, 'and')} {require} grad, and ",
+    why = f"{_list(requiring, 'and')} {'requires' if len(requiring) == 1 else 'require'} grad, and "
+    without = "call under torch.no_grad() or detach the inputs, "
+    return _no_backward(q.shape[-1], f"Ways out: {without}", why) or _no_option(
+        options.asked(), "backward", q.shape[-1], without, why
+    )
+
+
+def of_qkv(qkv, dims: int, num_heads_q: int | None) -> ValueError | None:
+    """What is wrong with the shape of a packed qkv; dims: of one that has q, k and v in a dimension of their own."""
+    first = "(batch, seqlen, " if dims == 5 else "(total, "
+    if num_heads_q is None:
+        if qkv.dim() == dims and qkv.shape[-3] == 3:
+            return None
+        return ValueError(
+            f"qkv has shape {_shape(qkv)}; it must be {first}3, heads, head_dim), or with num_heads_q "
+            f"{first}num_heads_q + 2 kv_heads, head_dim)."
+        )
+    rest = qkv.shape[-2] - num_heads_q if qkv.dim() == dims - 1 and num_heads_q > 0 else 0
+    if rest > 0 and rest % 2 == 0:
+        return None
+    return ValueError(
+        f"qkv has shape {_shape(qkv)}, and num_heads_q is {num_heads_q}; it must be {first}num_heads_q + 2 kv_heads, "
+        "head_dim)."
     )
 
 
@@ -153,34 +182,128 @@ def _of_types(tensors) -> TypeError | None:
     return None
 
 
-def _of_shapes(q, k, v) -> ValueError | None:
+def _of_shapes(q, k, v, options: Options) -> ValueError | None:
     for name, tensor, heads in (("q", q, "heads"), ("k", k, "kv_heads"), ("v", v, "kv_heads")):
-        if tensor.dim() != 4:
+        side = "q" if name == "q" else "k"
+        packed = getattr(options, f"cu_seqlens_{side}") is not None
+        if packed and tensor.dim() != 3:
+            return ValueError(
+                f"{name} has {tensor.dim()} dimensions, shape {_shape(tensor)}; with cu_seqlens_{side} it must have 3: "
+                f"(total_{side}, {heads}, head_dim). Sequences of one length: {name}.flatten(0, 1)."
+            )
+        if not packed and tensor.dim() != 4:
             return ValueError(
                 f"{name} has {tensor.dim()} dimensions, shape {_shape(tensor)}; it must have 4: "
-                f"(batch, seqlen, {heads}, head_dim). A single sequence: {name}.unsqueeze(0)."
+                f"(batch, seqlen, {heads}, head_dim). A single sequence: {name}.unsqueeze(0). Packed sequences: "
+                f"flash_attn_varlen_func, with cu_seqlens_{side}."
             )
-    batch, _, heads, head_dim = q.shape
-    if k.shape[0] != batch or v.shape[0] != batch:
-        return ValueError(f"q, k and v have batch sizes {batch}, {k.shape[0]} and {v.shape[0]}; they must be equal.")
-    if k.shape[1] != v.shape[1]:
-        return ValueError(f"k has seqlen {k.shape[1]} but v has {v.shape[1]}; they must be equal.")
-    if k.shape[2] != v.shape[2]:
-        return ValueError(f"k has {k.shape[2]} heads but v has {v.shape[2]}; they must be equal.")
-    if k.shape[3] != head_dim or v.shape[3] != head_dim:
+    heads, head_dim = q.shape[-2:]
+    if k.dim() == 4:
+        if k.shape[0] != v.shape[0] or (q.dim() == 4 and k.shape[0] != q.shape[0]):
+            batches = [tensor.shape[0] for tensor in (q, k, v) if tensor.dim() == 4]
+            names = "q, k and v" if q.dim() == 4 else "k and v"
+            return ValueError(f"{names} have batch sizes {_list(batches, 'and')}; they must be equal.")
+    if k.shape[-3] != v.shape[-3]:
+        length = "seqlen" if k.dim() == 4 else "total_k"
+        return ValueError(f"k has {length} {k.shape[-3]} but v has {v.shape[-3]}; they must be equal.")
+    if k.shape[-2] != v.shape[-2]:
+        return ValueError(f"k has {k.shape[-2]} heads but v has {v.shape[-2]}; they must be equal.")
+    if k.shape[-1] != head_dim or v.shape[-1] != head_dim:
         return ValueError(
-            f"q, k and v have head_dim {head_dim}, {k.shape[3]} and {v.shape[3]}; they must be equal. "
+            f"q, k and v have head_dim {head_dim}, {k.shape[-1]} and {v.shape[-1]}; they must be equal. "
             "A smaller one can be padded with zeros: torch.nn.functional.pad(v, (0, n)), then out[..., :-n]."
         )
     if head_dim == 0:
         return ValueError("q, k and v have head_dim 0; it must be at least 1.")
-    if k.shape[2] == 0:
+    if k.shape[-2] == 0:
         return ValueError(f"k and v have 0 heads, shape {_shape(k)}; they must have at least 1.")
-    if heads % k.shape[2] != 0:
+    if heads % k.shape[-2] != 0:
         return ValueError(
-            f"q has {heads} heads and k, v have {k.shape[2]}: the first must be a multiple of the second, so that each "
-            "group of query heads shares one key and value head. Check num_heads and num_key_value_heads of the model."
+            f"q has {heads} heads and k, v have {k.shape[-2]}: the first must be a multiple of the second, so that "
+            "each group of query heads shares one key and value head. Check num_heads and num_key_value_heads of the "
+            "model."
         )
+    return None
+
+
+def _of_sinks(sinks, q) -> ValueError | None:
+    if sinks is None:
+        return None
+    heads = q.shape[-2]
+    if sinks.dim() != 1 or sinks.shape[0] != heads:
+        return ValueError(
+            f"sinks has shape {_shape(sinks)}; it must be ({heads},), a logit for each head of q. One for all heads: "
+            "sinks.expand(heads)."
+        )
+    if not sinks.dtype.is_floating_point:
+        return ValueError(
+            f"sinks is {_name(sinks.dtype)}; it must be of a floating-point type. Cast it: sinks.float()."
+        )
+    if sinks.device != q.device:
+        return ValueError(f"sinks is on {sinks.device} and q on {q.device}; they must be on one device.")
+    return None
+
+
+def _of_lengths(q, k, options: Options) -> ValueError | None:
+    """Of cu_seqlens and seqused: all that can be seen without waiting for a device. On the CPU that is all of it."""
+    counts = {}
+    for side, tensor in (("q", q), ("k", k)):
+        cu_seqlens, seqused = getattr(options, f"cu_seqlens_{side}"), getattr(options, f"seqused_{side}")
+        for name, lengths in ((f"cu_seqlens_{side}", cu_seqlens), (f"seqused_{side}", seqused)):
+            if lengths is not None and (refusal := _of_int32(name, lengths, q)):
+                return refusal
+        if cu_seqlens is not None and cu_seqlens.shape[0] == 0:
+            return ValueError(f"cu_seqlens_{side} is empty; it must have one element more than there are sequences.")
+        count = tensor.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        counts[side] = count
+        if seqused is not None and seqused.shape[0] != count:
+            return ValueError(
+                f"seqused_{side} has {seqused.shape[0]} elements and there are {count} sequences; it must have one for "
+                "each."
+            )
+    if counts["q"] != counts["k"]:
+        return ValueError(
+            f"q has {counts['q']} sequences and k, v have {counts['k']}; they must be as many: one for each batch, or "
+            "one less than cu_seqlens has elements."
+        )
+    return _of_length_values(q, "q", options) or _of_length_values(k, "k", options)
+
+
+def _of_int32(name: str, lengths, q) -> ValueError | None:
+    if lengths.dim() != 1 or lengths.dtype != torch.int32 or not lengths.is_contiguous():
+        return ValueError(
+            f"{name} is {_name(lengths.dtype)} of shape {_shape(lengths)} and strides {lengths.stride()}; it must be "
+            f"int32, of one dimension, and contiguous. Convert it: {name}.to(torch.int32).contiguous()."
+        )
+    if lengths.device != q.device:
+        return ValueError(f"{name} is on {lengths.device} and q on {q.device}; they must be on one device.")
+    return None
+
+
+def _of_length_values(x, side: str, options: Options) -> ValueError | None:
+    cu_seqlens, seqused = getattr(options, f"cu_seqlens_{side}"), getattr(options, f"seqused_{side}")
+    given = [lengths for lengths in (cu_seqlens, seqused) if lengths is not None]
+    if not given or any(type(lengths) is not torch.Tensor or not lengths.is_cpu for lengths in given):
+        return None
+    name = f"cu_seqlens_{side}"
+    if cu_seqlens is not None:
+        total = x.shape[0]
+        if cu_seqlens[0] != 0:
+            return ValueError(f"{name} begins with {cu_seqlens[0]}; it must begin with 0.")
+        if (cu_seqlens.diff() < 0).any():
+            at = int((cu_seqlens.diff() < 0).nonzero()[0])
+            return ValueError(f"{name} falls from {cu_seqlens[at]} to {cu_seqlens[at + 1]}; it must never fall.")
+        if cu_seqlens[-1] > total:
+            return ValueError(
+                f"{name} ends with {cu_seqlens[-1]}; it must end with at most total_{side}, here {total}."
+            )
+    if seqused is not None:
+        for i, (begin, used, end) in enumerate(spans(x, cu_seqlens, seqused)):
+            if not begin <= used <= end:
+                return ValueError(
+                    f"seqused_{side}[{i}] is {used - begin}; it must be at least 0, and at most the sequence's length, "
+                    f"here {end - begin}."
+                )
     return None
 
 
@@ -205,7 +328,7 @@ def _of_devices(q, k, v, device_type: str, on_device: bool, autocast: bool) -> E
         return None
     if on_device and (reason := limits.why_unavailable(q.device)):
         return RuntimeError(reason)
-    return _no_forward(q.shape[3]) or _of_sizes(q, k)
+    return _no_forward(q.shape[-1]) or _of_sizes(q, k)
 
 
 def _no_forward(head_dim: int) -> ValueError | None:
@@ -246,24 +369,40 @@ def _no_backward(head_dim: int, ways_out: str, why: str = "") -> ValueError | No
     )
 
 
-def _of_results(dout, q, out, lse) -> ValueError | None:
+def _no_option(asked: dict, which: str, head_dim: int, ways_out: str = "", why: str = "") -> ValueError | None:
+    """Of the options that a call asks for, the first that the kernels of the pass do not have at this head dim."""
+    for name, value in asked.items():
+        if not limits.TABLE or limits.has_option(name, which, head_dim):
+            continue
+        is_tensor = isinstance(value, torch.Tensor)
+        what = "lse has a gradient" if name == "dlse" else f"{name} is {'given' if is_tensor else value}"
+        dims = limits.OPTIONS[name][which]
+        have = f"have it at head_dim {_list(dims)}, not at {head_dim}" if dims else "do not have that yet"
+        return ValueError(
+            f"{why}{what}; the {which} kernels on the GPU {have}. Ways out: {ways_out}{OF_OPTIONS[name]}, or call with "
+            "CPU tensors, which may have every option."
+        )
+    return None
+
+
+def _of_results(dout, q, out, lse, dlse) -> ValueError | None:
     """What the backward is given besides the inputs of the forward."""
-    batch, seqlen_q, heads, _ = q.shape
+    packed = q.dim() == 3
     for name, tensor in (("dout", dout), ("out", out)):
         if tensor.shape != q.shape:
             return ValueError(
                 f"{name} has shape {_shape(tensor)} and q {_shape(q)}; they must be equal: "
-                "(batch, seqlen_q, heads, head_dim)."
+                f"{'(total_q, heads, head_dim)' if packed else '(batch, seqlen_q, heads, head_dim)'}."
             )
         if tensor.dtype != q.dtype:
             return ValueError(
                 f"{name} is {_name(tensor.dtype)} and q {_name(q.dtype)}; they must be equal. "
                 f"Cast it: {name}.to(q.dtype)."
             )
-    if tuple(lse.shape) != (batch, heads, seqlen_q):
+    if _shape(lse) != lse_shape(q):
         return ValueError(
-            f"lse has shape {_shape(lse)}; it must be (batch, heads, seqlen_q), here {(batch, heads, seqlen_q)}, as "
-            "forward returns it."
+            f"lse has shape {_shape(lse)}; it must be {'(heads, total_q)' if packed else '(batch, heads, seqlen_q)'}, "
+            f"here {lse_shape(q)}, as forward returns it."
         )
     if lse.dtype != torch.float32:
         return ValueError(
@@ -273,6 +412,11 @@ def _of_results(dout, q, out, lse) -> ValueError | None:
         return ValueError(
             f"dout, out and lse are on {dout.device}, {out.device} and {lse.device}, and q is on {q.device}; they must "
             "be on one device."
+        )
+    if dlse is not None and (dlse.shape, dlse.dtype, dlse.device) != (lse.shape, lse.dtype, lse.device):
+        return ValueError(
+            f"dlse has shape {_shape(dlse)}, {_name(dlse.dtype)} on {dlse.device}; it must be like lse, "
+            f"{_shape(lse)}, {_name(lse.dtype)} on {lse.device}."
         )
     return None
 

@@ -6,14 +6,14 @@ block size brings its own cases with it.
 
 import itertools
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import strategies as st
 
 from flash_attn_ext._binary import _C
-from flash_attn_ext.limits import TABLE
+from flash_attn_ext.limits import TABLE, has_option
 from flash_attn_ext.options import Options
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -42,17 +42,42 @@ class Case:
     kv_heads: int = 3
     layout: str = "bshd"
     softmax_scale: float | None = None
+    window_size: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    sinks: bool = False
+    dlse: bool = False  # of a backward: the loss uses lse
 
     def __str__(self):
         words = [f"d{self.head_dim}", self.dtype, "causal" if self.causal else "full"]
         words += [f"q{self.seqlen_q}k{self.seqlen_k}", f"b{self.batch}", f"h{self.heads}of{self.kv_heads}", self.layout]
         if self.softmax_scale is not None:
             words.append(f"scale{self.softmax_scale:g}")
+        if self.window_size != (-1, -1):
+            words.append("window{}to{}".format(*self.window_size))
+        if self.softcap:
+            words.append(f"softcap{self.softcap:g}")
+        if self.sinks:
+            words.append("sinks")
+        if self.dlse:
+            words.append("dlse")
         return "-".join(words)
 
-    @property
-    def options(self):
-        return Options(self.softmax_scale, self.causal)
+    def options(self, device="cpu"):
+        """The options of the call by their names; sinks are normal values, the same at every call."""
+        options = {"softmax_scale": self.softmax_scale, "causal": self.causal}
+        if self.window_size != (-1, -1):
+            options["window_size"] = self.window_size
+        if self.softcap:
+            options["softcap"] = self.softcap
+        if self.sinks:
+            generator = torch.Generator(device).manual_seed(self.heads)
+            options["sinks"] = torch.randn(self.heads, generator=generator, device=device)
+        return options
+
+    def runs(self, *passes):
+        """Whether the kernels of these passes have all that the case asks for."""
+        asked = [*Options.of(**self.options()).asked(), *(["dlse"] if self.dlse and "backward" in passes else [])]
+        return all(has_option(option, which, self.head_dim) for option in asked for which in passes)
 
     def inputs(self, device, seed=None):
         """q, k, v of the case's shapes, memory layout and dtype; normal values, the same at every call."""
@@ -200,6 +225,36 @@ def extreme_logits(kind, row, dtype):
         raise ValueError(kind)
     return q, k, v
 
+
+def option_cases(row, which="forward"):
+    """Windows at the edges of the row's blocks, then every option with every other one, whatever the kernels have."""
+    block_q, block_kv = row[which]["block_q"], row[which]["block_kv"]
+    square, short = (2 * block_q + 3, 2 * block_q + 3), (2 * block_q + 65, block_kv + 5)
+    long = (block_q + 1, 5 * block_kv + 1)
+    edges = (0, 1, block_q - 1, block_q, block_kv - 1, block_kv, block_kv + 1, 2 * block_kv, 10**6)
+    windows = [(left, -1) for left in edges] + [(-1, right) for right in edges] + [(size, size) for size in edges]
+    windows += [(0, block_kv), (block_kv, 0), (3, 2**62), (1, block_q + block_kv)]
+    heads = itertools.cycle((GQA, MHA, MQA))
+    for window, lengths, causal in itertools.product(windows, (square, short, long), (False, True)):
+        yield Case(row["head_dim"], "bf16", *lengths, causal, 2, *next(heads), window_size=window)
+
+    windows = ((-1, -1), (block_kv // 2, -1), (block_kv, 0), (17, 33))
+    others = itertools.product(windows, (0.0, 1.0, 30.0), (False, True), (False, True), (False, True), DTYPES)
+    shapes = itertools.cycle([(*lengths, *kind) for lengths in (square, short, long) for kind in (GQA, MHA, MQA)])
+    for window, softcap, sinks, dlse, causal, dtype in others:
+        seqlen_q, seqlen_k, *kind = next(shapes)
+        if (window, softcap, sinks, dlse) != ((-1, -1), 0.0, False, False) and (which == "backward" or not dlse):
+            options = {"window_size": window, "softcap": softcap, "sinks": sinks, "dlse": dlse}
+            yield Case(row["head_dim"], dtype, seqlen_q, seqlen_k, causal, 2, *kind, **options)
+
+
+FORWARD_OPTIONS = [case for row in ROWS for case in option_cases(row) if case.runs("forward")]
+BACKWARD_OPTIONS = [
+    case for row in TRAINING_ROWS for case in option_cases(row, "backward") if case.runs("forward", "backward")
+]
+# The same for CPU tensors, where every option runs: small blocks, and a head dim that no kernel has.
+SMALL_ROW = {"head_dim": 16, "backward": {"block_q": 16, "block_kv": 24}}
+CPU_OPTIONS = [replace(case, batch=1) for case in option_cases(SMALL_ROW, "backward")]
 
 FORWARD = list(dict.fromkeys(case for row in ROWS for case in forward_cases(row)))
 SMOKE = [case for row in ROWS for case in smoke_cases(row)]

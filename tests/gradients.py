@@ -37,16 +37,16 @@ def workspace(q, k):
     return torch.empty(batch * heads * numbers, dtype=torch.float32, device="meta")
 
 
-def both_passes(q, k, v, *options, dout=None, **options_by_name):
+def both_passes(q, k, v, *options, dout=None, dlse=None, **options_by_name):
     """(dout, q, k, v, out, lse), the arguments of the backward pass, and its gradients."""
     dout = torch.randn_like(q) if dout is None else dout
     arguments = dout, q, k, v, *flash_attn_ext.forward(q, k, v, *options, **options_by_name)
-    return arguments, differentiate(*arguments, *options, **options_by_name)
+    return arguments, differentiate(*arguments, *options, dlse=dlse, **options_by_name)
 
 
-def both_passes_and_check(q, k, v, *options, dout=None, **options_by_name):
-    arguments, gradients = both_passes(q, k, v, *options, dout=dout, **options_by_name)
-    check_gradients(gradients, *arguments, *options, **options_by_name)
+def both_passes_and_check(q, k, v, *options, dout=None, dlse=None, **options_by_name):
+    arguments, gradients = both_passes(q, k, v, *options, dout=dout, dlse=dlse, **options_by_name)
+    check_gradients(gradients, *arguments, *options, dlse=dlse, **options_by_name)
     return arguments, gradients
 
 

@@ -15,7 +15,7 @@ def check(out, lse, q, k, v, *options, lse_slack=1.0, **options_by_name):
     batch, seqlen_q, heads, _ = q.shape
     assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device)
     assert (lse.shape, lse.dtype, lse.device) == ((batch, heads, seqlen_q), torch.float32, q.device)
-    options = Options(*options, **options_by_name)
+    options = Options.of(*options, **options_by_name)
 
     exact, exact_lse = reference.forward(q.double(), k.double(), v.double(), options)
     plain, _ = accuracy.yardstick(q, k, v, options)
@@ -23,8 +23,9 @@ def check(out, lse, q, k, v, *options, lse_slack=1.0, **options_by_name):
     assert_within(accuracy.compare("out", out, exact, plain, allowed_mean=luck_of_few_rows(exact, out.dtype)))
 
 
-def check_gradients(gradients, dout, q, k, v, out, lse, *options, **options_by_name):
-    """Holds dq, dk and dv of a call with seqlens > 0 to the rule; None stands for a gradient that is not needed.
+def check_gradients(gradients, dout, q, k, v, out, lse, *options, dlse=None, **options_by_name):
+    """Holds dq, dk and dv, and dsinks if there are sinks, of a call with seqlens > 0 to the rule; None stands for a
+    gradient that is not needed.
 
     A backward pass takes out and lse as they are given, and two consequences of that are no error of its own:
     - out has been rounded. What that rounding alone changes in each gradient is computed exactly, and allowed.
@@ -32,15 +33,19 @@ def check_gradients(gradients, dout, q, k, v, out, lse, *options, **options_by_n
       itself there; a kernel has the number from two sums in float32, over dout v and over dout out, and the noise of
       cancelled_sums is left.
     """
-    options = Options(*options, **options_by_name)
-    low = [x.detach().requires_grad_() for x in (q, k, v)]
-    plain = torch.autograd.grad(accuracy.yardstick(*low, options)[0], low, dout)
+    options = Options.of(*options, **options_by_name)
+    inputs = [x.detach() for x in (q, k, v, *options.tensors().values())]
+    low = [x.clone().requires_grad_() for x in inputs]
+    plain_out, plain_lse = accuracy.yardstick(*low[:3], options._replace(sinks=low[3] if low[3:] else None))
+    of_lse = 0 if dlse is None else (plain_lse.masked_fill(plain_lse == -torch.inf, 0) * dlse).sum()
+    plain = torch.autograd.grad((plain_out.float() * dout.float()).sum() + of_lse, low)
 
     doubles = [x.detach().double() for x in (dout, q, k, v)]
-    exact = reference.backward(*doubles, *reference.forward(*doubles[1:], options), options)
-    given = reference.backward(*doubles, out.detach(), lse, options)
+    exact = reference.backward(*doubles, *reference.forward(*doubles[1:], options), options, dlse)
+    given = reference.backward(*doubles, out.detach(), lse, options, dlse)
     noise = cancelled_sums(*doubles, options)
-    for name, x, *of_x in zip(("dq", "dk", "dv"), (q, k, v), gradients, exact, plain, given, noise, strict=True):
+    names = ("dq", "dk", "dv", "dsinks")[: len(inputs)]
+    for name, x, *of_x in zip(names, inputs, gradients, exact, plain, given, noise[: len(inputs)], strict=True):
         result, exact_x, plain_x, given_x, noise_x = of_x
         if result is None:
             continue
@@ -79,7 +84,7 @@ def cancelled_sums(dout, q, k, v, options):
     dq = ds.unsqueeze(-1) * k[:, :1].unsqueeze(3).abs()
     dk = torch.zeros_like(k)
     dk[:, 0] = torch.einsum("bqhg,bqhgd->bhd", ds.square(), q.square()).sqrt()
-    return dq.flatten(2, 3), dk, torch.zeros_like(v)
+    return dq.flatten(2, 3), dk, torch.zeros_like(v), torch.zeros(heads, dtype=v.dtype, device=v.device)
 
 
 def assert_within(comparison):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases import (
     BACKWARD,
+    BACKWARD_OPTIONS,
     BACKWARD_SMOKE,
     LAYOUTS,
     ROWS,
@@ -45,7 +46,7 @@ from torch.utils.checkpoint import checkpoint
 from views import VIEWS, embed, misaligned_pointer, odd_strides_where_size_is_one
 
 import flash_attn_ext
-from flash_attn_ext import flash_attn_func
+from flash_attn_ext import flash_attn_func, limits
 
 pytestmark = gpu.needs_hopper
 
@@ -62,12 +63,28 @@ each_row = pytest.mark.parametrize("row", TRAINING_ROWS, ids=lambda row: f"d{row
 @pytest.mark.quick
 @pytest.mark.parametrize("case", BACKWARD_SMOKE, ids=str)
 def test_smoke(case):
-    both_passes_and_check(*case.inputs("cuda"), *case.options)
+    both_passes_and_check(*case.inputs("cuda"), **case.options("cuda"))
 
 
 @pytest.mark.parametrize("case", BACKWARD, ids=str)
 def test_table(case):
-    both_passes_and_check(*case.inputs("cuda"), *case.options)
+    both_passes_and_check(*case.inputs("cuda"), **case.options("cuda"))
+
+
+@pytest.mark.parametrize("case", BACKWARD_OPTIONS, ids=str)
+def test_options(case):
+    """Autograd's gradients are those of the low-level pair."""
+    inputs, options = case.inputs("cuda"), case.options("cuda")
+    dlse = normal(case.batch, case.heads, case.seqlen_q, dtype=torch.float32) if case.dlse else None
+    (dout, *_), expected = both_passes_and_check(*inputs, dlse=dlse, **options)
+    leaves = {name: x.detach().requires_grad_() for name, x in zip("qkv", inputs, strict=True)}
+    if case.sinks:
+        leaves["sinks"] = options["sinks"].requires_grad_()
+    out, lse = flash_attn_func(**(options | leaves), return_lse=True)
+    through = [out] if dlse is None else [out, lse]
+    results = torch.autograd.grad(through, list(leaves.values()), [dout, dlse][: len(through)])
+    assert_same(results[:3], expected[:3], "by autograd", case.seqlen_k)
+    assert not case.sinks or same_bits(results[3], expected[3])
 
 
 @seed(SEED)
@@ -75,7 +92,7 @@ def test_table(case):
 @given(case=random_cases(TRAINING_HEAD_DIMS), values=st.integers(0, 2**32 - 1))
 def test_random_shapes(case, values):
     torch.manual_seed(values)
-    both_passes_and_check(*case.inputs("cuda", seed=values), *case.options)
+    both_passes_and_check(*case.inputs("cuda", seed=values), **case.options("cuda"))
 
 
 @each_head_dim
@@ -397,9 +414,12 @@ def test_changes_in_place_are_noticed(which):
         loss.backward()
 
 
-def test_a_loss_that_uses_lse_is_refused():
-    out, lse = flash_attn_func(*(normal(1, 50, 2, 64).requires_grad_() for _ in range(3)), return_lse=True)
-    with pytest.raises(NotImplementedError, match="lse has no gradient yet"):
+@each_head_dim
+def test_a_loss_that_uses_lse_where_it_has_no_gradient_is_refused(head_dim):
+    if limits.has_option("dlse", "backward", head_dim):
+        pytest.skip("lse has a gradient here")
+    out, lse = flash_attn_func(*(normal(1, 50, 2, head_dim).requires_grad_() for _ in range(3)), return_lse=True)
+    with pytest.raises(ValueError, match=r"lse has a gradient; the backward kernels .*lse\.detach\(\)"):
         (out.sum() + lse.sum()).backward()
 
 
@@ -569,7 +589,7 @@ GROUPED += [
 
 @pytest.mark.parametrize("case", GROUPED, ids=str)
 def test_items_with_several_query_heads(case, one_multiprocessor):
-    both_passes_and_check(*case.inputs("cuda"), *case.options)
+    both_passes_and_check(*case.inputs("cuda"), **case.options("cuda"))
 
 
 # Query heads, KV heads, batch and length, and what the order of work (csrc/tile/schedule.h) does with the query heads

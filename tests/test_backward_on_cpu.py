@@ -31,18 +31,18 @@ CASES += [Case(16, "bf16", 33, 33, True, 2, 6, 2, layout) for layout in LAYOUTS]
 def arguments_of(case, dtype=None):
     """(dout, q, k, v, out, lse)."""
     q, k, v = (x if dtype is None else x.to(dtype) for x in case.inputs("cpu"))
-    return torch.randn_like(q), q, k, v, *flash_attn_ext.forward(q, k, v, *case.options)
+    return torch.randn_like(q), q, k, v, *flash_attn_ext.forward(q, k, v, **case.options())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cpu_tensors_meet_the_rule_of_the_gpu(case):
     arguments = arguments_of(case)
-    gradients = flash_attn_ext.backward(*arguments, *case.options)
-    check_gradients(gradients, *arguments, *case.options)
+    gradients = flash_attn_ext.backward(*arguments, **case.options())
+    check_gradients(gradients, *arguments, **case.options())
     assert [x.stride() for x in gradients] == [torch.empty_like(x).stride() for x in arguments[1:4]]
 
     leaves = [x.detach().requires_grad_() for x in arguments[1:4]]
-    out = flash_attn_func(*leaves, *case.options)
+    out = flash_attn_func(*leaves, **case.options())
     by_autograd = torch.autograd.grad(out, leaves, arguments[0])
     assert all(same_bits(a, b) for a, b in zip(by_autograd, gradients, strict=True))
 
@@ -87,7 +87,9 @@ def test_only_the_needed_gradients(needed):
     arguments = arguments_of(Case(16, "bf16", 9, 13, True, heads=4, kv_heads=2))
     every = flash_attn_ext.backward(*arguments, causal=True)
     needs = [name in needed for name in "qkv"]
-    for x, expected, need in zip(backward_operator(*arguments, causal=True, needs=needs), every, needs, strict=True):
+    *results, dsinks = backward_operator(*arguments, causal=True, needs=needs)
+    assert dsinks.numel() == 0
+    for x, expected, need in zip(results, every, needs, strict=True):
         assert same_bits(x, expected) if need else x.numel() == 0
 
 
@@ -118,18 +120,23 @@ def test_changes_in_place_are_noticed():
 def test_opcheck(causal):
     arguments = arguments_of(Case(16, "bf16", 9, 13, causal, heads=4, kv_heads=2), torch.float32)
     library.opcheck(backward_operator, (*arguments, 0.3), {"causal": causal, "needs": [True] * 3})
+    options = {"window_left": 3, "softcap": 5.0, "sinks": torch.randn(4), "dlse": torch.randn(2, 4, 9)}
+    library.opcheck(backward_operator, arguments, {"causal": causal} | options)
 
 
 def test_signature():
-    """The forward's arguments after dout, then its results, then its options."""
+    """The forward's arguments after dout, then its results, then its options, then what flows into lse."""
     parameters = inspect.signature(flash_attn_ext.backward).parameters
-    assert list(parameters) == ["dout", "q", "k", "v", "out", "lse", *Options._fields]
+    options = inspect.signature(Options.of).parameters
+    assert list(parameters) == ["dout", "q", "k", "v", "out", "lse", *options, "dlse"]
 
 
 WRONG = {
     "dout of another shape": (lambda a: {"dout": a["dout"][:, :4]}, ["dout has shape (2, 4, 4, 16)", "(2, 9, 4, 16)"]),
     "out of another shape": (lambda a: {"out": a["out"][:1]}, ["out has shape (1, 9, 4, 16)", "must be equal"]),
     "dout of another dtype": (lambda a: {"dout": a["dout"].float()}, ["dout is float32", "q bfloat16", "dout.to("]),
+    "dlse transposed": (lambda a: {"dlse": a["lse"].mT}, ["dlse has shape (2, 9, 4)", "like lse, (2, 4, 9)"]),
+    "dlse in float64": (lambda a: {"dlse": a["lse"].double()}, ["dlse has shape", "float64", "like lse"]),
     "lse transposed": (lambda a: {"lse": a["lse"].mT}, ["lse has shape (2, 9, 4)", "(2, 4, 9)", "forward returns"]),
     "lse of another dtype": (lambda a: {"lse": a["lse"].double()}, ["lse is float64", "float32", "lse.float()"]),
     "k and v differ": (lambda a: {"v": a["v"][:, 1:]}, ["k has seqlen 13 but v has 12"]),

@@ -387,9 +387,13 @@ def test_known_models(name, capsys):
 
     code, answer = json_of(capsys, "check", CONFIGS / f"{name}.json")
     not_built = {need["name"] for part in answer["parts"] for need in part["not_built"]}
-    assert not_built == {n.name for a in read for n in a.needs if n.argument not in check.ARGUMENTS}
+    missing = {
+        which: {n.name for a in read for n in a.needs if not check.is_built(n, which, a.head_dim, DIMS[which])}
+        for which in DIMS
+    }
+    assert not_built == missing["forward"] | missing["backward"]
     runs, trains = (all(d == dv and d in DIMS[which] for *_, d, dv in parts) for which in ("forward", "backward"))
-    assert answer["runs"] == (runs and not_built <= {"dropout"})
+    assert answer["runs"] == (runs and missing["forward"] <= {"dropout"})
     assert answer["trains"] == (trains and not not_built)
     assert code == (0 if answer["runs"] and answer["trains"] else 1)
 
@@ -477,13 +481,15 @@ def test_parts_of_a_model(monkeypatch, tmp_path, capsys, name):
         assert code == 0 and answer["runs"] is answer["trains"] is True and "It runs and trains." in stdout
 
 
-def test_a_feature_counts_as_built_when_flash_attn_func_takes_it(monkeypatch):
+@pytest.mark.parametrize(
+    "forward, backward, stops", [((), (), (True, True)), ((128,), (), (False, True)), ((128,), (128,), (False, False))]
+)
+def test_an_option_counts_as_built_where_the_kernels_have_it(monkeypatch, forward, backward, stops):
     attention = models.read(LLAMA | {"attn_logit_softcapping": 50.0})[0]
-    arguments = [name for name in check.ARGUMENTS if name != "softcap"]
-    monkeypatch.setattr(check, "ARGUMENTS", arguments)
-    assert "softcap" in check.judge(attention).stops_forward
-    monkeypatch.setattr(check, "ARGUMENTS", [*arguments, "softcap"])
-    assert not check.judge(attention).stops_forward
+    monkeypatch.setitem(limits.OPTIONS, "softcap", {"forward": forward, "backward": backward})
+    answer = check.judge(attention)
+    assert ("softcap" in answer.stops_forward, "softcap" in answer.stops_backward) == stops
+    assert [need.name for need in answer.needs] == (["softcap"] if any(stops) else [])
 
 
 def test_scales_that_are_not_the_default():

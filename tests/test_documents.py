@@ -56,6 +56,11 @@ def test_the_profiled_program(tmp_path):
     assert (tmp_path / "attention.json").stat().st_size > 1000
 
 
+def test_the_program_with_packed_documents(tmp_path):
+    (tmp_path / "packed_documents.py").write_text(program("packed_documents.py"))
+    assert run(tmp_path, "packed_documents.py") == "True\n"
+
+
 def test_the_program_for_several_gpus(tmp_path):
     torch_distributed = pytest.importorskip("torch.distributed")
     if not torch_distributed.is_available():

@@ -3,7 +3,9 @@
 Each bad input is tried on CPU tensors, on fake CUDA tensors (which need no GPU), and on a GPU.
 """
 
+import inspect
 import math
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import flash_attn_ext
-from flash_attn_ext import explain, flash_attn_func, keywords, refusals
+from flash_attn_ext import explain, flash_attn_func, keywords, limits, refusals
 from flash_attn_ext.limits import TABLE
 
 README = Path(__file__).parents[1] / "README.md"
@@ -87,6 +89,22 @@ WRONG_VALUE = {
         ["softmax_scale is 3e+38", "2.36e+38"],
     ),
     "softmax_scale too small": (lambda q, k, v: {"softmax_scale": 1e-46}, ["softmax_scale is 1e-46", "greater than 0"]),
+    "window of -2": (
+        lambda q, k, v: {"window_size": (-2, 0)},
+        ["window_size is (-2, 0)", "at least 0", "-1: unbounded"],
+    ),
+    "softcap -1": (lambda q, k, v: {"softcap": -1.0}, ["softcap is -1.0", "greater than 0", "must be 0"]),
+    "softcap nan": (lambda q, k, v: {"softcap": math.nan}, ["softcap is nan", "finite"]),
+    "softcap too large": (lambda q, k, v: {"softcap": 1e39}, ["softcap is 1e+39", "finite"]),
+    "sinks of too many heads": (
+        lambda q, k, v: {"sinks": q.new_ones(8)},
+        ["sinks has shape (8,)", "must be (4,)", "each head of q"],
+    ),
+    "one sink": (lambda q, k, v: {"sinks": q.new_ones(())}, ["sinks has shape ()", "sinks.expand(heads)"]),
+    "sinks of integers": (
+        lambda q, k, v: {"sinks": q.new_ones(4, dtype=torch.int32)},
+        ["sinks is int32", "floating-point", "sinks.float()"],
+    ),
     "softmax_scale subnormal": (lambda q, k, v: {"softmax_scale": 1e-40}, ["softmax_scale is 1e-40", "greater than 0"]),
 }
 WRONG_TYPE = {
@@ -104,6 +122,18 @@ WRONG_TYPE = {
         lambda q, k, v: {"softmax_scale": numpy.ones(())},
         ["softmax_scale must be a float", "ndarray", "float(scale)"],
     ),
+    "an int for window_size": (lambda q, k, v: {"window_size": 128}, ["window_size is 128", "two ints, (left, right)"]),
+    "an array for window_size": (
+        lambda q, k, v: {"window_size": numpy.array([-1, -1])},
+        ["window_size is array([-1, -1])", "two ints"],
+    ),
+    "floats for window_size": (lambda q, k, v: {"window_size": (1.0, 0)}, ["window_size is (1.0, 0)", "two ints"]),
+    "three sizes for window_size": (lambda q, k, v: {"window_size": (1, 0, 0)}, ["window_size is (1, 0, 0)"]),
+    "a tensor for softcap": (
+        lambda q, k, v: {"softcap": torch.tensor(30.0)},
+        ["softcap must be a float", "Tensor", "float(softcap)"],
+    ),
+    "a list for sinks": (lambda q, k, v: {"sinks": [0.0] * 4}, ["sinks must be a torch.Tensor", "list"]),
     "an int for causal": (lambda q, k, v: {"causal": 1}, ["causal must be True or False", "int", "1"]),
     "None for causal": (lambda q, k, v: {"causal": None}, ["causal must be True or False", "NoneType"]),
     "FlashAttention-2's order": (
@@ -143,6 +173,15 @@ WRONG_ON_CUDA = {
         [f"k has shape (2, {2**30}, 2, {D})", f"sizes up to {2**30 - 1}", "Split the batch or the heads"],
     ),
 }
+ASKS = {"window_size": (128, 0), "softcap": 30.0, "sinks": torch.ones(4)}  # for an option that not all kernels have
+
+
+def lacking(which):
+    """(head dim, option): what the kernels of a pass do not have."""
+    head_dims = flash_attn_ext.supported()[which]
+    return [(d, option) for option in ASKS for d in head_dims if not limits.has_option(option, which, d)]
+
+
 each = pytest.mark.parametrize
 wrong_value = each("change, words", WRONG_VALUE.values(), ids=WRONG_VALUE.keys())
 wrong_layout = each("change, words", WRONG_LAYOUT.values(), ids=WRONG_LAYOUT.keys())
@@ -164,8 +203,15 @@ def assert_call_refused(arguments, exception, words):
     text = assert_refused(lambda: flash_attn_func(**arguments), exception, words)
     assert_refused(lambda: flash_attn_ext.forward(**arguments), exception, [text])
     if exception is not TypeError:  # the operator's types are the dispatcher's to check
-        assert_refused(lambda: operator(**arguments), exception, [text])
+        assert_refused(lambda: operator(**of_operator(arguments)), exception, [text])
     assert explain(**arguments) == text
+
+
+def of_operator(arguments):
+    """The arguments of a public function as the operator has them."""
+    q, k, v, *options = arguments
+    given = flash_attn_ext.options.Options.of(**{name: arguments[name] for name in options})._asdict()
+    return {name: arguments[name] for name in (q, k, v)} | given
 
 
 @wrong_value
@@ -236,6 +282,11 @@ ELSEWHERE = {
     "return_attn_probs",
     "FlashAttention-3": "q k v softmax_scale causal qv q_descale k_descale v_descale window_size attention_chunk "
     "softcap num_splits pack_gqa deterministic sm_margin return_attn_probs",
+    "FlashAttention-3 with sinks": "s_aux",
+    "FlashAttention-4": "q k v softmax_scale causal window_size learnable_sink softcap num_splits pack_gqa "
+    "deterministic",
+    "FlashAttention-2's varlen": "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k block_table",
+    "FlashAttention-3's varlen": "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_q seqused_k",
     "SDPA": "query key value attn_mask dropout_p is_causal scale enable_gqa",
 }
 NEUTRAL = [
@@ -260,30 +311,28 @@ NEUTRAL = [
 ]
 FOREIGN = {  # what is refused: (arguments, exception, words)
     "dropout": ({"dropout_p": 0.1}, ValueError, ["dropout_p is 0.1; only 0.0 is accepted", "scaled_dot_product"]),
-    "window": ({"window_size": (128, 0)}, ValueError, ["window_size is (128, 0)", "(-1, -1)", "flex_attention"]),
-    "softcap": ({"softcap": 30.0}, ValueError, ["softcap is 30.0", "coming version", "flex_attention"]),
     "ALiBi": ({"alibi_slopes": torch.ones(4)}, ValueError, ["alibi_slopes is Tensor", "only None", "flex_attention"]),
     "deterministic": ({"deterministic": True}, ValueError, ["deterministic is True", "coming version", "bits of dq"]),
     "qv": ({"qv": torch.ones(4)}, ValueError, ["qv is Tensor", "FlashAttention-3"]),
     "FP8": ({"k_descale": torch.ones(4)}, ValueError, ["k_descale is Tensor", "FP8", "bfloat16"]),
     "chunks": ({"attention_chunk": 1024}, ValueError, ["attention_chunk is 1024", "only 0", "flex_attention"]),
     "splits": ({"num_splits": 4}, ValueError, ["num_splits is 4", "only 0 or 1", "leave it out"]),
-    "sinks": ({"sinks": torch.ones(4)}, ValueError, ["sinks is Tensor", "coming version", "sigmoid(lse - sink)"]),
+    "sinks by another name": ({"s_aux": torch.ones(4)}, ValueError, ["s_aux is Tensor", "The name is sinks"]),
     "a mask": ({"attn_mask": torch.ones(5, 7)}, ValueError, ["attn_mask is Tensor", "causal=True", "flex_attention"]),
     "is_causal": ({"is_causal": True}, ValueError, ["is_causal is True", "The name is causal", "bottom right"]),
     "scale": ({"scale": 0.1}, ValueError, ["scale is 0.1", "The name is softmax_scale", "(batch, seqlen, heads"]),
     "another type": ({"return_attn_probs": "yes"}, ValueError, ["return_attn_probs is 'yes'", "any bool"]),
-    "an array": ({"window_size": numpy.array([-1, -1])}, ValueError, ["window_size is array", "(-1, -1)"]),
     "a typing error": ({"casual": True}, TypeError, ["no argument casual", "causal", "return_lse", "dropout_p"]),
 }
 
 
 @each("name", ELSEWHERE)
 def test_every_keyword_of_other_functions_is_known_and_in_the_readme(name):
-    known = set(keywords.KEYWORDS) | {"q", "k", "v", "softmax_scale", "causal"}
+    functions = flash_attn_func, flash_attn_ext.flash_attn_varlen_func
+    known = set(keywords.KEYWORDS).union(*(inspect.signature(function).parameters for function in functions))
     assert set(ELSEWHERE[name].split()) <= known
     section = README.read_text().split("## Coming from")[1].split("\n## ")[0]
-    missing = [keyword for keyword in ELSEWHERE[name].split() if f"`{keyword}" not in section]
+    missing = [keyword for keyword in ELSEWHERE[name].split() if not re.search(rf"`[^`]*\b{keyword}\b", section)]
     assert missing == []
 
 
@@ -319,7 +368,7 @@ def test_calls_written_for_other_functions():
 def test_wrong_value_of_fake_cuda_tensors(change, words):
     with FakeTensorMode():
         arguments = good("cuda")
-        assert_refused(lambda: operator(**(arguments | change(**arguments))), ValueError, words)
+        assert_refused(lambda: operator(**of_operator(arguments | change(**arguments))), ValueError, words)
 
 
 def test_device_of_k_on_cpu():
@@ -328,6 +377,12 @@ def test_device_of_k_on_cpu():
     words = ["q, k and v are on cpu, meta and cpu", "must be on one device"]
     assert_refused(lambda: flash_attn_func(**arguments), ValueError, words)
     assert all(word in explain(**arguments) for word in words)
+
+
+def test_window_that_no_int_holds():
+    """The dispatcher has words of its own for it."""
+    words = [f"window_size is (0, {2**63})", "below 2^63"]
+    assert_refused(lambda: flash_attn_func(**good("cpu"), window_size=(0, 2**63)), ValueError, words)
 
 
 def test_under_compile():
@@ -375,6 +430,41 @@ def test_gradient_without_a_backward_kernel(head_dim, wanted):
         with torch.no_grad():
             assert not operator(**arguments)[0].requires_grad
         assert not operator(**{name: x.detach() for name, x in arguments.items()})[0].requires_grad
+
+
+def assert_names_where_it_is_had(text, option, which):
+    dims = limits.OPTIONS[option][which]
+    assert all(f" {d}" in text for d in dims) if dims else "do not have that yet" in text
+
+
+@each("head_dim, option", lacking("forward"))
+def test_option_that_the_forward_does_not_have(head_dim, option):
+    value = ASKS[option]
+    words = [f"{option} is {'given' if option == 'sinks' else value}; the forward", "Ways out", "CPU tensors"]
+    with FakeTensorMode() as mode:
+        asked = {option: mode.from_tensor(value).to("cuda") if option == "sinks" else value}
+        text = assert_refused(lambda: operator(**of_operator(good("cuda", head_dim) | asked)), ValueError, words)
+    assert_names_where_it_is_had(text, option, "forward")
+    assert explain(**good("cpu", head_dim), **{option: value}, target="hopper") == text
+    assert explain(**good("cpu", head_dim), **{option: value}) is None
+
+
+@each("head_dim, option", lacking("backward"))
+def test_option_that_the_backward_does_not_have(head_dim, option):
+    arguments = good("meta", head_dim) | {option: ASKS[option].to("meta") if option == "sinks" else ASKS[option]}
+    if (head_dim, option) in lacking("forward"):
+        pytest.skip("the forward refuses it already")
+    assert explain(**arguments, target="hopper") is None
+    arguments["k"].requires_grad_()
+    text = explain(**arguments, target="hopper")
+    assert text.startswith(f"k requires grad, and {option} is") and "torch.no_grad()" in text
+    assert_names_where_it_is_had(text, option, "backward")
+
+
+def test_options_that_ask_for_nothing_are_had_by_every_kernel():
+    for asked in ({"window_size": (-1, -1)}, {"causal": True, "window_size": (-1, 0)}, {"softcap": 0.0}):
+        assert flash_attn_ext.options.Options.of(**asked).asked() == {}
+        assert explain(**good("meta"), **asked, target="hopper") is None
 
 
 def test_unavailable_devices():

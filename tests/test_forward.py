@@ -7,7 +7,19 @@ import threading
 import gpu
 import pytest
 import torch
-from cases import FORWARD, HEAD_DIMS, LAYOUTS, ROWS, SMOKE, Case, both_dtypes, both_masks, extreme_logits, random_cases
+from cases import (
+    FORWARD,
+    FORWARD_OPTIONS,
+    HEAD_DIMS,
+    LAYOUTS,
+    ROWS,
+    SMOKE,
+    Case,
+    both_dtypes,
+    both_masks,
+    extreme_logits,
+    random_cases,
+)
 from conftest import SEED
 from gpu import normal
 from hypothesis import HealthCheck, given, seed, settings
@@ -47,19 +59,24 @@ def assert_same(results, expected, what=""):
 @pytest.mark.quick
 @pytest.mark.parametrize("case", SMOKE, ids=str)
 def test_smoke(case):
-    attend_and_check(*case.inputs("cuda"), *case.options)
+    attend_and_check(*case.inputs("cuda"), **case.options("cuda"))
 
 
 @pytest.mark.parametrize("case", FORWARD, ids=str)
 def test_table(case):
-    attend_and_check(*case.inputs("cuda"), *case.options)
+    attend_and_check(*case.inputs("cuda"), **case.options("cuda"))
+
+
+@pytest.mark.parametrize("case", FORWARD_OPTIONS, ids=str)
+def test_options(case):
+    attend_and_check(*case.inputs("cuda"), **case.options("cuda"))
 
 
 @seed(SEED)
 @settings(max_examples=60, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck))
 @given(case=random_cases(HEAD_DIMS), values=st.integers(0, 2**32 - 1))
 def test_random_shapes(case, values):
-    attend_and_check(*case.inputs("cuda", seed=values), *case.options)
+    attend_and_check(*case.inputs("cuda", seed=values), **case.options("cuda"))
 
 
 # The public function -------------------------------------------------------------------------------------------------

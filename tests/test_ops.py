@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from flash_attn_ext import flash_attn_func
+from flash_attn_ext import attention_reference, flash_attn_func
 
 operator = torch.ops.flash_attn_ext.forward.default
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -34,11 +34,10 @@ def leaves(*shapes, dtype=torch.float32):
 def test_opcheck_on_cpu(causal, requires_grad):
     q, k, v = leaves((2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 8))
     inputs = [x.detach().requires_grad_(requires_grad) for x in (q, k, v)]
-    # The last one differentiates every result, and lse refuses that; test_compile_with_gradients has the part of out.
-    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    tests += [] if requires_grad else ["test_aot_dispatch_dynamic"]
-    library.opcheck(operator, (*inputs, 0.3, causal), test_utils=tests)
-    library.opcheck(operator, (*inputs,), {"causal": causal}, test_utils=tests)
+    sinks = torch.randn(4).requires_grad_(requires_grad)
+    library.opcheck(operator, (*inputs, 0.3, causal))
+    library.opcheck(operator, (*inputs,), {"causal": causal})
+    library.opcheck(operator, (*inputs, None, causal, 3, 1, 20.0, sinks))
 
 
 @on_hopper
@@ -218,13 +217,30 @@ def attention_of_leaves():
     return inputs, *flash_attn_func(*inputs, return_lse=True)
 
 
-@pytest.mark.parametrize(
-    "loss", [lambda out, lse: lse.sum(), lambda out, lse: out.sum() + lse.square().mean()], ids=["lse", "both"]
-)
-def test_a_loss_that_uses_lse_is_refused_and_does_not_lose_a_term(loss):
-    _, out, lse = attention_of_leaves()
-    with pytest.raises(NotImplementedError, match=r"lse has no gradient yet.*lse\.detach\(\).*attention_reference"):
-        loss(out, lse).backward()
+LOSSES = {
+    "out": lambda out, lse: out.square().sum(),
+    "lse": lambda out, lse: lse.square().sum(),
+    "both": lambda out, lse: out.square().sum() + (lse * torch.arange(lse.shape[-1])).sum(),
+    "gated": lambda out, lse: (out * torch.sigmoid(lse - 1).transpose(1, 2).unsqueeze(-1)).square().sum(),
+}
+each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+
+
+@each_loss
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_loss_may_use_lse(loss, compiled):
+    def attend(q, k, v, sinks):
+        return flash_attn_func(q, k, v, causal=True, sinks=sinks, return_lse=True)
+
+    inputs = leaves((2, 7, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8), (4,), dtype=torch.float64)
+    if compiled:
+        attend = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    gradients = torch.autograd.grad(loss(*attend(*inputs)), inputs)
+    q, k, v, sinks = inputs
+    expected = torch.autograd.grad(
+        loss(*attention_reference(q, k, v, causal=True, sinks=sinks)), inputs, materialize_grads=True
+    )
+    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-6)  # lse and its gradient are float32
 
 
 def test_a_loss_may_use_lse_without_its_gradient():
@@ -234,19 +250,13 @@ def test_a_loss_may_use_lse_without_its_gradient():
     torch.testing.assert_close(gradients, torch.autograd.grad(flash_attn_func(*inputs), inputs, dout))
 
 
-@pytest.mark.filterwarnings("ignore:Error detected in")
-def test_compiled_code_that_returns_lse_with_a_gradient_is_refused():
-    compiled = torch.compile(partial(flash_attn_func, return_lse=True), backend="aot_eager")
-    with pytest.raises(Exception, match="lse has no gradient yet"):
-        compiled(*leaves((1, 5, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8)))
-
-
 @pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()], ids=["sum", "square"])
 def test_second_derivatives_are_refused_not_forgotten(loss):
     q, k, v = leaves((1, 5, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8), dtype=torch.float64)
-    (gradient,) = torch.autograd.grad(loss(flash_attn_func(q, k, v)), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    for result in flash_attn_func(q, k, v, return_lse=True):
+        (gradient,) = torch.autograd.grad(loss(result), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
 
 
 TRANSFORMS = """

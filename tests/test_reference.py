@@ -1,18 +1,19 @@
 """The CPU path: attention_reference against torch's own attention, and flash_attn_func on CPU tensors."""
 
 import inspect
+import itertools
 import math
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, Case, both_masks
+from cases import CPU_OPTIONS, DTYPES, LAYOUTS, Case, both_masks
 from oracle import check, check_gradients, same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import flash_attn_ext
 from flash_attn_ext import attention_reference, cpu, flash_attn_func, reference
-from flash_attn_ext.options import Options
+from flash_attn_ext.options import LENGTHS, Options
 
 shapes = pytest.mark.parametrize(
     "seqlen_q, seqlen_k, heads, kv_heads, head_dim",
@@ -76,9 +77,114 @@ def test_gradcheck(causal):
     assert torch.autograd.gradcheck(lambda *x: flash_attn_func(*x, 0.7, causal), (q, k, v))
 
 
-def test_gradient_of_the_references_lse():
-    q, k, v = (normal(1, 4, 2, 3).requires_grad_() for _ in range(3))
-    assert torch.autograd.gradcheck(lambda *x: attention_reference(*x, 0.7, True)[1], (q, k, v))
+@pytest.mark.parametrize("window_size", [(-1, -1), (2, 0), (0, -1)])
+@pytest.mark.parametrize("softcap", [0.0, 0.8])
+@pytest.mark.parametrize("result", [0, 1], ids=["out", "lse"])
+def test_gradcheck_of_the_reference_with_options(window_size, softcap, result):
+    q, k, v = (normal(1, s, h, 3).requires_grad_() for s, h in ((4, 2), (5, 1), (5, 1)))
+
+    def attend(q, k, v, sinks):
+        options = {"window_size": window_size, "softcap": softcap, "sinks": sinks}
+        return attention_reference(q, k, v, 0.7, **options)[result]
+
+    assert torch.autograd.gradcheck(attend, (q, k, v, normal(2).requires_grad_()))
+
+
+# Options --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_mask_is_its_definition():
+    sides = (-1, 0, 1, 2, 5, 9)
+    for rows, keys, left, right, causal in itertools.product((1, 3, 6), (1, 4, 7), sides, sides, (False, True)):
+        options = Options.of(causal=causal, window_size=(left, right))
+        seen = reference.visible(rows, keys, options)
+        to_the_right = 0 if causal else right
+        for i, j in itertools.product(range(rows), range(keys)):
+            place = i + keys - rows
+            expected = (left == -1 or j >= place - left) and (to_the_right == -1 or j <= place + to_the_right)
+            assert (seen is None or bool(seen[i, j])) == expected, (rows, keys, left, right, causal, i, j)
+
+
+def attention_by_its_definition(q, k, v, softmax_scale, causal, window_size, softcap, sinks):
+    """out and lse of one batch in float64, head by head and row by row."""
+    out, lse = torch.zeros_like(q), q.new_full((q.shape[0], q.shape[2], q.shape[1]), -math.inf)
+    seen = reference.visible(q.shape[1], k.shape[1], Options.of(causal=causal, window_size=window_size))
+    for b, i, h in itertools.product(*map(range, q.shape[:3])):
+        kv_head = h // (q.shape[2] // k.shape[2])
+        scores = softmax_scale * k[b, :, kv_head] @ q[b, i, h]
+        scores = softcap * (scores / softcap).tanh() if softcap else scores
+        weights = scores.exp() if seen is None else scores.exp() * seen[i]
+        total = weights.sum() + (0 if sinks is None else sinks[h].exp())
+        if total > 0:
+            out[b, i, h], lse[b, h, i] = weights @ v[b, :, kv_head] / total, total.log()
+    return out, lse
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("window_size", [(-1, -1), (2, 1), (0, -1), (-1, 3), (100, 100)], ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(7, 7), (5, 9), (9, 5)])
+def test_options_are_their_definitions(monkeypatch, seqlen_q, seqlen_k, causal, window_size, softcap, with_sinks):
+    """Results of the reference and of the CPU path, whose lse is float32, and the gradients of everything."""
+    monkeypatch.setattr(cpu, "SCORES", 64)  # several blocks of rows
+    q, k, v = (normal(2, s, h, 8).requires_grad_() for s, h in ((seqlen_q, 4), (seqlen_k, 2), (seqlen_k, 2)))
+    sinks = normal(4).requires_grad_() if with_sinks else None
+    options = (0.4, causal), {"window_size": window_size, "softcap": softcap, "sinks": sinks}
+    results = attention_by_its_definition(q, k, v, *options[0], **options[1])
+    torch.testing.assert_close(attention_reference(q, k, v, *options[0], **options[1]), results)
+    ours = flash_attn_func(q, k, v, *options[0], **options[1], return_lse=True)
+    torch.testing.assert_close(ours, (results[0], results[1].float()))
+
+    finite = results[1] > -math.inf
+    weights = [normal(*x.shape) for x in results]
+    inputs = (q, k, v, sinks) if with_sinks else (q, k, v)
+
+    def gradients(out, lse):
+        loss = (out * weights[0]).sum() + (lse[finite] * weights[1][finite]).sum()
+        return torch.autograd.grad(loss, inputs, materialize_grads=True)
+
+    torch.testing.assert_close(gradients(*ours), gradients(*results), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_see_nothing_have_the_sink_as_lse():
+    q, k, v = (normal(1, s, 2, 8).requires_grad_() for s in (9, 4, 4))
+    sinks = normal(2).requires_grad_()
+    out, lse = flash_attn_func(q, k, v, causal=True, sinks=sinks, return_lse=True)
+    assert (out[:, :5] == 0).all() and torch.equal(lse[0, :, :5], sinks.float()[:, None].expand(2, 5))
+    dq, dk, dv, dsinks = torch.autograd.grad(lse[:, :, :5].sum(), (q, k, v, sinks))
+    assert all((x == 0).all() for x in (dq, dk, dv)) and torch.equal(dsinks, torch.full_like(sinks, 5))
+    out, lse = flash_attn_func(q, k[:, :0], v[:, :0], sinks=sinks, return_lse=True)
+    assert (out == 0).all() and torch.equal(lse[0], sinks.float()[:, None].expand(2, 9))
+
+
+def test_a_sink_of_minus_infinity_is_none():
+    q, k, v = (normal(1, 9, 2, 8).requires_grad_() for _ in range(3))
+    sinks = torch.full((2,), -math.inf).requires_grad_()
+    with_it, without = (flash_attn_func(q, k, v, causal=True, sinks=x, return_lse=True) for x in (sinks, None))
+    torch.testing.assert_close(with_it, without)
+    assert (torch.autograd.grad(with_it[0].sum() + with_it[1].sum(), sinks)[0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sinks_are_of_any_dtype(dtype):
+    q, k, v = Case(16, "bf16", 9, 9, heads=4, kv_heads=2).inputs("cpu")
+    sinks = torch.tensor([0.5, -1, 2, 0], dtype=dtype, requires_grad=True)
+    out, lse = flash_attn_func(q, k, v, sinks=sinks, return_lse=True)
+    (gradient,) = torch.autograd.grad(out.float().sum() + lse.sum(), sinks)
+    assert out.dtype == q.dtype and gradient.dtype == dtype
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same_bits(flash_attn_func(q.float(), k.float(), v.float(), sinks=sinks), out)
+
+
+@pytest.mark.parametrize("case", CPU_OPTIONS, ids=str)
+def test_options_of_cpu_tensors_meet_the_rule_of_the_gpu(case):
+    inputs, options = case.inputs("cpu"), case.options()
+    out, lse = flash_attn_func(*inputs, **options, return_lse=True)
+    check(out, lse, *inputs, **options)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse) if case.dlse else None
+    gradients = flash_attn_ext.backward(dout, *inputs, out, lse, **options, dlse=dlse)
+    check_gradients(gradients, dout, *inputs, out, lse, **options, dlse=dlse)
 
 
 def test_rows_that_see_nothing_have_no_nan_and_no_gradient():
@@ -147,8 +253,8 @@ CPU_CASES += [Case(128, "bf16", 70, 70, True, 2, 6, 2, layout) for layout in LAY
 @pytest.mark.parametrize("case", CPU_CASES, ids=str)
 def test_cpu_tensors_meet_the_rule_of_the_gpu(case):
     q, k, v = case.inputs("cpu")
-    out, lse = flash_attn_func(q, k, v, *case.options, return_lse=True)
-    check(out, lse, q, k, v, *case.options)
+    out, lse = flash_attn_func(q, k, v, **case.options(), return_lse=True)
+    check(out, lse, q, k, v, **case.options())
     assert out.stride() == torch.empty_like(q).stride() and lse.is_contiguous()
 
 
@@ -173,25 +279,29 @@ TORCHS_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 @both_masks
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(300, 300), (300, 411), (411, 300), (1, 411), (300, 1)])
-def test_cpu_path_is_the_reference_in_linear_memory(monkeypatch, dtype, seqlen_q, seqlen_k, causal):
+@pytest.mark.parametrize("window_size, softcap, sinks", [((-1, -1), 0.0, None), ((30, 5), 1.0, normal(6))])
+def test_cpu_path_is_the_reference_in_linear_memory(
+    monkeypatch, dtype, seqlen_q, seqlen_k, causal, window_size, softcap, sinks
+):
     monkeypatch.setattr(cpu, "SCORES", 2**15)
-    options = Options(0.3, causal)
+    given = {"causal": causal, "window_size": window_size, "softcap": softcap, "sinks": sinks}
+    options = Options.of(0.3, **given)
     dout, q, k, v = (
         normal(2, s, h, 16, dtype=dtype) for s, h in ((seqlen_q, 6), (seqlen_q, 6), (seqlen_k, 2), (seqlen_k, 2))
     )
     with LargestResult() as largest:
         out, lse = cpu.forward(q, k, v, options)
         gradients = cpu.backward(dout, q, k, v, out, lse, options)
-    assert largest.elements <= max(cpu.SCORES, 2 * q.numel(), 2 * k.numel())
-    same_mask = not causal or seqlen_q in (1, seqlen_k)
+    assert largest.elements <= max(cpu.SCORES + cpu.SCORES // seqlen_k, 2 * q.numel(), 2 * k.numel())
+    same_mask = sinks is None and (not causal or seqlen_q in (1, seqlen_k))
     assert (largest.called >= {TORCHS, TORCHS_BACKWARD}) == (same_mask and dtype != torch.float64)
 
     if dtype == torch.float64:
         torch.testing.assert_close((out, lse), reference.forward(q, k, v, options))
         torch.testing.assert_close(gradients, reference.backward(dout, q, k, v, out, lse, options))
     else:
-        check(out, lse, q, k, v, *options)
-        check_gradients(gradients, dout, q, k, v, out, lse, *options)
+        check(out, lse, q, k, v, 0.3, **given)
+        check_gradients(gradients, dout, q, k, v, out, lse, 0.3, **given)
 
 
 @both_masks
@@ -225,14 +335,17 @@ def test_wide_dtypes(dtype):
     torch.testing.assert_close(out, torchs_attention(q, k, v, None, True))
 
 
+OPTIONS = {name: parameter.default for name, parameter in inspect.signature(Options.of).parameters.items()}
+
+
 def test_signatures():
     """Positional order as FlashAttention-3's; what is ours is keyword-only."""
     by_name = inspect.signature(flash_attn_func).parameters
     positional = [p.name for p in by_name.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == ["q", "k", "v", "softmax_scale", "causal"]
     assert by_name["return_lse"].kind is inspect.Parameter.KEYWORD_ONLY and by_name["return_lse"].default is False
-    assert list(inspect.signature(flash_attn_ext.forward).parameters) == ["q", "k", "v", *Options._fields]
-    assert set(by_name) | {"target"} == set(inspect.signature(flash_attn_ext.explain).parameters)
+    assert list(inspect.signature(flash_attn_ext.forward).parameters) == ["q", "k", "v", *OPTIONS]
+    assert set(by_name) | {"target", *LENGTHS} == set(inspect.signature(flash_attn_ext.explain).parameters)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +354,9 @@ def test_signatures():
 )
 def test_every_function_takes_every_option(name):
     parameters = inspect.signature(getattr(flash_attn_ext, name)).parameters
-    assert {option: parameters[option].default for option in Options._fields} == Options()._asdict()
+    options = {name: default for name, default in OPTIONS.items() if name not in LENGTHS or name in parameters}
+    assert {name: parameters[name].default for name in options} == options
+    assert set(LENGTHS) <= set(parameters) or name == "flash_attn_func"
 
 
 def test_public_function_is_the_low_level_pair():

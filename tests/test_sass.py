@@ -19,11 +19,18 @@ import nvcc  # noqa: E402 (the build's own reader of ptxas output)
 
 KERNEL = re.compile(
     r"(?P<direction>forward|backward)_kernel.*?(?:Forward|Backward)ConfigILi(?P<row>\d+)E"
-    r"(?:13__nv_(?P<bf16>bfloat16)|6__half)E(?:EL\w*?9GradientsE(?P<gradients>\d))?"
+    r"(?:13__nv_(?P<bf16>bfloat16)|6__half)(?:Lb(?P<softcap>[01])E)?E(?:EL\w*?9GradientsE(?P<gradients>\d))?"
 )
 GRADIENTS = ("all", "dq", "dkv")  # csrc/backward.cu's enum class Gradients
 DTYPES = ("fp16", "bf16")
-KERNELS = [("forward", index, dtype, "") for index, row in enumerate(TABLE) if row["forward"] for dtype in DTYPES]
+SOFTCAP = ("", "softcap")  # of the forward: kernels without and with it
+KERNELS = [
+    ("forward", index, dtype, softcap)
+    for index, row in enumerate(TABLE)
+    if row["forward"]
+    for dtype in DTYPES
+    for softcap in SOFTCAP
+]
 KERNELS += [
     ("backward", index, dtype, gradients)
     for index, row in enumerate(TABLE)
@@ -60,13 +67,13 @@ def cuobjdump(*arguments):
 
 
 def by_kernel(output):
-    """Splits what follows each function's name; keys are (direction, row of the table, dtype, gradients)."""
+    """Splits what follows each function's name; keys are (direction, row of the table, dtype, gradients or softcap)."""
     parts = re.split(r"^\s*Function\s*:?\s*(\S+?):?$", output, flags=re.MULTILINE)
     found = {}
     for name, text in zip(parts[1::2], parts[2::2], strict=True):
         if match := KERNEL.search(name):
-            gradients = GRADIENTS[int(match["gradients"])] if match["gradients"] else ""
-            found[match["direction"], int(match["row"]), "bf16" if match["bf16"] else "fp16", gradients] = text
+            variant = GRADIENTS[int(match["gradients"])] if match["gradients"] else SOFTCAP[int(match["softcap"])]
+            found[match["direction"], int(match["row"]), "bf16" if match["bf16"] else "fp16", variant] = text
     return found
 
 
@@ -206,7 +213,7 @@ def test_documents_count_the_instructions_of_the_main_loop(sass, kernel):
     if BUILD["cuda"] != compiler:
         pytest.skip(f"docs/{direction}.md counts what nvcc {compiler} makes, and this binary is nvcc {BUILD['cuda']}'s")
     if gradients not in ("", "all"):
-        pytest.skip("only the kernel of all gradients is in the table")
+        pytest.skip("only kernels of all gradients, and without softcap, are in the table")
     row = TABLE[index]
     step = products(kernel)
     threads = [shortest_round(sass[kernel], added(step[name] for name in step if name != "dQ"))]

@@ -8,6 +8,16 @@
 
 namespace flash_attn_ext {
 
+// Caps scores: each becomes tanh(score * factor), where `factor_log2` is factor * 2 * log2(e). As 1 - 2 / (1 + exp(2
+// x)), which is right to 3e-7; tanh.approx is only to 5e-4, too little for lse.
+template <int kRegisters>
+__device__ __forceinline__ void cap(float (&scores)[kRegisters], float factor_log2) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) {
+    scores[i] = fmaf(-2.f, ptx::rcp(1.f + ptx::ex2(scores[i] * factor_log2)), 1.f);
+  }
+}
+
 // Per thread: two rows, each shared by the four threads of a quad. The maximum is the quad's, the sum the thread's own.
 //
 // The offset that is subtracted from the scores need not be the maximum: any value serves as long as sum and O share it
@@ -70,17 +80,22 @@ struct OnlineSoftmax {
     return grew;
   }
 
-  // After the last block: what O must be multiplied by, and the log-sum-exp of the scaled scores. A row that saw
-  // nothing, or only scores of -inf, has the sum 0: its O becomes 0 and its lse -inf. NaN stays NaN.
-  __device__ __forceinline__ void finish(float (&row_scale)[2], float (&lse)[2]) {
+  // After the last block: what O must be multiplied by, and the log-sum-exp of the scaled scores and of the sink, a
+  // logit that joins the sum but not O. It is given in powers of two; -inf: none. A row that saw nothing, or only
+  // scores of -inf, has O 0 and the lse that the sink has. NaN stays NaN.
+  __device__ __forceinline__ void finish(float sink_log2, float (&row_scale)[2], float (&lse)[2]) {
     constexpr float kLn2 = 0.6931471805599453f;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
       sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
-      bool empty = sum[r] == 0.f;
-      row_scale[r] = empty ? 0.f : 1.f / sum[r];
-      lse[r] = empty ? -INFINITY : (scaled_offset(r) + log2f(sum[r])) * kLn2;
+      // From the offset to the larger of both, so that nothing overflows: by exactly 1 where that is the offset.
+      const float scaled = offset[r] * scale_log2, larger = fmaxf(scaled, sink_log2);
+      const float reference = larger == -INFINITY ? 0.f : larger;
+      const float rescale = ptx::ex2(scaled - reference), total = sum[r] * rescale + ptx::ex2(sink_log2 - reference);
+      const bool empty = total == 0.f;
+      row_scale[r] = empty ? 0.f : rescale / total;
+      lse[r] = empty ? -INFINITY : (reference + log2f(total)) * kLn2;
     }
   }
 

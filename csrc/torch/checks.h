@@ -11,6 +11,7 @@
 
 #include "../launch.h"
 #include "../limits.h"
+#include "operators.h"
 
 namespace flash_attn_ext {
 
@@ -36,8 +37,14 @@ inline HeadDimLimits limits_of(int64_t head_dim) {
   return {};
 }
 
+// Whether every kernel has what the options ask for. Of the other options flash_attn_ext/limits.py has the table.
+inline bool are_plainly_fine(const CallOptions& options) {
+  return options.numbers.are_in_range() && !options.numbers.has_window() && options.numbers.softcap == 0 &&
+         !options.sinks && !options.has_lengths();
+}
+
 // Of forward.
-inline bool is_plainly_fine(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Options& options) {
+inline bool is_plainly_fine(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const CallOptions& options) {
   if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4) return false;
   const at::IntArrayRef q_size = q.sizes(), k_size = k.sizes();  // (batch, seqlen, heads, head_dim)
   const bool sizes_fit = k_size == v.sizes() && q_size[0] == k_size[0] && q_size[3] == k_size[3] && k_size[2] > 0 &&
@@ -50,12 +57,12 @@ inline bool is_plainly_fine(const at::Tensor& q, const at::Tensor& k, const at::
   };
   return sizes_fit && is_counted(q_size) && is_counted(k_size) && limits_of(q_size[3]).forward.built() &&
          (q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16) && is_beside_q(k) && is_beside_q(v) &&
-         options.are_in_range() && q.is_cuda() && compute_capability(q.get_device()) == 90;
+         are_plainly_fine(options) && q.is_cuda() && compute_capability(q.get_device()) == 90;
 }
 
-// Of backward.
+// Of backward without a gradient of lse.
 inline bool is_plainly_fine(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                            const at::Tensor& out, const at::Tensor& lse, const Options& options) {
+                            const at::Tensor& out, const at::Tensor& lse, const CallOptions& options) {
   if (!is_plainly_fine(q, k, v, options) || !limits_of(q.size(3)).backward.built()) return false;
   const auto is_like_q = [&](const at::Tensor& t) {
     return t.sizes() == q.sizes() && t.scalar_type() == q.scalar_type() && t.device() == q.device();
@@ -65,27 +72,35 @@ inline bool is_plainly_fine(const at::Tensor& dout, const at::Tensor& q, const a
          lse.scalar_type() == at::kFloat && lse.device() == q.device();
 }
 
-inline bool needs_gradient(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  return c10::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
+// Whether it holds for one of the tensors that a call can be differentiated by.
+template <class F>
+bool any_input(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& sinks, F&& holds) {
+  return holds(q) || holds(k) || holds(v) || (sinks && holds(*sinks));
+}
+
+inline bool needs_gradient(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& sinks) {
+  return c10::GradMode::is_enabled() &&
+         any_input(q, k, v, sinks, [](const at::Tensor& input) { return input.requires_grad(); });
 }
 
 // Whether an input has a tangent, for forward-mode differentiation, which grad mode does not switch off.
-inline bool has_tangent(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  return q._fw_grad(0).defined() || k._fw_grad(0).defined() || v._fw_grad(0).defined();
-}
-
-// Whether torch.func differentiates this call: grad, vjp and what is made of them.
-inline bool is_in_transform(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  return (q.key_set() | k.key_set() | v.key_set()).has(c10::DispatchKey::FuncTorchGradWrapper);
+inline bool has_tangent(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& sinks) {
+  return any_input(q, k, v, sinks, [](const at::Tensor& input) { return input._fw_grad(0).defined(); });
 }
 
 // Whether the derivatives that this call needs can be computed. A head dim that is unknown while tracing is left to
 // Python.
-inline bool derivatives_are_plainly_fine(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  if (has_tangent(q, k, v)) return false;
-  if (!needs_gradient(q, k, v)) return true;
-  if (is_in_transform(q, k, v) || q.is_nested() || k.is_nested() || v.is_nested()) return false;
-  return !q.is_cuda() || (q.dim() == 4 && limits_of(q.sym_size(3).maybe_as_int().value_or(0)).backward.built());
+inline bool derivatives_are_plainly_fine(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                         const CallOptions& options) {
+  const OptionalTensor& sinks = options.sinks;
+  if (has_tangent(q, k, v, sinks)) return false;
+  if (!needs_gradient(q, k, v, sinks)) return true;
+  const auto is_special = [](const at::Tensor& input) {  // nested, or torch.func differentiates: grad, vjp, ...
+    return input.is_nested() || input.key_set().has(c10::DispatchKey::FuncTorchGradWrapper);
+  };
+  if (any_input(q, k, v, sinks, is_special)) return false;
+  return !q.is_cuda() || (are_plainly_fine(options) && q.dim() == 4 &&
+                          limits_of(q.sym_size(3).maybe_as_int().value_or(0)).backward.built());
 }
 
 }  // namespace flash_attn_ext

@@ -7,6 +7,7 @@
 #include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -16,6 +17,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <type_traits>
 
 #include "checks.h"
 #include "python.h"
@@ -24,13 +26,16 @@
 namespace flash_attn_ext {
 namespace {
 
-using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dq, dk, dv
-using Needs = std::array<bool, 3>;                                      // which of them
+using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // dq, dk, dv, dsinks
+using Needs = std::array<bool, 3>;  // which of the first three; dsinks are needed where sinks are given
 
 // Torch takes every option by itself: the dispatcher as an argument, autograd as an entry of its dictionary. Our
 // functions take them as one value.
 template <class Types>
 struct OneByOne;
+
+template <class T>
+constexpr bool is_tensor = std::is_same_v<T, OptionalTensor>;
 
 template <class... Option>
 struct OneByOne<std::tuple<Option...>> {
@@ -41,42 +46,71 @@ struct OneByOne<std::tuple<Option...>> {
 
   template <auto function>
   static BackwardResult backward(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                 const at::Tensor& out, const at::Tensor& lse, Option... options, Needs needs) {
-    return function(dout, q, k, v, out, lse, {options...}, needs);
+                                 const at::Tensor& out, const at::Tensor& lse, Option... options, OptionalTensor dlse,
+                                 Needs needs) {
+    return function(dout, q, k, v, out, lse, {options...}, dlse, needs);
   }
 
-  // Under its number: compiled autograd cannot look into a tuple of them.
+  // A number under its place: compiled autograd cannot look into a tuple of them. Tensors are saved as autograd does.
   using Dictionary = decltype(torch::autograd::AutogradContext::saved_data);
 
-  static void save(const std::tuple<Option...>& options, Dictionary& to) {
-    int i = 0;
-    std::apply([&](const auto&... option) { ((to[std::to_string(i++)] = option), ...); }, options);
+  static void save(const std::tuple<Option...>& options, Dictionary& numbers, torch::autograd::variable_list& tensors) {
+    auto save_one = [&, i = 0](const auto& option) mutable {
+      if constexpr (is_tensor<std::decay_t<decltype(option)>>) {
+        tensors.push_back(option.value_or(at::Tensor()));
+      } else {
+        numbers[std::to_string(i++)] = option;
+      }
+    };
+    std::apply([&](const Option&... option) { (save_one(option), ...); }, options);
   }
 
-  static std::tuple<Option...> load(const Dictionary& from) {
+  static std::tuple<Option...> load(const Dictionary& numbers, const at::Tensor* tensors) {
     std::tuple<Option...> options;
-    int i = 0;
-    std::apply([&](Option&... option) { ((option = from.at(std::to_string(i++)).template to<Option>()), ...); },
-               options);
+    auto load_one = [&, i = 0]<class T>(T& option) mutable {
+      if constexpr (is_tensor<T>) {
+        if (const at::Tensor& tensor = *tensors++; tensor.defined()) option = tensor;
+      } else {
+        option = numbers.at(std::to_string(i++)).template to<T>();
+      }
+    };
+    std::apply([&](Option&... option) { (load_one(option), ...); }, options);
     return options;
   }
 };
-using Flat = OneByOne<Options::Types>;
+using Flat = OneByOne<CallOptions::Types>;
+
+// The sum over all rows of exp(sink - lse) * (dlse - delta), where delta is the row's sum of dout * out: a sink has a
+// probability like a key's, and no value.
+at::Tensor gradient_of_sinks(const OptionalTensor& sinks, const at::Tensor& dout, const at::Tensor& out,
+                             const at::Tensor& lse, const OptionalTensor& dlse) {
+  if (!sinks) return allocate({0}, dout, at::kFloat);
+  const at::Tensor delta = dout.to(at::kFloat).mul_(out).sum(-1).transpose(-2, -1);
+  const at::Tensor probability = sinks->to(at::kFloat).unsqueeze(-1).sub(lse).exp_();
+  const at::Tensor of_rows = probability.mul_(dlse ? dlse->sub(delta) : delta.neg());
+  of_rows.masked_fill_(lse.eq(-std::numeric_limits<float>::infinity()), 0);
+  return (lse.dim() == 2 ? of_rows.sum(1) : of_rows.sum(at::IntArrayRef{0, 2})).to(sinks->scalar_type());
+}
 
 // Gradients that are not needed have no elements.
 BackwardResult backward_cuda(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             const at::Tensor& out, const at::Tensor& lse, const Options::Types& values, Needs needs) {
-  const auto options = std::make_from_tuple<Options>(values);
-  if (!is_plainly_fine(dout, q, k, v, out, lse, options)) python::check_backward(dout, q, k, v, out, lse, values);
+                             const at::Tensor& out, const at::Tensor& lse, const CallOptions::Types& values,
+                             const OptionalTensor& dlse, Needs needs) {
+  const CallOptions options(values);
+  if (dlse || !is_plainly_fine(dout, q, k, v, out, lse, options)) {
+    python::check_backward(dout, q, k, v, out, lse, values, dlse);
+  }
   // The thread blocks add to dq in the order in which they come.
   if (needs[0]) at::globalContext().alertNotDeterministic("The gradient of q in flash_attn_ext");
   const c10::cuda::CUDAGuard guard(q.device());
 
   const Result dq(q, needs[0]), dk(k, needs[1]), dv(v, needs[2]);
-  if (q.numel() == 0 || k.numel() == 0) return {dq.tensor.zero_(), dk.tensor.zero_(), dv.tensor.zero_()};
+  const at::Tensor dsinks = gradient_of_sinks(options.sinks, dout, out, lse, dlse);
+  if (q.numel() == 0 || k.numel() == 0) return {dq.tensor.zero_(), dk.tensor.zero_(), dv.tensor.zero_(), dsinks};
 
   const Input dout_in(dout), q_in(q), k_in(k), v_in(v), out_in(out);
   const at::Tensor lse_in = contiguous_and_aligned(lse);
+  const at::Tensor dlse_in = dlse ? contiguous_and_aligned(*dlse) : at::Tensor();
   BackwardParams params{
       .problem = problem_of(q, k, options),
       .dout = dout_in,
@@ -85,6 +119,7 @@ BackwardResult backward_cuda(const at::Tensor& dout, const at::Tensor& q, const 
       .v = v_in,
       .out = out_in,
       .lse = lse_in.const_data_ptr<float>(),
+      .dlse = dlse ? dlse_in.const_data_ptr<float>() : nullptr,
       .dq = dq,
       .dk = dk,
       .dv = dv,
@@ -92,7 +127,7 @@ BackwardResult backward_cuda(const at::Tensor& dout, const at::Tensor& q, const 
   const at::Tensor workspace = allocate({backward_workspace_bytes(params)}, q, at::kByte);
   params.workspace = workspace.mutable_data_ptr();
   launch_backward(params, c10::cuda::getCurrentCUDAStream(q.get_device()).stream());
-  return {dq.finish(), dk.finish(), dv.finish()};
+  return {dq.finish(), dk.finish(), dv.finish(), dsinks};
 }
 
 template <class F>
@@ -101,52 +136,62 @@ auto find_operator(const char* name) {
 }
 
 BackwardResult call_backward(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             const at::Tensor& out, const at::Tensor& lse, const Options::Types& options, Needs needs) {
+                             const at::Tensor& out, const at::Tensor& lse, const CallOptions::Types& options,
+                             const OptionalTensor& dlse, Needs needs) {
   static const auto op = find_operator<decltype(Flat::backward<backward_cuda>)>("flash_attn_ext::backward");
-  return std::apply([&](const auto&... option) { return op.call(dout, q, k, v, out, lse, option..., needs); }, options);
+  const auto call = [&](const auto&... option) { return op.call(dout, q, k, v, out, lse, option..., dlse, needs); };
+  return std::apply(call, options);
 }
 
-// Until lse has a gradient, a loss that uses it is refused.
 struct Attention : torch::autograd::Function<Attention> {
   static constexpr bool is_traceable = true;
 
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, const at::Tensor& q,
-                                                const at::Tensor& k, const at::Tensor& v,
-                                                const Options::Types& options) {
+                                                const at::Tensor& k, const at::Tensor& v, const OptionalTensor&,
+                                                const CallOptions::Types& options) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto [out, lse] = call_forward(q, k, v, options);
-    context->save_for_backward({q, k, v, out, lse});
-    context->set_materialize_grads(false);  // a gradient of lse is one that a loss has asked for
-    Flat::save(options, context->saved_data);
+    torch::autograd::variable_list tensors{q, k, v, out, lse};
+    Flat::save(options, context->saved_data, tensors);
+    context->save_for_backward(tensors);
+    context->set_materialize_grads(false);  // nothing is computed for an lse that no loss uses
     return {out, lse};
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  const torch::autograd::variable_list& gradients) {
-    if (gradients[1].defined()) python::refuse_gradient_of_lse();
-    if (!gradients[0].defined()) return torch::autograd::variable_list(4);
+    if (!gradients[0].defined() && !gradients[1].defined()) return torch::autograd::variable_list(5);
     const auto saved = context->get_saved_variables();
     const at::Tensor &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3], &lse = saved[4];
-    const Options::Types options = Flat::load(context->saved_data);
+    CallOptions::Types options = Flat::load(context->saved_data, &saved[5]);
     const Needs needs{context->needs_input_grad(0), context->needs_input_grad(1), context->needs_input_grad(2)};
+    OptionalTensor& sinks = std::get<CallOptions::kNumbers>(options);
+    if (sinks && !context->needs_input_grad(3)) sinks.reset();
+    const OptionalTensor dlse = gradients[1].defined() ? OptionalTensor(gradients[1]) : std::nullopt;
+    const at::Tensor dout = gradients[0].defined() ? gradients[0] : at::zeros_like(out);
     // The autograd of the operator backward, in ops.py, does nothing but refuse second derivatives.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
     if (!c10::GradMode::is_enabled()) below_autograd.emplace();
-    const auto [dq, dk, dv] = call_backward(gradients[0], q, k, v, out, lse, options, needs);
-    const auto if_needed = [&](int i, const at::Tensor& gradient) { return needs[i] ? gradient : at::Tensor(); };
-    return {if_needed(0, dq), if_needed(1, dk), if_needed(2, dv), {}};
+    const auto [dq, dk, dv, dsinks] = call_backward(dout, q, k, v, out, lse, options, dlse, needs);
+    const auto if_needed = [](bool need, const at::Tensor& gradient) { return need ? gradient : at::Tensor(); };
+    return {if_needed(needs[0], dq),
+            if_needed(needs[1], dk),
+            if_needed(needs[2], dv),
+            if_needed(sinks.has_value(), dsinks),
+            {}};
   }
 };
 
 // The autograd kernel of the operator forward, for every device.
 ForwardResult forward_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                               const Options::Types& options) {
-  if (!derivatives_are_plainly_fine(q, k, v)) python::check_derivatives(q, k, v, options);
-  if (!needs_gradient(q, k, v)) {
+                               const CallOptions::Types& options) {
+  const CallOptions call(options);
+  if (!derivatives_are_plainly_fine(q, k, v, call)) python::check_derivatives(q, k, v, options);
+  if (!needs_gradient(q, k, v, call.sinks)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_forward(q, k, v, options);
   }
-  const torch::autograd::variable_list results = Attention::apply(q, k, v, options);
+  const torch::autograd::variable_list results = Attention::apply(q, k, v, call.sinks, options);
   return {results[0], results[1]};
 }
 
@@ -159,23 +204,28 @@ TORCH_LIBRARY_IMPL(flash_attn_ext, Autograd, m) { m.impl("forward", Flat::forwar
 }  // namespace
 
 ForwardResult call_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                           const Options::Types& options) {
+                           const CallOptions::Types& options) {
   static const auto op = find_operator<decltype(Flat::forward<forward_cuda>)>("flash_attn_ext::forward");
   return std::apply([&](const auto&... option) { return op.call(q, k, v, option...); }, options);
 }
 
 ForwardResult forward_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                           const Options::Types& values) {
-  const auto options = std::make_from_tuple<Options>(values);
+                           const CallOptions::Types& values) {
+  const CallOptions options(values);
   if (!is_plainly_fine(q, k, v, options)) python::check(q, k, v, values);
   const c10::cuda::CUDAGuard guard(q.device());
 
-  const Result out(q);
-  const at::Tensor lse = allocate({q.size(0), q.size(2), q.size(1)}, q, at::kFloat);
+  const bool part_of_q = options.seqused_q.has_value(), part_of_k = options.seqused_k.has_value();
+  const Result out(q, true, part_of_q);
+  const at::Tensor lse = allocate(lse_size(q), q, at::kFloat);
   if (q.numel() == 0) return {out.tensor, lse};
-  if (k.numel() == 0) return {out.tensor.zero_(), lse.fill_(-std::numeric_limits<float>::infinity())};
+  const at::Tensor sinks = options.sinks ? contiguous_and_aligned(options.sinks->to(at::kFloat)) : at::Tensor();
+  if (k.numel() == 0) {
+    constexpr float kOfNothing = -std::numeric_limits<float>::infinity();
+    return {out.tensor.zero_(), options.sinks ? lse.copy_(sinks.unsqueeze(-1)) : lse.fill_(kOfNothing)};
+  }
 
-  const Input q_in(q), k_in(k), v_in(v);
+  const Input q_in(q, part_of_q), k_in(k, part_of_k), v_in(v, part_of_k);
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(q.get_device());
   const at::Tensor counter = item_counter(stream, q);
   const ForwardParams params{
@@ -185,6 +235,7 @@ ForwardResult forward_cuda(const at::Tensor& q, const at::Tensor& k, const at::T
       .v = v_in,
       .out = out,
       .lse = lse.mutable_data_ptr<float>(),
+      .sinks = options.sinks ? sinks.const_data_ptr<float>() : nullptr,
       .item_counter = counter.mutable_data_ptr<int>(),
   };
   launch_forward(params, stream.stream());

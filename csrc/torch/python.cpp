@@ -24,9 +24,9 @@ namespace py = pybind11;
 
 // What Python has registered.
 struct Registered {
-  py::object options;  // the class Options
-  py::object forward;  // of a call whose arguments are not of the usual types
-  py::object check, check_backward, check_derivatives, refuse_gradient_of_lse;  // python.h
+  py::object options;                                   // the class Options
+  py::object forward;                                   // of a call whose arguments are not of the usual types
+  py::object check, check_backward, check_derivatives;  // python.h
 };
 
 Registered& registered() {
@@ -34,10 +34,13 @@ Registered& registered() {
   return all;
 }
 
-template <class... Tensors>
-void ask(py::object Registered::* check, const Options::Types& options, const Tensors&... tensors) {
+// The arguments before the options, and those after them.
+template <class... Before, class... After>
+void ask(py::object Registered::* check, const std::tuple<Before...>& before, const CallOptions::Types& options,
+         const After&... after) {
   const py::gil_scoped_acquire gil;
-  (registered().*check)(tensors..., registered().options(*py::tuple(py::cast(options))));
+  const py::object as_one = registered().options(*py::tuple(py::cast(options)));
+  std::apply([&](const Before&... tensors) { (registered().*check)(tensors..., as_one, after...); }, before);
 }
 
 // From Python objects ------------------------------------------------------------------------------------------------
@@ -61,6 +64,14 @@ bool unpack(PyObject* from, int64_t& to) {
   return !overflow;
 }
 
+// By torch's caster: the header with its own check and access costs a second more of compilation.
+bool unpack(PyObject* from, at::Tensor& to) {
+  py::detail::make_caster<at::Tensor> caster;
+  if (!caster.load(from, false)) return false;
+  to = std::move(py::detail::cast_op<at::Tensor&>(caster));
+  return true;
+}
+
 template <class T>
 bool unpack(PyObject* from, std::optional<T>& to) {
   return from == Py_None || unpack(from, to.emplace());
@@ -71,14 +82,6 @@ bool unpack(PyObject* from, std::tuple<Element...>& to) {
   if (!PyTuple_Check(from) || PyTuple_GET_SIZE(from) != sizeof...(Element)) return false;
   Py_ssize_t i = 0;
   return std::apply([&](auto&... element) { return (unpack(PyTuple_GET_ITEM(from, i++), element) && ...); }, to);
-}
-
-// By torch's caster: the header with its own check and access costs a second more of compilation.
-bool unpack(PyObject* from, at::Tensor& to) {
-  py::detail::make_caster<at::Tensor> caster;
-  if (!caster.load(from, false)) return false;
-  to = std::move(py::detail::cast_op<at::Tensor&>(caster));
-  return true;
 }
 
 // The eager shortcut -------------------------------------------------------------------------------------------------
@@ -92,13 +95,22 @@ bool autocast_changes_nothing(const at::Tensor& q, const at::Tensor& k, const at
 
 // Whether the dispatcher would do anything with this call but hand it to forward_cuda: autograd, autocast, a dispatch
 // mode (FakeTensor, selective checkpointing, tracing), a tensor subclass, functorch, another device.
-bool needs_dispatcher(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  if (needs_gradient(q, k, v) || has_tangent(q, k, v)) return true;
+bool needs_dispatcher(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                      const CallOptions::Types& options) {
+  const OptionalTensor& sinks = std::get<CallOptions::kNumbers>(options);
+  if (needs_gradient(q, k, v, sinks) || has_tangent(q, k, v, sinks)) return true;
   static constexpr c10::DispatchKeySet kPassedThrough{c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCUDA,
                                                       c10::DispatchKey::ADInplaceOrView,
                                                       c10::DispatchKey::BackendSelect};
   const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
-  const c10::DispatchKeySet keys = ((q.key_set() | k.key_set() | v.key_set()) | local.included_) - local.excluded_;
+  c10::DispatchKeySet of_inputs = q.key_set() | k.key_set() | v.key_set();
+  const auto add = [&]<class T>(const T& option) {
+    if constexpr (std::is_same_v<T, OptionalTensor>) {
+      if (option) of_inputs = of_inputs | option->key_set();
+    }
+  };
+  std::apply([&](const auto&... option) { (add(option), ...); }, options);
+  const c10::DispatchKeySet keys = (of_inputs | local.included_) - local.excluded_;
   return (keys.raw_repr() & ~kPassedThrough.raw_repr()) != 0;
 }
 
@@ -106,7 +118,7 @@ bool needs_dispatcher(const at::Tensor& q, const at::Tensor& k, const at::Tensor
 // microseconds more, so it is called only when the dispatcher has work to do.
 ForwardResult forward(py::handle q_object, py::handle k_object, py::handle v_object, py::handle options_object) {
   at::Tensor q, k, v;
-  Options::Types options;
+  CallOptions::Types options;
   if (!unpack(q_object.ptr(), q) || !unpack(k_object.ptr(), k) || !unpack(v_object.ptr(), v) ||
       !unpack(options_object.ptr(), options)) {
     // Wrong, or rare, and then Python unpacks it: an int, or a SymFloat while tracing, as softmax_scale.
@@ -117,15 +129,15 @@ ForwardResult forward(py::handle q_object, py::handle k_object, py::handle v_obj
   // The operator's autocast is Python's: models that run under autocast mostly come with its dtype already.
   std::optional<c10::impl::ExcludeDispatchKeyGuard> no_autocast;
   if (autocast_changes_nothing(q, k, v)) no_autocast.emplace(c10::DispatchKey::AutocastCUDA);
-  return needs_dispatcher(q, k, v) ? call_forward(q, k, v, options) : forward_cuda(q, k, v, options);
+  return needs_dispatcher(q, k, v, options) ? call_forward(q, k, v, options) : forward_cuda(q, k, v, options);
 }
 
 // For tests ----------------------------------------------------------------------------------------------------------
 
 template <class... Tensors>
 bool is_plainly_fine_call(const Tensors&... tensors, py::handle options_object) {
-  Options::Types options;
-  return unpack(options_object.ptr(), options) && is_plainly_fine(tensors..., std::make_from_tuple<Options>(options));
+  CallOptions::Types options;
+  return unpack(options_object.ptr(), options) && is_plainly_fine(tensors..., CallOptions(options));
 }
 
 void set_test_faults(bool tensor_map_encode_fails, int capability, int multiprocessors) {
@@ -153,15 +165,15 @@ py::list limits() {
 }
 
 void register_python(py::object options, py::object forward, py::object check, py::object check_backward,
-                     py::object check_derivatives, py::object refuse_gradient_of_lse) {
-  registered() = {options, forward, check, check_backward, check_derivatives, refuse_gradient_of_lse};
+                     py::object check_derivatives) {
+  registered() = {options, forward, check, check_backward, check_derivatives};
 }
 
 PYBIND11_MODULE(_C, m) {
   m.def("forward", torch::wrap_pybind_function(forward),
         "forward(q, k, v, options) -> (out, lse), by position only; see flash_attn_ext.forward.");
   m.def("register", register_python, py::kw_only(), py::arg("options"), py::arg("forward"), py::arg("check"),
-        py::arg("check_backward"), py::arg("check_derivatives"), py::arg("refuse_gradient_of_lse"),
+        py::arg("check_backward"), py::arg("check_derivatives"),
         "Registers Python's say in calls that are not plainly fine.");
   m.def("limits", limits, "The table of csrc/limits.h, a dict per head dimension; None stands for 'not built'.");
   m.def("compute_capability", torch::wrap_pybind_function(compute_capability), py::arg("device"),
@@ -184,23 +196,19 @@ PYBIND11_MODULE(_C, m) {
 
 }  // namespace
 
-void python::check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Options::Types& options) {
-  ask(&Registered::check, options, q, k, v);
+void python::check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const CallOptions::Types& options) {
+  ask(&Registered::check, std::tie(q, k, v), options);
 }
 
 void python::check_backward(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                            const at::Tensor& out, const at::Tensor& lse, const Options::Types& options) {
-  ask(&Registered::check_backward, options, dout, q, k, v, out, lse);
+                            const at::Tensor& out, const at::Tensor& lse, const CallOptions::Types& options,
+                            const OptionalTensor& dlse) {
+  ask(&Registered::check_backward, std::tie(dout, q, k, v, out, lse), options, dlse);
 }
 
 void python::check_derivatives(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                               const Options::Types& options) {
-  ask(&Registered::check_derivatives, options, q, k, v);
-}
-
-void python::refuse_gradient_of_lse() {
-  const py::gil_scoped_acquire gil;
-  registered().refuse_gradient_of_lse();
+                               const CallOptions::Types& options) {
+  ask(&Registered::check_derivatives, std::tie(q, k, v), options);
 }
 
 }  // namespace flash_attn_ext

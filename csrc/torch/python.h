@@ -4,19 +4,18 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "../problem.h"
+#include "operators.h"
 
 namespace flash_attn_ext::python {
 
-void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Options::Types& options);
+void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const CallOptions::Types& options);
 
 void check_backward(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                    const at::Tensor& out, const at::Tensor& lse, const Options::Types& options);
+                    const at::Tensor& out, const at::Tensor& lse, const CallOptions::Types& options,
+                    const OptionalTensor& dlse);
 
 // Of a call with an input that has a tangent, or that requires a gradient that cannot be computed.
-void check_derivatives(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Options::Types& options);
-
-// Always raises.
-void refuse_gradient_of_lse();
+void check_derivatives(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                       const CallOptions::Types& options);
 
 }  // namespace flash_attn_ext::python

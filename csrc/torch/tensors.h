@@ -13,21 +13,36 @@
 #include <utility>
 
 #include "../launch.h"
+#include "operators.h"
 
 namespace flash_attn_ext {
 
-inline Problem problem_of(const at::Tensor& q, const at::Tensor& k, const Options& options) {
+// A tensor of a call is (batch, seqlen, heads, head_dim), or of packed sequences (total, heads, head_dim): the last
+// three dimensions are counted from behind.
+
+// (batch, heads, seqlen), packed (heads, total).
+inline c10::SmallVector<int64_t, 3> lse_size(const at::Tensor& q) {
+  if (q.dim() == 3) return {q.size(1), q.size(0)};
+  return {q.size(0), q.size(2), q.size(1)};
+}
+
+inline Problem problem_of(const at::Tensor& q, const at::Tensor& k, const CallOptions& options) {
   // Python may let a call pass that is not plainly fine, but not a type that would be read as another.
   TORCH_CHECK(q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16, "the kernels take 16-bit types");
+  const auto lengths = [](const OptionalTensor& t) { return t ? t->const_data_ptr<int>() : nullptr; };
   return {
-      .batch = q.size(0),
-      .seqlen_q = q.size(1),
-      .seqlen_k = k.size(1),
-      .heads = q.size(2),
-      .kv_heads = k.size(2),
-      .head_dim = q.size(3),
+      .batch = options.cu_seqlens_q ? options.cu_seqlens_q->size(0) - 1 : q.size(0),
+      .seqlen_q = q.size(-3),
+      .seqlen_k = k.size(-3),
+      .heads = q.size(-2),
+      .kv_heads = k.size(-2),
+      .head_dim = q.size(-1),
       .dtype = q.scalar_type() == at::kHalf ? DType::kFloat16 : DType::kBFloat16,
-      .options = options,
+      .options = options.numbers,
+      .lengths = {.cu_seqlens_q = lengths(options.cu_seqlens_q),
+                  .cu_seqlens_k = lengths(options.cu_seqlens_k),
+                  .seqused_q = lengths(options.seqused_q),
+                  .seqused_k = lengths(options.seqused_k)},
   };
 }
 
@@ -35,8 +50,8 @@ inline bool is_aligned(const at::Tensor& t) { return reinterpret_cast<uintptr_t>
 
 // Whether tensor maps can address the tensor where it lies: 16-byte aligned, and so is every stride that is used.
 inline bool is_addressable(const at::Tensor& t) {
-  if (t.stride(3) != 1 || !is_aligned(t)) return false;
-  for (int i = 0; i < 3; ++i) {
+  if (t.stride(-1) != 1 || !is_aligned(t)) return false;
+  for (int i = 0; i < t.dim() - 1; ++i) {
     if (t.size(i) > 1 && (t.stride(i) <= 0 || t.stride(i) * t.element_size() % 16 != 0)) return false;
   }
   return true;
@@ -44,14 +59,21 @@ inline bool is_addressable(const at::Tensor& t) {
 
 inline Strides strides_of(const at::Tensor& t) {
   // The stride of a dimension of size 1 may be anything and is never used; a tensor map needs a valid one all the same.
-  const auto stride = [&](int i) { return t.size(i) > 1 ? t.stride(i) : t.size(3); };
-  return {.batch = stride(0), .row = stride(1), .head = stride(2)};
+  const auto stride = [&](int i) { return t.size(i) > 1 ? t.stride(i) : t.size(-1); };
+  return {.batch = t.dim() == 4 ? stride(0) : t.size(-1), .row = stride(-3), .head = stride(-2)};
+}
+
+// Whether so many sequences of a batch follow each other like rows, as they must where only a part of each is used.
+inline bool batches_follow(const at::Tensor& t) {
+  return t.dim() == 3 || t.size(0) <= 1 || t.size(1) <= 1 || t.stride(0) == t.size(1) * t.stride(1);
 }
 
 // A tensor that a pass takes: where it lies, or copied where tensor maps cannot address that.
 class Input {
  public:
-  explicit Input(const at::Tensor& t) : tensor_(is_addressable(t) ? t : t.clone(at::MemoryFormat::Contiguous)) {}
+  explicit Input(const at::Tensor& t, bool part_is_used = false)
+      : tensor_(is_addressable(t) && (!part_is_used || batches_follow(t)) ? t : t.clone(at::MemoryFormat::Contiguous)) {
+  }
 
   operator Tensor() const&& = delete;  // its memory would be gone before the launch
   operator Tensor() const& { return {const_cast<void*>(tensor_.const_data_ptr()), strides_of(tensor_)}; }
@@ -75,15 +97,21 @@ inline at::Tensor allocate(at::IntArrayRef size, const at::Tensor& like, at::Sca
   return at::detail::empty_cuda(size, like.options().dtype(type));
 }
 
+// Of as many dimensions.
+inline at::Tensor allocate_empty(const at::Tensor& like) {
+  return allocate(c10::SmallVector<int64_t, 4>(like.dim(), 0), like, like.scalar_type());
+}
+
 // A result, and the memory that a kernel writes for it: its own, or a stand-in where tensor maps cannot address that.
 // Without elements, and so with null for its memory, if it is not needed.
 struct Result {
   at::Tensor tensor, written;
 
-  explicit Result(const at::Tensor& like, bool is_needed = true)
-      : tensor(is_needed ? allocate_like(like) : allocate({0, 0, 0, 0}, like, like.scalar_type())),
-        written(is_addressable(tensor) ? tensor
-                                       : at::empty_like(tensor, tensor.options(), at::MemoryFormat::Contiguous)) {}
+  explicit Result(const at::Tensor& like, bool is_needed = true, bool part_is_used = false)
+      : tensor(is_needed ? allocate_like(like) : allocate_empty(like)),
+        written(is_addressable(tensor) && (!part_is_used || batches_follow(tensor))
+                    ? tensor
+                    : at::empty_like(tensor, tensor.options(), at::MemoryFormat::Contiguous)) {}
 
   operator Tensor() const&& = delete;
   operator Tensor() const& { return {written.mutable_data_ptr(), strides_of(written)}; }

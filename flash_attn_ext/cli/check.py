@@ -21,14 +21,14 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .. import flash_attn_func
+from .. import flash_attn_func, limits
 from .._version import __version__
 from . import show, table
 from .models import Attention, Need, read
 from .options import positive_int
 from .values import Unreadable
 
-# What flash_attn_func can do is what it takes as arguments: a feature counts as built on the day that it has one.
+# What flash_attn_func can do is what it takes as arguments, at the head dims where the kernels have that (limits.py).
 ARGUMENTS = inspect.signature(flash_attn_func).parameters
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # MODEL or ORGANISATION/MODEL
 
@@ -216,10 +216,18 @@ def judge(attention: Attention) -> Answer:
     if attention.heads and attention.heads % attention.kv_heads != 0:
         problems.append(f"{attention.heads} heads are no multiple of {attention.kv_heads} KV heads")
         forward.append("KV heads")
-    needs = [need for need in attention.needs if need.argument not in ARGUMENTS]
-    forward += [need.name for need in needs if not need.only_training]
-    backward = forward + backward + [need.name for need in needs if need.only_training]
+    missing = {which: [n for n in attention.needs if not is_built(n, which, d, dims[which])] for which in dims}
+    forward += [need.name for need in missing["forward"] if not need.only_training]
+    backward = forward + backward + [need.name for need in missing["backward"] if need.name not in forward]
+    needs = [need for need in attention.needs if need in missing["forward"] + missing["backward"]]
     return Answer(attention, forward, backward, problems, needs, ways_out)
+
+
+def is_built(need: Need, which: str, head_dim: int | None, head_dims: list[int]) -> bool:
+    """Whether the kernels of a pass have it: at this head dim, or at some where this one does not run as it is."""
+    if need.argument not in limits.OPTIONS:
+        return need.argument in ARGUMENTS
+    return any(limits.has_option(need.argument, which, d) for d in ([head_dim] if head_dim in head_dims else head_dims))
 
 
 def ways_out_of(attention: Attention, runs: list[int], trains: list[int]) -> list[WayOut]:

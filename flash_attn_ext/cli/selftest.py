@@ -117,7 +117,7 @@ def test_row(row: dict, dtype: torch.dtype, device: torch.device, seed: int) -> 
 
 def compare(q, k, v, dout, options: Options, trains: bool) -> list[Comparison]:
     def ours(q, k, v):
-        return flash_attn_func(q, k, v, *options, return_lse=True)
+        return flash_attn_func(q, k, v, causal=options.causal, return_lse=True)
 
     def yardstick(q, k, v):
         return accuracy.yardstick(q, k, v, options)

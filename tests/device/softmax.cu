@@ -1,4 +1,4 @@
-// The online softmax and both masks on fragments, block by block, against a softmax in double on the CPU.
+// The online softmax, the softcap and both masks on fragments, block by block, against a softmax in double on the CPU.
 #include <cmath>
 
 #include "../../csrc/tile/fragment.cuh"
@@ -12,9 +12,9 @@ using test::DeviceArray;
 constexpr int kRows = 64, kBlock = 32, kBlocks = 4, kKeys = kBlock * kBlocks;
 constexpr float kScale = 0.3f, kLog2e = 1.4426950408889634f;
 
-// O = softmax(scale * scores) 1, which is the sum of the probabilities: 1 where a row sees something. Also the lse. Row
-// r sees the keys first_key[r] <= j < end_key[r].
-__global__ void online_softmax(const float* scores, const int* first_key, const int* end_key, float* out,
+// O = softmax(scale * scores) 1, which is the sum of the probabilities: 1 where a row sees something and there is no
+// sink. Also the lse. Row r sees the keys first_key[r] <= j < end_key[r].
+__global__ void online_softmax(const float* scores, const int* first_key, const int* end_key, float sink, float* out,
                                float* lse_out) {
   const int row = own_row(), column = own_column();
   OnlineSoftmax softmax(kScale * kLog2e);
@@ -36,7 +36,7 @@ __global__ void online_softmax(const float* scores, const int* first_key, const 
     for (int i = 0; i < kBlock / 2; ++i) o[fragment_row(i)] += s[i];
   }
   float row_scale[2], lse[2];
-  softmax.finish(row_scale, lse);
+  softmax.finish(sink * kLog2e, row_scale, lse);
   for (int r = 0; r < 2; ++r) {
     o[r] += __shfl_xor_sync(~0u, o[r], 1);
     o[r] += __shfl_xor_sync(~0u, o[r], 2);
@@ -44,6 +44,57 @@ __global__ void online_softmax(const float* scores, const int* first_key, const 
       out[row + 8 * r] = o[r] * row_scale[r];
       lse_out[row + 8 * r] = lse[r];
     }
+  }
+}
+
+static void check_sink(const std::vector<float>& scores, const std::vector<int>& first, const std::vector<int>& end,
+                       float sink) {
+  DeviceArray<float> scores_device(scores), out_device(kRows), lse_device(kRows);
+  DeviceArray<int> first_device(first), end_device(end);
+  online_softmax<<<1, 128>>>(scores_device.data, first_device.data, end_device.data, sink, out_device.data,
+                             lse_device.data);
+  const std::vector<float> out = out_device.host(), lse = lse_device.host();
+
+  for (int row = 0; row < kRows; ++row) {
+    double maximum = sink, sum = 0;
+    for (int key = first[row]; key < end[row]; ++key) maximum = std::fmax(maximum, kScale * scores[row * kKeys + key]);
+    for (int key = first[row]; key < end[row]; ++key) sum += std::exp(kScale * scores[row * kKeys + key] - maximum);
+    const std::string name = "sink " + std::to_string(sink) + ", row " + std::to_string(row);
+    if (row == 7 || row == 8) {
+      test::check(std::isnan(out[row]) && !std::isfinite(lse[row]), name + " saw NaN or +inf");
+    } else if (maximum == -INFINITY) {
+      test::check(out[row] == 0.f && lse[row] == -INFINITY, name + " saw nothing");
+    } else {
+      const double all = sum + std::exp(sink - maximum), expected = sum / all, expected_lse = maximum + std::log(all);
+      test::check(std::fabs(out[row] - expected) < 1e-5,
+                  name + ": probabilities add up to " + std::to_string(out[row]));
+      test::check(std::fabs(lse[row] - expected_lse) < 1e-5 + 1e-6 * std::fabs(expected_lse), name + ": lse");
+      test::check(first[row] < end[row] || out[row] == 0.f, name + " saw the sink alone");
+    }
+  }
+}
+
+// Scores from far below to far above the cap, infinite ones too.
+__global__ void cap_scores(float* scores, float factor) {
+  float s[2] = {scores[2 * threadIdx.x], scores[2 * threadIdx.x + 1]};
+  cap(s, factor * 2 * kLog2e);
+  scores[2 * threadIdx.x] = s[0];
+  scores[2 * threadIdx.x + 1] = s[1];
+}
+
+static void check_cap() {
+  constexpr int kScores = 2048;
+  constexpr float kFactor = 0.02f;
+  std::vector<float> scores{0.f, INFINITY, -INFINITY, NAN};
+  for (int i = 0; scores.size() < kScores; ++i)
+    scores.push_back((i % 2 == 0 ? 1.f : -1.f) * std::pow(1.02f, i / 2 - 500));
+  DeviceArray<float> device(scores);
+  cap_scores<<<1, kScores / 2>>>(device.data, kFactor);
+  const std::vector<float> capped = device.host();
+  for (int i = 0; i < kScores; ++i) {
+    const double expected = std::tanh(double{scores[i]} * kFactor);
+    test::check(std::isnan(scores[i]) ? std::isnan(capped[i]) : std::fabs(capped[i] - expected) < 5e-7,
+                "cap of " + std::to_string(scores[i]) + ": " + std::to_string(capped[i]));
   }
 }
 
@@ -75,24 +126,8 @@ int main() {
   end[0] = 0;  // sees nothing
   first[9] = end[9] = kKeys;
   first[10] = kKeys;  // and begins after its end
-  DeviceArray<float> scores_device(scores), out_device(kRows), lse_device(kRows);
-  DeviceArray<int> first_device(first), end_device(end);
-  online_softmax<<<1, 128>>>(scores_device.data, first_device.data, end_device.data, out_device.data, lse_device.data);
-  const std::vector<float> out = out_device.host(), lse = lse_device.host();
-
-  for (int row = 0; row < kRows; ++row) {
-    double maximum = -INFINITY, sum = 0;
-    for (int key = first[row]; key < end[row]; ++key) maximum = std::fmax(maximum, kScale * scores[row * kKeys + key]);
-    for (int key = first[row]; key < end[row]; ++key) sum += std::exp(kScale * scores[row * kKeys + key] - maximum);
-    const std::string name = "row " + std::to_string(row);
-    if (row == 7 || row == 8) {
-      test::check(std::isnan(out[row]) && !std::isfinite(lse[row]), name + " saw NaN or +inf");
-    } else if (maximum == -INFINITY) {
-      test::check(out[row] == 0.f && lse[row] == -INFINITY, name + " saw nothing");
-    } else {
-      test::check(std::fabs(out[row] - 1.f) < 1e-5f, name + ": probabilities add up to " + std::to_string(out[row]));
-      test::check(std::fabs(lse[row] - (maximum + std::log(sum))) < 1e-5 + 1e-6 * std::fabs(maximum), name + ": lse");
-    }
-  }
+  // No sink, one that is little, about as much as the scores, and so much that the scores vanish beside it.
+  for (float sink : {-INFINITY, -100.f, 5.f, 1000.f}) check_sink(scores, first, end, sink);
+  check_cap();
   return test::finish("softmax");
 }

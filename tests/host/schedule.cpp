@@ -147,7 +147,8 @@ static Costs forward_costs(const Problem& problem, const ForwardPlan& plan, cons
   for (int index = 0; index < schedule.items(); ++index) {
     const WorkItem item = schedule.item(index);
     const Sequence sequence = problem.sequences().at(item.sequence);
-    costs.push_back(1 + sequence.blocks(item.block * plan.block_q, plan.block_q, plan.block_kv).end);
+    const Range blocks = sequence.blocks(item.block * plan.block_q, plan.block_q, plan.block_kv);
+    costs.push_back(1 + blocks.end - blocks.begin);
   }
   return costs;
 }
@@ -254,6 +255,73 @@ static void check_shape(int64_t heads, int64_t kv_heads, int head_dim, int64_t b
   test::check(found, name + ": no such head dim");
 }
 
+// Sliding windows: the forward's items cost what their rows see, and nothing for the rest.
+static void check_window(const HeadDimLimits& row, int64_t batch, int64_t seqlen, int window) {
+  const Problem problem{
+      batch, seqlen,       seqlen,           32,
+      8,     row.head_dim, DType::kBFloat16, {.softmax_scale = {}, .causal = true, .window_left = window}};
+  const std::string name = "heads of " + std::to_string(row.head_dim) + ", " + std::to_string(batch) + " x " +
+                           std::to_string(seqlen) + ", window " + std::to_string(window);
+  const ForwardPlan& plan = row.forward;
+  const Costs costs = forward_costs(problem, plan, forward_schedule(problem, plan));
+  const int most = (plan.block_q + window - 1) / plan.block_kv + 2;  // blocks that so many keys can touch
+  test::check(*std::ranges::max_element(costs) <= 1 + most, name + ": blocks outside are visited");
+  if (window > 128) check_balance(name, costs);  // else items of few steps each, as whole as they are
+}
+
+// Packed sequences: every block once, and the work of causal packings shared out evenly though the launch does not know
+// the lengths.
+static void check_packing(const std::string& what, const std::vector<int>& sizes) {
+  std::vector<int> cu_seqlens{0};
+  for (int size : sizes) cu_seqlens.push_back(cu_seqlens.back() + size);
+  const int64_t total = cu_seqlens.back(), heads = 32;
+  for (const HeadDimLimits& row : kLimits) {
+    const ForwardPlan& plan = row.forward;
+    const Problem problem{static_cast<int64_t>(sizes.size()),
+                          total,
+                          total,
+                          heads,
+                          8,
+                          row.head_dim,
+                          DType::kBFloat16,
+                          {.softmax_scale = {}, .causal = true},
+                          {.cu_seqlens_q = cu_seqlens.data(), .cu_seqlens_k = cu_seqlens.data()}};
+    const std::string name = what + " of " + std::to_string(total) + " rows, head dim " + std::to_string(row.head_dim);
+    const Schedule schedule = forward_schedule(problem, plan);
+    const Sequences sequences = problem.sequences();
+    std::vector<int> visits(sequences.block_count(heads, plan.block_q));
+    Costs costs;
+    for (int index = 0; index < schedule.items(); ++index) {
+      const WorkItem item = schedule.item(index);
+      const Block at = sequences.locate_packed(item.block, item.head, plan.block_q);
+      if (at.index * plan.block_q >= sequences.stored_rows(at.sequence)) continue;  // a hole
+      ++visits[sequences.first_block(at.sequence, at.head, heads, plan.block_q) + at.index];
+      const Range blocks = sequences.at(at.sequence).blocks(at.index * plan.block_q, plan.block_q, plan.block_kv);
+      costs.push_back(1 + blocks.end - blocks.begin);
+    }
+    int64_t expected = 0;
+    for (int size : sizes) expected += heads * ((size + plan.block_q - 1) / plan.block_q);
+    test::check(static_cast<int64_t>(costs.size()) == expected, name + ": as many items as blocks");
+    test::check(std::ranges::all_of(visits, [](int n) { return n <= 1; }), name + ": a block is handed out twice");
+    check_balance(name, costs);
+  }
+}
+
+static void check_packings() {
+  for (int total : {16384, 65536}) {
+    check_packing("equal sequences", std::vector<int>(total / 2048, 2048));
+    check_packing("short sequences", std::vector<int>(total / 64, 64));
+    std::vector<int> long_tailed;
+    for (int left = total, i = 0; left > 0; ++i) {  // 64 to 8192, the longest last, first and in between
+      long_tailed.push_back(std::min(left, 64 << (5 * i + 7) % 8));
+      left -= long_tailed.back();
+    }
+    check_packing("a long tail", long_tailed);
+    std::ranges::reverse(long_tailed);
+    check_packing("a long tail from behind", long_tailed);
+  }
+}
+
 static void check_real_shapes() {
   struct Heads {
     int64_t heads, kv_heads;
@@ -273,6 +341,11 @@ static void check_real_shapes() {
   for (const auto& [heads, kv_heads] : {Heads{8, 4}, {16, 8}}) {
     for (const auto& [batch, seqlen] : {kOneLong, kTwo}) check_shape(heads, kv_heads, 256, batch, seqlen, true);
   }
+  for (const auto& [batch, seqlen] : {kOneLong, kTwo, kFour, kLongest}) {
+    for (int window : {128, 1024, 4096}) {
+      for (const HeadDimLimits& row : kLimits) check_window(row, batch, seqlen, window);
+    }
+  }
   // The papers' grid.
   for (const HeadDimLimits& row : kLimits) {
     for (int64_t seqlen = 512; seqlen <= 16384; seqlen *= 2) {
@@ -287,6 +360,7 @@ int main() {
   check_small_sizes();
   check_small_key_schedules();
   check_real_shapes();
+  check_packings();
   check_sharing_is_bounded();
   check_directions();
   return test::finish("schedule");

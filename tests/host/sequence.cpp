@@ -3,6 +3,8 @@
 #include "../../csrc/tile/sequence.h"
 
 #include <algorithm>
+#include <cstdint>
+#include <vector>
 
 #include "../../csrc/tile/sequences.h"
 #include "check.h"
@@ -210,9 +212,140 @@ static void check_sequences() {
   test::check(huge.first_value(huge.count - 1, 31, 32) == (int64_t{1} << 35) - (1 << 15), "2^35 values of lse");
 }
 
+// ---------------------------------------------------------------------------------------------------------- packed
+
+// Where the copy engine finds row r by an Origin, as an element offset: as tensor_map.h lays out a ragged map. -1: it
+// is past the end.
+static int64_t ragged_offset(const flash_attn_ext::Origin& origin, int r, uint64_t row_stride) {
+  const uint64_t x = static_cast<uint64_t>(origin.row) + r, wrap = static_cast<uint64_t>(origin.wrap);
+  if (x >= static_cast<uint64_t>(Sequences::kWrap)) return -1;
+  const uint64_t wrapping = (uint64_t{1} << 34) - row_stride;
+  const uint64_t bytes = 2 * (x * row_stride + static_cast<uint64_t>(origin.batch) * row_stride + wrap * wrapping);
+  return static_cast<int64_t>(bytes / 2);
+}
+
+static void check_origin(const flash_attn_ext::Origin& origin, int offset, int size, const std::string& name) {
+  for (uint64_t stride : {uint64_t{64}, uint64_t{4096}, uint64_t{1} << 22}) {
+    for (int r = 0; r < size + 200; r += r < 3 || r >= size - 2 ? 1 : size) {
+      const int64_t expected = r < size ? static_cast<int64_t>(stride) * (offset + r) : -1;
+      test::check(ragged_offset(origin, r, stride) == expected, name + ": row " + std::to_string(r) + " is elsewhere");
+    }
+  }
+}
+
+// Packed sequences of these lengths, of which so much is used (null: all), with rows behind the last one.
+static void check_packed(const std::vector<int>& sizes, bool use_part, int behind) {
+  const int count = static_cast<int>(sizes.size());
+  std::vector<int> begins{0}, used;
+  std::string name = "packed";
+  for (int size : sizes) {
+    name += " " + std::to_string(size);
+    begins.push_back(begins.back() + size);
+    used.push_back(use_part ? size / 2 + size % 2 : size);
+  }
+  const int total = std::max(begins.back() + behind, 1);
+  const Sequences all{.count = count,
+                      .each = {.rows = total, .keys = 7, .left = kUnbounded, .right = 0},
+                      .lengths = {.cu_seqlens_q = begins.data(), .seqused_q = use_part ? used.data() : nullptr}};
+  for (int i = 0; i < count; ++i) {
+    const std::string at = name + ", sequence " + std::to_string(i);
+    test::check(all.stored(i).begin == begins[i] && all.stored(i).end == begins[i + 1], at + ": stored");
+    test::check(all.at(i).rows == used[i] && all.at(i).keys == 7 && all.at(i).right == 0, at + ": at");
+    test::check(all.transposed().at(i).keys == used[i], at + ": from the keys' side");
+    test::check(all.first_value(i, 2, 3) == int64_t{2} * total + begins[i], at + ": first_value");
+    check_origin(all.origin_of_used(i), begins[i], used[i], at + ", used");
+    check_origin(all.origin_of_stored(i), begins[i], sizes[i], at + ", stored");
+    const flash_attn_ext::Origin keys = all.transposed().origin_of_used(i);
+    test::check(keys.row == 0 && keys.batch == i && keys.wrap == 0, at + ": dense keys");
+  }
+  constexpr int kHeads = 2;
+  for (int block : {1, 4, 8}) {
+    const std::string at = name + ", blocks of " + std::to_string(block);
+    std::vector<int> rows(kHeads * total);
+    test::check(all.block_count(kHeads, block) <= int64_t{kHeads} * (total / block + count), at + ": bounded");
+    for (int index = 0; index < all.block_count(kHeads, block); ++index) {
+      const Block found = all.locate(index, kHeads, block);
+      test::check(found.sequence >= 0 && found.sequence < count && found.head >= 0 && found.head < kHeads,
+                  at + ": locate");
+      test::check(all.first_block(found.sequence, found.head, kHeads, block) + found.index == index,
+                  at + ": first_block");
+      test::check(found.index >= 0, at + ": before its sequence");
+      for (int r = found.index * block; r < std::min((found.index + 1) * block, sizes[found.sequence]); ++r) {
+        ++rows[found.head * total + begins[found.sequence] + r];
+      }
+    }
+    for (int i = 0; i < kHeads * total; ++i) {
+      test::check(rows[i] == (i % total < begins.back()), at + ": row " + std::to_string(i) + " is not met once");
+    }
+  }
+}
+
+static void check_small_packings() {
+  for (int a : {0, 1, 3, 4, 5, 9}) {
+    for (int b : {0, 1, 4, 7, 8}) {
+      for (int c : {0, 2, 8, 17}) {
+        for (bool use_part : {false, true}) {
+          for (int behind : {0, 5}) check_packed({a, b, c}, use_part, behind);
+        }
+      }
+    }
+  }
+  check_packed({5}, false, 0);
+  check_packed({0}, false, 0);
+  check_packed(std::vector<int>(100, 0), false, 3);
+  std::vector<int> tiny(300, 1);
+  tiny[150] = 5000;
+  check_packed(tiny, false, 0);
+}
+
+// Whatever stands on the device, nothing is outside the tensors.
+static void check_nonsense() {
+  constexpr int kCount = 3, kTotal = 20, kMost = INT32_MAX, kLeast = INT32_MIN;
+  const int values[] = {kLeast, -1, 0, 7, 20, 21, kMost};
+  for (int a : values) {
+    for (int b : values) {
+      for (int c : values) {
+        for (int d : {kLeast, 5, kMost}) {
+          const int begins[] = {a, b, c, d}, used[] = {d, c, a};
+          const Sequences all{.count = kCount,
+                              .each = {.rows = kTotal, .keys = kTotal, .left = 3, .right = 0},
+                              .lengths = {begins, begins, used, used}};
+          for (int i = 0; i < kCount; ++i) {
+            const Range stored = all.stored(i);
+            const Sequence sequence = all.at(i);
+            test::check(0 <= stored.begin && stored.begin <= stored.end && stored.end <= kTotal, "nonsense: stored");
+            test::check(0 <= sequence.rows && sequence.rows <= stored.end - stored.begin, "nonsense: used rows");
+            test::check(0 <= sequence.keys && sequence.keys <= stored.end - stored.begin, "nonsense: used keys");
+          }
+          for (int block : {1, 8}) {
+            for (int index = 0; index < all.block_count(2, block); ++index) {
+              const Block found = all.locate(index, 2, block);
+              test::check(found.sequence >= 0 && found.sequence < kCount && found.head >= 0 && found.head < 2,
+                          "nonsense: locate");
+            }
+          }
+        }
+      }
+    }
+  }
+  // Dense sequences of which a part is used.
+  const int used[] = {0, 13, 99};
+  const Sequences dense{
+      .count = 3, .each = {.rows = 20, .keys = 9, .left = kUnbounded, .right = 0}, .lengths = {.seqused_q = used}};
+  for (int i = 0; i < 3; ++i) {
+    const int rows = std::min(used[i], 20);
+    test::check(dense.at(i).rows == rows && dense.at(i).keys == 9, "dense, a part used: at");
+    test::check(dense.first_value(i, 1, 2) == (2 * i + 1) * 20 && dense.blocks_each(8) == 3, "dense, a part used");
+    check_origin(dense.origin_of_used(i), 20 * i, rows, "dense, a part used");
+    check_origin(dense.origin_of_stored(i), 20 * i, 20, "dense, a part used, stored");
+  }
+}
+
 int main() {
   check_small_sizes();
   check_no_overflow();
   check_sequences();
+  check_small_packings();
+  check_nonsense();
   return test::finish("sequence");
 }
