@@ -57,6 +57,25 @@ struct alignas(16) Step {
   static __device__ __forceinline__ bool is_shared(uint32_t flags) { return (flags & 3 * kSeen) == 3 * kSeen; }
 };
 
+// A work item, a block of keys with query heads of its KV head: what the scheduler finds out about it for all others.
+struct Item {
+  static constexpr int kNone = -1;
+
+  int sequence;
+  int direction;                   // KeyItem's
+  int first_head, end_head;        // kNone: there is no item any more
+  int first_block, last_block;     // of each head's walk over Q blocks, up or down
+  Range seen[2], whole[2];         // Q blocks that some of a consumer's keys see, and that all of them see whole
+  int first_q_block, head_blocks;  // in the workspace: of the first head, and from head to head
+  int first_key;                   // in its sequence
+  int rows, keys;                  // of the sequence: those that are used
+  int kv_head;
+  Origin q, kv, out;  // of rows and keys, and of dk and dv
+  bool complete;      // the item has all of the KV head's query heads; otherwise:
+  bool coarse;        // which sums
+  int copy, kv_block;
+};
+
 template <class Config>
 struct BackwardSmem {
   using T = typename Config::T;
@@ -86,11 +105,15 @@ struct BackwardSmem {
   static constexpr int kDqSteps = 8;
   static_assert(kDqSteps > Config::kStages + kDsStages);
   Step dq_steps[kDqSteps];
-  int items[2];  // of the item at hand and the next one, or the one before
+  // The item at hand, those before and behind it, and one more so that numbers are taken modulo 4.
+  static constexpr int kItems = 4;
+  Item items[kItems];
 
   QRing q_ring;  // Q, stats and step
   QRing dout_ring;
   Ring<1> k_ring, v_ring;                           // of the item
+  uint64_t item_found;                              // scheduler -> loader
+  uint64_t next_item;                               // loader -> scheduler: the item's last step is requested
   uint64_t ds_full[kDsStages][Config::kConsumers];  // a consumer -> dQ
   uint64_t ds_empty[kDsStages];                     // dQ -> consumers
 
@@ -116,52 +139,104 @@ struct BackwardArguments {
   int* item_counter;
   KeySchedule schedule;
   Sequences sequences;
+  struct Reach {
+    int left, right;
+  } reach;  // of all sequences
   int heads;
   float scale, scale_log2;
   bool needs_dk, needs_dv;
 };
 
-// One work item: a KV block, and for some query heads of its KV head the Q blocks that see it.
-template <class Config>
-struct Item : KeyItem {
-  int first_key;
-
-  __device__ __forceinline__ Item(const BackwardArguments<Config>& args, int index)
-      : KeyItem(args.schedule.item(index)) {
-    first_key = block * Config::kBlockKv;
-  }
-
-  // The sequence from the keys' side: keys are its rows, and query rows are what they see.
-  __device__ __forceinline__ Sequence keys(const BackwardArguments<Config>& args) const {
-    return args.sequences.at(sequence).transposed();
-  }
-
-  // The number of a head's first Q block in the workspace.
-  __device__ __forceinline__ int first_q_block(const BackwardArguments<Config>& args, int head) const {
-    return args.sequences.first_block(sequence, head, args.heads, Config::kBlockQ);
-  }
-
-  // Where the item's sums of dK or dV begin, in its copy of the KV block.
-  __device__ __forceinline__ SumPatch* own_patches(const Sums& sums, const BackwardArguments<Config>& args) const {
-    const int kv_heads = quotient(args.heads, args.schedule.group);
-    const int first_block = args.sequences.transposed().first_block(sequence, kv_head, kv_heads, Config::kBlockKv);
-    const int64_t number = int64_t{copy} * sums.blocks + first_block + block - sums.first_block;
-    return sums.patches + number * Workspace<Config>::kKvPatches;
-  }
-};
-
-// The first item is the thread block's own number, the others are claimed, by a warp.
-template <class Config>
-__device__ __forceinline__ int claim_item(const BackwardArguments<Config>& args) {
-  int claimed = 0;
-  if (threadIdx.x % 32 == 0) claimed = atomicAdd(args.item_counter, 1);
-  return __shfl_sync(~0u, claimed, 0);
-}
-
 // --------------------------------------------------------------------------------------------------------- producer
 
-// One warp, which takes items and knows where their walks lead. Each of its first four lanes works out one of the flags
-// of a step that depend on what a consumer sees.
+// Finds the item with this number; false if that is a hole among the blocks of packed sequences. In several steps, each
+// of which reads what it needs of the item again: one thread of the producer has few registers.
+template <class Config>
+__device__ __forceinline__ bool find_item(const BackwardArguments<Config>& args, int number, Item& item) {
+  constexpr int kBlockQ = Config::kBlockQ, kBlockKv = Config::kBlockKv;
+  const auto settle = [] { asm volatile("" ::: "memory"); };
+  const Sequences& of_rows = args.sequences;
+  {
+    const KeyItem work = args.schedule.item(number);
+    item.sequence = work.sequence;
+    item.first_key = work.block;
+    item.first_head = work.first_head;
+    item.end_head = work.end_head;
+    item.kv_head = work.kv_head;
+    item.complete = work.coarse && args.schedule.copies == 1;
+    item.coarse = work.coarse;
+    item.copy = work.copy;
+    item.kv_block = args.schedule.kv_block(work);
+    item.direction = work.direction;
+  }
+  settle();
+  {
+    const Sequences of_keys = of_rows.transposed();
+    int block = item.first_key;
+    if (of_keys.is_packed()) {
+      const Block at = of_keys.locate_packed(block, 0, kBlockKv);
+      item.sequence = at.sequence;
+      block = at.index;
+    }
+    const int stored = of_keys.stored_rows(item.sequence);
+    if (block < 0 || stored == 0 || block > (stored - 1) / kBlockKv) return false;
+    item.first_key = block * kBlockKv;
+  }
+  settle();
+  {
+    const Sequence sequence = of_rows.at(item.sequence);
+    item.rows = sequence.rows;
+    item.keys = sequence.keys;
+  }
+  settle();
+  const auto keys = [&] { return Sequence{item.keys, item.rows, of_rows.each.right, of_rows.each.left}; };
+  {
+    Range blocks = keys().blocks(item.first_key, kBlockKv, kBlockQ);
+    if (blocks.begin >= blocks.end) blocks = {0, 1};  // nobody sees the keys: one step, for the zeros in dK and dV
+    item.first_block = item.direction > 0 ? blocks.begin : blocks.end - 1;
+    item.last_block = item.direction > 0 ? blocks.end - 1 : blocks.begin;
+  }
+#pragma unroll 1
+  for (int i = 0; i < Config::kConsumers; ++i) {
+    settle();
+    item.seen[i] = keys().blocks(item.first_key + 64 * i, 64, kBlockQ);
+    settle();
+    item.whole[i] = keys().full_blocks(item.first_key + 64 * i, 64, kBlockQ);
+  }
+  settle();
+  item.first_q_block = of_rows.first_block(item.sequence, item.first_head, args.heads, kBlockQ);
+  item.head_blocks = of_rows.blocks_each(kBlockQ);
+  settle();
+  item.q = of_rows.origin_of_used(item.sequence);
+  settle();
+  item.kv = of_rows.transposed().origin_of_used(item.sequence);
+  settle();
+  item.out = of_rows.transposed().origin_of_stored(item.sequence);
+  return true;
+}
+
+// The scheduler, one thread. The first item is the thread block's own number, the others are claimed: each when the
+// last step of the one before has been requested, as late as its latency stays hidden.
+template <class Config>
+__device__ __forceinline__ void find_items(const BackwardArguments<Config>& args, BackwardSmem<Config>& smem) {
+  using Smem = BackwardSmem<Config>;
+  int number = blockIdx.x;
+  for (int count = 0;; ++count) {
+    Item& item = smem.items[count % Smem::kItems];
+    while (number < args.schedule.items() && !find_item<Config>(args, number, item)) {
+      number = atomicAdd(args.item_counter, 1);
+    }
+    const bool found = number < args.schedule.items();
+    if (!found) item.first_head = Item::kNone;
+    cuda::ptx::mbarrier_arrive(&smem.item_found);
+    if (!found) break;
+    wait_phase(&smem.next_item, count % 2);
+    number = atomicAdd(args.item_counter, 1);
+  }
+}
+
+// The loader, one warp. Each of its first four lanes works out one of the flags of a step that depend on what a
+// consumer sees.
 template <class Config>
 __device__ __forceinline__ void load(const BackwardArguments<Config>& args, BackwardSmem<Config>& smem) {
   using Smem = BackwardSmem<Config>;
@@ -170,64 +245,57 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
   const int lane = threadIdx.x % 32;
   const bool leads = lane == 0;
 
-  RingPosition<1> item_at;
-  int count = 0;
+  int step_count = 0;
   RingPosition<Config::kStages> at;
-  for (int index = blockIdx.x; index < args.schedule.items(); item_at.next()) {
-    const Item<Config> item(args, index);
-    const Place place = args.sequences.place(item.sequence);
-    const Sequence keys = item.keys(args);
-    Range blocks = keys.blocks(item.first_key, Config::kBlockKv, kBlockQ);
-    if (blocks.begin >= blocks.end) blocks = {0, 1};  // nobody sees the keys: one step, for the zeros in dK and dV
-    const bool up = item.direction > 0;
-    const int first_block = up ? blocks.begin : blocks.end - 1, last_block = up ? blocks.end - 1 : blocks.begin;
-    const int own_key = item.first_key + 64 * (lane % 2);
-    const Range own = lane / 2 % 2 == 0 ? keys.blocks(own_key, 64, kBlockQ) : keys.full_blocks(own_key, 64, kBlockQ);
-
+  for (int count = 0;; ++count) {
+    wait_phase(&smem.item_found, count % 2);
+    const Item& item = smem.items[count % Smem::kItems];
+    if (item.first_head == Item::kNone) break;
+    const RingPosition<1> item_at = {0, count % 2u};
     const auto load_keys = [&](typename Smem::KvTile(&to)[Config::kConsumers], Ring<1>& ring, const CUtensorMap& from) {
       ring.wait_empty(item_at);
       if (!leads) return;
-      if (&ring == &smem.k_ring) smem.items[item_at.phase] = index;
       uint64_t* full = ring.begin_fill(item_at, sizeof to);
       for (int i = 0; i < Config::kConsumers; ++i) {
-        load_tile(to[i], from, place.key + item.first_key + 64 * i, item.kv_head, place.batch, full);
+        load_tile(to[i], from, item.kv, item.first_key + 64 * i, item.kv_head, full);
       }
     };
     load_keys(smem.k, smem.k_ring, args.k);
     load_keys(smem.v, smem.v_ring, args.v);
     __syncwarp();
 
-    for (int head = item.first_head; head < item.end_head; ++head) {
-      const int first_q_block = item.first_q_block(args, head);
+    const Range own = lane / 2 % 2 == 0 ? item.seen[lane % 2] : item.whole[lane % 2];
+    const int first_block = item.first_block, last_block = item.last_block, end_head = item.end_head;
+    int first_q_block = item.first_q_block;
+    for (int head = item.first_head; head < end_head; ++head, first_q_block += item.head_blocks) {
       for (int block = first_block;; block += first_block <= last_block ? 1 : -1) {
         uint32_t flags =
             __ballot_sync(~0u, block >= own.begin && block < own.end) & (3 * Step::kSeen | 3 * Step::kWhole);
         if (block == first_block && head == item.first_head) flags |= Step::kFirst;
-        if (block == last_block && head + 1 == item.end_head) flags |= Step::kLast;
+        if (block == last_block && head + 1 == end_head) flags |= Step::kLast;
         smem.q_ring.wait_empty(at);
         if (leads) {
-          const int row = place.row + block * kBlockQ;
           const Step step = {flags, block * kBlockQ, first_q_block + block};
           smem.steps[at.stage] = step;
-          smem.dq_steps[count] = step;
+          smem.dq_steps[step_count] = step;
           uint64_t* full = smem.q_ring.begin_fill(at, Smem::QTile::kBytes + sizeof(Stats));
-          load_tile(smem.q[at.stage], args.q, row, head, place.batch, full);
+          load_tile(smem.q[at.stage], args.q, item.q, block * kBlockQ, head, full);
           cuda::ptx::cp_async_bulk(cuda::ptx::space_cluster, cuda::ptx::space_global, &smem.stats[at.stage],
                                    args.stats + first_q_block + block, sizeof(Stats), full);
           full = smem.dout_ring.begin_fill(at, Smem::QTile::kBytes);
-          load_tile(smem.dout[at.stage], args.dout, row, head, place.batch, full);
+          load_tile(smem.dout[at.stage], args.dout, item.q, block * kBlockQ, head, full);
         }
         __syncwarp();
         at.next();
-        count = (count + 1) % Smem::kDqSteps;
+        step_count = (step_count + 1) % Smem::kDqSteps;
         if (block == last_block) break;
       }
     }
-    index = claim_item(args);
+    if (leads) cuda::ptx::mbarrier_arrive(&smem.next_item);
   }
   smem.q_ring.wait_empty(at);
   if (leads) {
-    smem.steps[at.stage] = smem.dq_steps[count] = {.flags = Step::kEnd};
+    smem.steps[at.stage] = smem.dq_steps[step_count] = {.flags = Step::kEnd};
     smem.q_ring.end_fill(at);
   }
 }
@@ -244,6 +312,7 @@ struct Consumer {
   static constexpr int kHeadDim = Config::kHeadDim, kBlockQ = Config::kBlockQ;
   static constexpr bool kNeedsDq = kGradients != Gradients::kDkv, kNeedsDkv = kGradients != Gradients::kDq;
   static constexpr bool kKvInRegisters = Config::kKvInRegisters;
+  static constexpr int kPastEnd = INT_MAX;
 
   const BackwardArguments<Config>& args;
   Smem& smem;
@@ -255,8 +324,9 @@ struct Consumer {
   RingPosition<Config::kStages> at;  // in both rings: the step at hand
   RingPosition<Config::kDsStages> ds_at;
   uint32_t flags;  // of the step at hand
-  RingPosition<1> item_at;
-  int first_seeing[2];  // the first query that sees the thread's two keys
+  int item_count = 0;
+  // The queries on the diagonal beside the thread's two keys; for keys past the end, beyond all that see anything.
+  int diagonal[2];
 
   float dk[kHeadDim / 2], dv[kHeadDim / 2];
   uint32_t k_operand[kKvInRegisters ? kHeadDim / 16 : 1][4], v_operand[kKvInRegisters ? kHeadDim / 16 : 1][4];
@@ -339,8 +409,14 @@ struct Consumer {
   // P = exp(scale * S - lse), in place.
   __device__ __forceinline__ void exponentiate(float (&scores)[kBlockQ / 2], const float2 (&lse_log2)[kBlockQ / 8]) {
     if (!Step::is_whole(flags, index)) [[unlikely]] {
-      const int first_row = smem.steps[at.stage].first_row, rows = args.sequences.each.rows - first_row;
-      const int first[2] = {first_seeing[0] - first_row, first_seeing[1] - first_row}, end[2] = {rows, rows};
+      const int first_row = smem.steps[at.stage].first_row, rows = smem.items[item_count % Smem::kItems].rows;
+      const auto [left, right] = args.reach;
+      int first[2], end[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        first[r] = diagonal[r] - right - first_row;
+        end[r] = min(static_cast<int>(diagonal[r] + 1u + left), rows) - first_row;  // kPastEnd wraps around: none
+      }
       mask_before(scores, first);
       mask_from(scores, end);
     }
@@ -492,7 +568,7 @@ struct Consumer {
   // ---- an item
 
   // dK and dV leave through shared memory by TMA, which clips the keys past the end.
-  __device__ __forceinline__ void store(const Item<Config>& item) {
+  __device__ __forceinline__ void store(const Item& item) {
     const bool leads = threadIdx.x % 128 == 0;
     const float dk_scale[2] = {args.scale, args.scale}, dv_scale[2] = {1.f, 1.f};
     if (leads) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});  // those of the item before have left
@@ -502,20 +578,20 @@ struct Consumer {
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     ptx::bar_sync(kStoreBarrier + index, 128);
     if (leads) {
-      const Place place = args.sequences.place(item.sequence);
-      const int row = place.key + item.first_key + 64 * index;
-      if (args.needs_dv) store_tile(args.dv, smem.out_dv(index), row, item.kv_head, place.batch);
+      const int row = item.first_key + 64 * index;
+      if (args.needs_dv) store_tile(args.dv, smem.out_dv(index), item.out, row, item.kv_head);
       cuda::ptx::cp_async_bulk_commit_group();
-      if (args.needs_dk) store_tile(args.dk, smem.out_dk[index], row, item.kv_head, place.batch);
+      if (args.needs_dk) store_tile(args.dk, smem.out_dk[index], item.out, row, item.kv_head);
       cuda::ptx::cp_async_bulk_commit_group();
       if constexpr (!Smem::kOwnOutDv) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<1>{});
     }
     __syncwarp();
   }
 
-  // Writes my 64 rows of dK or dV to sums in global memory.
-  __device__ __forceinline__ void write_sums(const float (&rows)[kHeadDim / 2], SumPatch* sums) {
-    sums += index * (kHeadDim / 64);
+  // Writes my 64 rows of dK or dV to the item's sums in global memory.
+  __device__ __forceinline__ void write_sums(const float (&rows)[kHeadDim / 2], const Sums& to, const Item& item) {
+    const int64_t number = int64_t{item.copy} * to.blocks + item.kv_block - to.first_block;
+    SumPatch* const sums = to.patches + number * Workspace<Config>::kKvPatches + index * (kHeadDim / 64);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i) {
       sums[i / SumPatch::kQuads].quad[i % SumPatch::kQuads][threadIdx.x % 128] =
@@ -524,24 +600,22 @@ struct Consumer {
   }
 
   // Where other items share the KV head, dK and dV go to this item's copy of the float32 sums.
-  __device__ __forceinline__ void store_share(const Item<Config>& item) {
+  __device__ __forceinline__ void store_share(const Item& item) {
     const KvSums& sums = item.coarse ? args.coarse_sums : args.fine_sums;
-    if (args.needs_dv) write_sums(dv, item.own_patches(sums.dv, args));
-    if (args.needs_dk) write_sums(dk, item.own_patches(sums.dk, args));
-  }
-
-  // Worked out anew where it is needed: kept, it takes registers from the walk.
-  __device__ __forceinline__ Item<Config> item() const {
-    return Item<Config>(args, __shfl_sync(~0u, smem.items[item_at.phase], 0));
+    if (args.needs_dv) write_sums(dv, sums.dv, item);
+    if (args.needs_dk) write_sums(dk, sums.dk, item);
   }
 
   __device__ __forceinline__ void run_item() {
+    const RingPosition<1> item_at = {0, item_count % 2u};
     smem.k_ring.wait_full(item_at);
     {
-      const Item<Config> item = this->item();
-      const int own_key = item.first_key + 64 * index + own_row();
+      const Item& item = smem.items[item_count % Smem::kItems];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) first_seeing[r] = item.keys(args).first_key(own_key + 8 * r);
+      for (int r = 0; r < 2; ++r) {
+        const int key = item.first_key + 64 * index + own_row() + 8 * r;
+        diagonal[r] = key < item.keys ? key + item.rows - item.keys : kPastEnd;
+      }
     }
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.f;
@@ -562,15 +636,15 @@ struct Consumer {
     }
     if constexpr (!kKvInRegisters) smem.k_ring.release(item_at);
     if constexpr (kNeedsDkv) {
-      const Item<Config> item = this->item();
-      if (item.coarse && args.schedule.copies == 1) {
+      const Item& item = smem.items[item_count % Smem::kItems];
+      if (item.complete) {
         store(item);
       } else {
         store_share(item);
       }
     }
     if constexpr (!kKvInRegisters) smem.v_ring.release(item_at);
-    item_at.next();
+    ++item_count;
   }
 
   __device__ __forceinline__ void run() {
@@ -684,6 +758,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     smem.dout_ring.init(kConsumerWarps);
     smem.k_ring.init(kConsumerWarps + (kNeedsDq ? 4 : 0));
     smem.v_ring.init(kConsumerWarps);
+    cuda::ptx::mbarrier_init(&smem.item_found, 1);
+    cuda::ptx::mbarrier_init(&smem.next_item, 1);
     for (int i = 0; i < Config::kDsStages; ++i) {
       for (uint64_t& full : smem.ds_full[i]) cuda::ptx::mbarrier_init(&full, 4);
       cuda::ptx::mbarrier_init(&smem.ds_empty[i], 4);
@@ -698,6 +774,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     if (threadIdx.x < 32) load(args, smem);
+    if (threadIdx.x == 32) find_items(args, smem);
   } else if (warpgroup <= Config::kConsumers) {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     Consumer<Config, kGradients>(args, smem, warpgroup - 1).run();
@@ -716,14 +793,15 @@ BackwardArguments<Config> make_arguments(const BackwardParams& params, const Wor
   const Shape q_shape = problem.q_shape(), k_shape = problem.k_shape();
 
   BackwardArguments<Config> args;
-  args.q = make_tensor_map<typename Smem::QTile>("q", params.q, q_shape);
-  args.dout = make_tensor_map<typename Smem::QTile>("dout", params.dout, q_shape);
-  args.k = make_tensor_map<typename Smem::KvTile>("k", params.k, k_shape);
-  args.v = make_tensor_map<typename Smem::KvTile>("v", params.v, k_shape);
+  const bool ragged_q = workspace.sequences.is_ragged(), ragged_k = workspace.sequences.transposed().is_ragged();
+  args.q = make_sequence_map<typename Smem::QTile>("q", params.q, q_shape, ragged_q);
+  args.dout = make_sequence_map<typename Smem::QTile>("dout", params.dout, q_shape, ragged_q);
+  args.k = make_sequence_map<typename Smem::KvTile>("k", params.k, k_shape, ragged_k);
+  args.v = make_sequence_map<typename Smem::KvTile>("v", params.v, k_shape, ragged_k);
   args.needs_dk = params.dk.data != nullptr;
   args.needs_dv = params.dv.data != nullptr;
-  if (args.needs_dk) args.dk = make_tensor_map<typename Smem::KvTile>("dk", params.dk, k_shape);
-  if (args.needs_dv) args.dv = make_tensor_map<typename Smem::KvTile>("dv", params.dv, k_shape);
+  if (args.needs_dk) args.dk = make_sequence_map<typename Smem::KvTile>("dk", params.dk, k_shape, ragged_k);
+  if (args.needs_dv) args.dv = make_sequence_map<typename Smem::KvTile>("dv", params.dv, k_shape, ragged_k);
   args.stats = workspace.stats;
   args.dq_sums = workspace.dq.patches;
   args.coarse_sums = workspace.coarse;
@@ -731,6 +809,7 @@ BackwardArguments<Config> make_arguments(const BackwardParams& params, const Wor
   args.item_counter = workspace.item_counter;
   args.schedule = workspace.schedule;
   args.sequences = workspace.sequences;
+  args.reach = {workspace.sequences.each.left, workspace.sequences.each.right};
   args.heads = static_cast<int>(problem.heads);
   args.scale = problem.softmax_scale();
   args.scale_log2 = problem.softmax_scale() * kLog2E;

@@ -67,7 +67,7 @@ void with_backward_config(const Problem& problem, F&& f) {
 template <int kBlockQ>
 struct alignas(16) RowStats {
   float lse_log2[kBlockQ];  // lse * log2(e); +inf for rows past the end or that see nothing: their P is 0
-  float delta[kBlockQ];     // sum of dO * O
+  float delta[kBlockQ];     // sum of dO * O, less the gradient of lse
 };
 
 // 64 x 64 float32 sums in the order in which a consumer's threads hold them: quads of registers, quad by quad for all

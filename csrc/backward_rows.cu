@@ -27,7 +27,7 @@ __device__ __forceinline__ T* element(const Tensor& tensor, int batch, int64_t r
 template <class Config>
 struct PrepareArguments {
   Tensor dout, out;
-  const float* lse;
+  const float *lse, *dlse;
   RowStats<Config::kBlockQ>* stats;
   SumPatch* dq;  // null: dq is not needed
   int* item_counter;
@@ -45,14 +45,14 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_const
   const int number = own_block();
   const Block block = args.sequences.locate(number, args.heads, Config::kBlockQ);
   const Place place = args.sequences.place(block.sequence);
-  const int rows = args.sequences.at(block.sequence).rows;
+  const int rows = block.index < 0 ? 0 : args.sequences.at(block.sequence).rows;  // none, if lengths make no sense
   auto& stats = args.stats[number];
 
 #pragma unroll
   for (int first = 0; first < Config::kBlockQ; first += kRowThreads / kLanes) {
     const int index = first + threadIdx.x / kLanes, row = block.index * Config::kBlockQ + index;
     const int lane = threadIdx.x % kLanes;
-    float delta = 0.f, lse = -INFINITY;
+    float delta = 0.f, dlse = 0.f, lse = -INFINITY;
     if (row < rows) {
       const auto load = [&](const Tensor& from) {
         return *reinterpret_cast<const uint4*>(
@@ -65,14 +65,16 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_const
                      y = unpack<T>(reinterpret_cast<const uint32_t*>(&b)[i]);
         delta += x.x * y.x + x.y * y.y;
       }
-      lse = args.lse[args.sequences.first_value(block.sequence, block.head, args.heads) + row];
+      const int64_t value = args.sequences.first_value(block.sequence, block.head, args.heads) + row;
+      lse = args.lse[value];
+      if (args.dlse != nullptr) dlse = args.dlse[value];
     }
 #pragma unroll
     for (int distance = kLanes / 2; distance > 0; distance /= 2) delta += __shfl_xor_sync(~0u, delta, distance);
     if (lane == 0) {
       const bool empty = lse == -INFINITY;
       stats.lse_log2[index] = empty ? INFINITY : lse * kLog2E;
-      stats.delta[index] = empty ? 0.f : delta;
+      stats.delta[index] = empty ? 0.f : delta - dlse;
     }
   }
 
@@ -168,7 +170,8 @@ __global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_const
   const int number = own_block();
   const Block block = args.sequences.locate(args.from.first_block + number, args.heads, kBlockRows);
   const Place place = args.sequences.place(block.sequence);
-  const int first_row = block.index * kBlockRows, rows = args.sequences.at(block.sequence).rows - first_row;
+  const int first_row = block.index * kBlockRows;
+  const int rows = block.index < 0 ? 0 : args.sequences.stored_rows(block.sequence) - first_row;
   const SumPatch* patches = args.from.patches + int64_t{number} * kPatches;
   const auto own = [](int piece) { return Piece(piece * kRowThreads + threadIdx.x); };
 
@@ -231,6 +234,7 @@ void prepare(const BackwardParams& params, cudaStream_t stream) {
       <<<workspace.q_blocks, kRowThreads, 0, stream>>>({.dout = params.dout,
                                                         .out = params.out,
                                                         .lse = params.lse,
+                                                        .dlse = params.dlse,
                                                         .stats = workspace.stats,
                                                         .dq = workspace.dq.patches,
                                                         .item_counter = workspace.item_counter,

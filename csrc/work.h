@@ -1,8 +1,6 @@
 // How a call's work is ordered, for each pass: plain functions of sizes, which the launches and the tests call alike.
 #pragma once
 
-#include <stdexcept>
-
 #include "limits.h"
 #include "problem.h"
 #include "tile/schedule.h"
@@ -32,26 +30,28 @@ inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan
 }
 
 // Without rows that see nothing: what dO has there, NaN too, must not reach dK and dV.
-inline Sequences backward_sequences(const Problem& problem) {
-  if (problem.lengths.any()) throw std::runtime_error("the backward does not take sequences of several lengths");
-  return problem.sequences().without_unseeing_rows();
-}
+inline Sequences backward_sequences(const Problem& problem) { return problem.sequences().without_unseeing_rows(); }
 
 // Blocks of keys. They read Q and dO of each query head, and add to its float32 dQ. Sections are smaller where an item
 // has one query head, which was measured to be better (docs/tuning.md).
 inline KeySchedule backward_schedule(const Problem& problem, const BackwardPlan& plan, int multiprocessors) {
   constexpr int kBytesPerElement = 2 + 2 + 4;
   const Sequences sequences = backward_sequences(problem), keys = sequences.transposed();
+  const Sequence& each = sequences.each;
   const int heads = static_cast<int>(problem.heads), kv_heads = static_cast<int>(problem.kv_heads);
-  check_counts({sequences.block_count(heads, plan.block_q), keys.block_count(heads, plan.block_kv)});
+  check_counts({sequences.block_count(heads, plan.block_q), keys.block_count(kv_heads, plan.block_kv)});
+  const bool is_causal = each.right == 0 && each.left == Sequence::kUnbounded;
+  // Rows of a sequence, as far as that is known here, that see a key.
+  const int rows = sequences.is_packed() ? quotient(each.rows, sequences.count) + 1 : each.rows;
+  const int64_t reach = int64_t{each.left} + each.right + plan.block_kv;
   return KeySchedule::make({.blocks = keys.blocks_each(plan.block_kv),
                             .kv_heads = kv_heads,
-                            .sequences = keys.count,
+                            .sequences = keys.is_packed() ? 1 : keys.count,
                             .group = problem.heads_per_kv_head(),
-                            .steps = sequences.blocks_each(plan.block_q),
-                            .by_cost = problem.options.causal,
-                            .falls = problem.options.causal && sequences.each.keys <= 2 * sequences.each.rows,
-                            .head_bytes = int64_t{sequences.each.rows} * problem.head_dim * kBytesPerElement,
+                            .steps = quotient(rows < reach ? rows - 1 : static_cast<int>(reach), plan.block_q) + 1,
+                            .by_cost = is_causal || keys.is_packed(),
+                            .falls = is_causal && each.keys <= 2 * each.rows,
+                            .head_bytes = int64_t{each.rows} * problem.head_dim * kBytesPerElement,
                             .l2_bytes = heads == kv_heads ? kL2Bytes / 2 : kL2Bytes,
                             .multiprocessors = multiprocessors});
 }

@@ -26,12 +26,12 @@ TABLE = _table()
 EVERY = tuple(row["head_dim"] for row in TABLE)
 NONE = ()
 OPTIONS = {
-    "window_size": {"forward": EVERY, "backward": NONE},
+    "window_size": {"forward": EVERY, "backward": EVERY},
     "softcap": {"forward": EVERY, "backward": NONE},
-    "sinks": {"forward": EVERY, "backward": NONE},
-    "cu_seqlens": {"forward": EVERY, "backward": NONE},
-    "seqused": {"forward": EVERY, "backward": NONE},
-    "dlse": {"backward": NONE},  # a gradient that flows into lse
+    "sinks": {"forward": EVERY, "backward": EVERY},
+    "cu_seqlens": {"forward": EVERY, "backward": EVERY},
+    "seqused": {"forward": EVERY, "backward": EVERY},
+    "dlse": {"backward": EVERY},  # a gradient that flows into lse
 }
 
 GPU_DTYPES = (torch.float16, torch.bfloat16)

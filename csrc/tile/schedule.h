@@ -110,6 +110,11 @@ struct KeySchedule {
 
   HOST_DEVICE int items() const { return coarse.items() + fine.items(); }
 
+  // The number of an item's KV block among those of all KV heads.
+  HOST_DEVICE int kv_block(const KeyItem& item) const {
+    return (item.sequence * quotient(fine.heads, group) + item.kv_head) * coarse.blocks + item.block;
+  }
+
   HOST_DEVICE KeyItem item(int index) const {
     const bool is_coarse = index < coarse.items();
     const Schedule schedule = is_coarse ? coarse : fine;  // first, so that divisions are not compiled twice

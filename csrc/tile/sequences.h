@@ -27,14 +27,12 @@ struct Lengths {
   HOST_DEVICE Lengths transposed() const { return {cu_seqlens_k, cu_seqlens_q, seqused_k, seqused_q}; }
 };
 
-// Where a dense sequence lies in the tensors: the batch, and in it the first row of q and the first of k. The copy
-// engine's coordinates are counted from there.
+// Where a sequence lies in a tensor: the batch, and in it the first row.
 struct Place {
-  int batch, row, key;
+  int batch, row;
 };
 
-// The same for one tensor and any sequence: coordinates of a tensor map (tensor_map.h). The sequence's row r is at
-// row + r.
+// The same as coordinates of a tensor map (tensor_map.h). The sequence's row r is at row + r.
 struct Origin {
   int row, batch, wrap;
 };
@@ -56,13 +54,16 @@ struct Sequences {
   HOST_DEVICE Sequence at(int sequence) const {
     return {used_rows(sequence), transposed().used_rows(sequence), each.left, each.right};
   }
-  HOST_DEVICE Place place(int sequence) const { return {sequence, left_out, 0}; }
+  HOST_DEVICE Place place(int sequence) const {
+    return is_packed() ? Place{0, stored(sequence).begin} : Place{sequence, left_out};
+  }
 
-  // The rows that a sequence has room for, counted from the beginning of its batch. All of them are written.
+  // The rows that a sequence has room for, counted from the beginning of its batch. All of them are written. The last
+  // one's room has all rows that are left.
   HOST_DEVICE Range stored(int sequence) const {
     if (!is_packed()) return {0, each.rows};
     const int begin = clamp(lengths.cu_seqlens_q[sequence], 0, each.rows);
-    return {begin, clamp(lengths.cu_seqlens_q[sequence + 1], begin, each.rows)};
+    return {begin, sequence + 1 == count ? each.rows : end_of_packed(sequence, begin)};
   }
 
   HOST_DEVICE int stored_rows(int sequence) const {
@@ -126,9 +127,17 @@ struct Sequences {
  private:
   static HOST_DEVICE int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 
+  HOST_DEVICE int end_of_packed(int sequence, int begin) const {
+    return clamp(lengths.cu_seqlens_q[sequence + 1], begin, each.rows);
+  }
+
   HOST_DEVICE int used_rows(int sequence) const {
-    const int stored = stored_rows(sequence);
-    return lengths.seqused_q != nullptr ? clamp(lengths.seqused_q[sequence], 0, stored) : stored;
+    int rows = each.rows;
+    if (is_packed()) {
+      const int begin = stored(sequence).begin;
+      rows = end_of_packed(sequence, begin) - begin;
+    }
+    return lengths.seqused_q != nullptr ? clamp(lengths.seqused_q[sequence], 0, rows) : rows;
   }
 
   HOST_DEVICE int first_packed_block(int sequence, int block) const {

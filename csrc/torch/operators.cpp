@@ -104,11 +104,12 @@ BackwardResult backward_cuda(const at::Tensor& dout, const at::Tensor& q, const 
   if (needs[0]) at::globalContext().alertNotDeterministic("The gradient of q in flash_attn_ext");
   const c10::cuda::CUDAGuard guard(q.device());
 
-  const Result dq(q, needs[0]), dk(k, needs[1]), dv(v, needs[2]);
+  const bool part_of_q = options.seqused_q.has_value(), part_of_k = options.seqused_k.has_value();
+  const Result dq(q, needs[0], part_of_q), dk(k, needs[1], part_of_k), dv(v, needs[2], part_of_k);
   const at::Tensor dsinks = gradient_of_sinks(options.sinks, dout, out, lse, dlse);
   if (q.numel() == 0 || k.numel() == 0) return {dq.tensor.zero_(), dk.tensor.zero_(), dv.tensor.zero_(), dsinks};
 
-  const Input dout_in(dout), q_in(q), k_in(k), v_in(v), out_in(out);
+  const Input dout_in(dout, part_of_q), q_in(q, part_of_q), k_in(k, part_of_k), v_in(v, part_of_k), out_in(out);
   const at::Tensor lse_in = contiguous_and_aligned(lse);
   const at::Tensor dlse_in = dlse ? contiguous_and_aligned(*dlse) : at::Tensor();
   BackwardParams params{
