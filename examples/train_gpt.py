@@ -3,16 +3,18 @@
 
     python examples/train_gpt.py                               a minute or two on an H200, three on two CPU cores
     python examples/train_gpt.py --attention sdpa              the same run on torch's own attention
+    python examples/train_gpt.py --packed                      no byte sees another file: docs/packed.md
     python examples/train_gpt.py --plot-compare runs/*         the curves of several runs, and how far apart they are
     python examples/train_gpt.py --data my_texts --compile     another text; the layers through torch.compile
     torchrun --nproc-per-node 8 examples/train_gpt.py --parallel fsdp2
 
 The text is what every machine has: the source of Python's own standard library. Files held out of the training judge
-it. A run lives in a folder, runs/ATTENTION-HEAD_DIM unless --output names one: metrics.csv, loss.png, checkpoint.pt.
-Ctrl-C stops it, a kill costs a minute at most, and the same command goes on where it was: the batch of a step depends
-on the seed and the step alone, so the curve is the one of a run that was never stopped.
+it. A run lives in a folder, runs/ATTENTION-HEAD_DIM[-packed] unless --output names one: metrics.csv, loss.png,
+checkpoint.pt. Ctrl-C stops it, a kill costs a minute at most, and the same command goes on where it was: the batch of
+a step depends on the seed and the step alone, so the curve is the one of a run that was never stopped.
 
-The seed also gives the same weights and batches to every --attention, so their curves should lie on each other.
+The seed also gives the same weights and batches to every --attention, so their curves should lie on each other. With
+--packed the bytes are the same too; a file begins a sequence of its own.
 """
 
 from __future__ import annotations
@@ -44,26 +46,31 @@ VOCABULARY = 256  # the bytes
 SAVE_SECONDS = 60  # of training between two checkpoints
 TEMPERATURE = 0.7  # of the sample at the end
 
-# ---- attention: (batch, seqlen, heads, head_dim) in and out, causal, fewer KV heads than heads ----
+# ---- attention: (batch, seqlen, heads, head_dim) in and out, causal, fewer KV heads than heads. With cu_seqlens
+# (tokens, heads, head_dim): documents one after the other, and cu_seqlens[i] is where document i begins ----
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return flash_attn_ext.flash_attn_func(q, k, v, causal=True)
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def ours(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    if cu_seqlens is None:
+        return flash_attn_ext.flash_attn_func(q, k, v, causal=True)
+    return flash_attn_ext.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, causal=True)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: None = None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    lengths = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
     with torch.autocast(q.device.type, enabled=False):  # its scores are float32, whatever the inputs are
-        return flash_attn_ext.attention_reference(q, k, v, causal=True)[0]
+        return flash_attn_ext.attention_reference(q, k, v, causal=True, **lengths)[0]
 
 
 ATTENTIONS: dict[str, Attention] = {"flash_attn_ext": ours, "sdpa": sdpa, "reference": reference}
+PACKED = ("flash_attn_ext", "reference")  # those that take cu_seqlens
 
 # ---- the model ----
 
@@ -87,10 +94,9 @@ class Shape:
     def mlp(self) -> int:
         return self.width * 8 // 3 // 64 * 64  # three matrices of this cost what two of four times the width would
 
-    @property
-    def attention_flops(self) -> int:
-        """Of one sequence in one layer, forward: two products, half of them behind the causal mask."""
-        return 2 * self.seqlen**2 * self.heads * self.head_dim
+    def attention_flops(self, lengths: list[int]) -> int:
+        """Of these sequences in one layer, forward: two products, half of them behind the causal mask."""
+        return 2 * sum(length**2 for length in lengths) * self.heads * self.head_dim
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -111,13 +117,21 @@ class Block(nn.Module):
         self.up = nn.Linear(shape.width, 2 * shape.mlp, bias=False)
         self.down = nn.Linear(shape.mlp, shape.width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        # (batch, seqlen, heads, head_dim). v stays a slice of the packed tensor: no copy is needed for attention.
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
-        out = self.attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        x = x + self.proj(out.flatten(2))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        # (..., heads, head_dim). v stays a slice of what the projection made: no copy is needed for attention.
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=-2)
+        out = self.attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens)
+        x = x + self.proj(out.flatten(-2))
         gate, up = self.up(self.norm2(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
+
+
+def positions(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Of each token in its sequence; those of packed documents begin anew with each."""
+    if cu_seqlens is None:
+        return torch.arange(tokens.shape[1], device=tokens.device)
+    place = torch.arange(len(tokens), device=tokens.device, dtype=cu_seqlens.dtype)
+    return place - cu_seqlens[torch.searchsorted(cu_seqlens, place, right=True) - 1]
 
 
 class GPT(nn.Module):
@@ -137,15 +151,19 @@ class GPT(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The mean loss in nats per byte; without targets the logits after the last position."""
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The mean loss in nats per byte; without targets the logits after the last position.
+
+        tokens and targets are (batch, seqlen), or with cu_seqlens (tokens,). A target of -100 does not count.
+        """
         x = self.embedding(tokens)
-        cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
+        place = positions(tokens, cu_seqlens)
+        cos, sin = self.cos[place], self.sin[place]
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, cu_seqlens)
         if targets is None:
             return self.head(self.norm(x[:, -1])).float()
-        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), targets.flatten())
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, -2).float(), targets.flatten())
 
 
 # ---- several GPUs: each takes its rows of the batch, so that their number changes the speed and nothing else ----
@@ -223,35 +241,52 @@ def learning_rate(step: int, peak: float, steps: int) -> float:
     return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def windows(text: Tensor, starts: Tensor, seqlen: int) -> tuple[Tensor, Tensor]:
-    """Tokens, and the byte that follows each of them."""
-    index = starts.to(text.device)[:, None] + torch.arange(seqlen + 1, device=text.device)
-    piece = text[index].long()
-    return piece[:, :-1], piece[:, 1:]
+class Text:
+    """Bytes on the device of the model, and on the host where a file begins: nothing has to wait for that."""
+
+    def __init__(self, text: Tensor, device: torch.device) -> None:
+        self.bytes, self.begins_file = text.to(device), text == BETWEEN_FILES[0]
+
+    def __len__(self) -> int:
+        return len(self.bytes)
+
+    def windows(self, starts: Tensor, seqlen: int, packed: bool) -> tuple[Tensor, ...]:
+        """Tokens, and the byte that follows each of them; packed, in one row, and with the cu_seqlens of the files."""
+        index = starts.to(self.bytes.device)[:, None] + torch.arange(seqlen + 1, device=self.bytes.device)
+        piece = self.bytes[index].long()
+        tokens, targets = piece[:, :-1], piece[:, 1:]
+        return (tokens.flatten(), targets.flatten(), self.cu_seqlens(starts, seqlen)) if packed else (tokens, targets)
+
+    def cu_seqlens(self, starts: Tensor, seqlen: int) -> Tensor:
+        """A sequence begins with each window, and with each file in it."""
+        begins = self.begins_file[starts[:, None] + torch.arange(seqlen)]
+        begins[:, 0] = True
+        edges = F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel())
+        return edges.to(self.bytes.device, torch.int32, non_blocking=True)
 
 
-def micro_batches(text: Tensor, step: int, options: Namespace, world: World) -> Iterator:
+def micro_batches(text: Text, step: int, options: Namespace, world: World) -> Iterator:
     """What this process reads in this step: a function of the seed and the step, and of nothing else."""
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
     starts = torch.randint(len(text) - options.seqlen, (options.batch,), generator=generator)
     for some in world.rows(starts).chunk(options.accumulate):
-        yield windows(text, some, options.seqlen)
+        yield text.windows(some, options.seqlen, options.packed)
 
 
 def take_step(
     model: nn.Module,
     optimizer: Optimizer,
-    text: Tensor,
+    text: Text,
     step: int,
     options: Namespace,
     world: World,
 ) -> Tensor:
     """The loss of the batch, still on its device: nothing here waits for the GPU."""
     total = torch.zeros((), device=world.device)
-    for index, (tokens, targets) in enumerate(micro_batches(text, step, options, world)):
+    for index, batch in enumerate(micro_batches(text, step, options, world)):
         exchange_gradients(model, index == options.accumulate - 1)
         with autocast(world.device):
-            loss = model(tokens, targets) / options.accumulate
+            loss = model(*batch) / options.accumulate
         loss.backward()
         total += loss.detach()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -266,13 +301,13 @@ def take_step(
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, text: Tensor, options: Namespace, world: World) -> float:
+def held_out_loss(model: nn.Module, text: Text, options: Namespace, world: World) -> float:
     """Over windows spread evenly over the held-out text, the same ones every time."""
     starts = world.rows(torch.linspace(0, len(text) - options.seqlen - 1, options.held_out, dtype=torch.float64).long())
     total = torch.zeros((), device=world.device)
     for some in starts.split(options.batch // world.size // options.accumulate):
         with autocast(world.device):
-            total += model(*windows(text, some, options.seqlen)) * len(some)
+            total += model(*text.windows(some, options.seqlen, options.packed)) * len(some)
     return world.mean(total.item() / len(starts))[0]
 
 
@@ -298,11 +333,12 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def attention_seconds(attention: Attention, shape: Shape, batch: int, device: torch.device) -> float:
-    """Forward and backward of one layer's attention by itself, at the sizes of the run."""
+def attention_seconds(attention: Attention, shape: Shape, tokens: Tensor, cu_seqlens: Tensor | None = None) -> float:
+    """Forward and backward of one layer's attention by itself, for a batch like this one."""
+    device = tokens.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v = (
-        torch.randn(batch, shape.seqlen, heads, shape.head_dim, device=device, dtype=dtype, requires_grad=True)
+        torch.randn(*tokens.shape, heads, shape.head_dim, device=device, dtype=dtype, requires_grad=True)
         for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
     )
     dout = torch.randn_like(q)
@@ -312,13 +348,13 @@ def attention_seconds(attention: Attention, shape: Shape, batch: int, device: to
         synchronise(device)
         begin = time.perf_counter()
         for _ in range(calls):
-            torch.autograd.grad(attention(q, k, v), (q, k, v), dout)
+            torch.autograd.grad(attention(q, k, v, cu_seqlens), (q, k, v), dout)
         synchronise(device)
         times.append((time.perf_counter() - begin) / calls)
     return min(times)
 
 
-def amount(text: Tensor) -> str:
+def amount(text: Text | Tensor) -> str:
     return f"{len(text) / 1e6:.1f} MB" if len(text) >= 1e6 else f"{len(text) / 1e3:.1f} kB"
 
 
@@ -329,15 +365,20 @@ def flops_a_second(speed: float) -> str:
 class Meter:
     """Speed of the run, and attention's part in it."""
 
-    def __init__(self, options: Namespace, shape: Shape, parameters: int, world: World) -> None:
+    def __init__(
+        self, options: Namespace, shape: Shape, parameters: int, batch: tuple[Tensor, ...], world: World
+    ) -> None:
+        """batch: of one call. Packed ones are not alike, and this one stands for all."""
         self.attention, self.shape, self.world = ATTENTIONS[options.attention], shape, world
         self.tokens = options.batch * shape.seqlen  # a step
         self.calls = options.accumulate * shape.layers  # of attention, a step
-        self.rows = options.batch // world.size // options.accumulate  # a call
+        tokens, _, *cu_seqlens = batch
+        self.batch = tokens, *cu_seqlens
+        lengths = cu_seqlens[0].diff().tolist() if cu_seqlens else [shape.seqlen] * len(tokens)
+        self.attention_flops = shape.attention_flops(lengths)  # a call
         # A weight costs a token 2 operations forward and 4 backward, and attention's backward counts twice its forward:
         # what it computes a second time is no merit of the model.
-        attention_flops = 3 * shape.attention_flops * options.batch * shape.layers
-        self.flops = 6 * parameters * self.tokens + attention_flops
+        self.flops = 6 * parameters * self.tokens + 3 * self.attention_flops * self.calls * world.size
         self.attention_seconds = None
         self.begin = self.last_lap = time.perf_counter()
 
@@ -348,7 +389,7 @@ class Meter:
         return lap
 
     def measure_attention(self) -> None:
-        self.attention_seconds = attention_seconds(self.attention, self.shape, self.rows, self.world.device)
+        self.attention_seconds = attention_seconds(self.attention, self.shape, *self.batch)
 
     def speeds(self, steps_per_second: float) -> tuple[dict, str]:
         """As columns of metrics.csv, and in words."""
@@ -358,7 +399,7 @@ class Meter:
         if self.attention_seconds:
             share = self.attention_seconds * self.calls * steps_per_second
             # The papers' count for a kernel: the backward is 2.5 times the forward.
-            speed = 3.5 * self.shape.attention_flops * self.rows / self.attention_seconds
+            speed = 3.5 * self.attention_flops / self.attention_seconds
             columns |= {"attention_share": f"{share:.3f}", "attention_tflops": f"{speed / 1e12:.4g}"}
             words += f"  attention {share:.0%} of the time, {flops_a_second(speed)}"
         return columns, words
@@ -409,7 +450,7 @@ def train(options: Namespace, shape: Shape, world: World) -> None:
         if shown:
             print(text, flush=True)
 
-    text, held_out_text = (part.to(device) for part in load_text(options.data))
+    text, held_out_text = (Text(part, device) for part in load_text(options.data))
     if min(len(text), len(held_out_text)) <= options.seqlen:
         refuse(
             f"The text is too short: {len(text)} bytes to train on, {len(held_out_text)} held out, and a sequence has "
@@ -417,7 +458,8 @@ def train(options: Namespace, shape: Shape, world: World) -> None:
         )
     model, optimizer, parameters = build(options, shape, world)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    title = f"{options.attention}, head dim {shape.head_dim}, {parameters / 1e6:.1f} M parameters, {where}"
+    how = f"{options.attention}{' packed' if options.packed else ''}"
+    title = f"{how}, head dim {shape.head_dim}, {parameters / 1e6:.1f} M parameters, {where}"
     title += f" x {world.size}" if world.size > 1 else ""
     say(title)
     say(
@@ -427,7 +469,8 @@ def train(options: Namespace, shape: Shape, world: World) -> None:
 
     # What makes the curve: a checkpoint that differs in it is not continued.
     run = asdict(shape) | {key: getattr(options, key) for key in ("attention", "batch", "steps", "lr", "seed")}
-    run["text"] = f"{len(text)} bytes with sum {text.sum().item()}"
+    run["text"] = f"{len(text)} bytes with sum {text.bytes.sum().item()}"
+    run["text"] += ", packed by files" if options.packed else ""
     folder = RunFolder(options.output, writes=shown)
     step, seconds, losses = (0, 0.0, []) if options.restart else folder.load(model, optimizer, run)
     losses = [torch.tensor(loss, device=device) for loss in losses]
@@ -445,7 +488,7 @@ def train(options: Namespace, shape: Shape, world: World) -> None:
         if shown:
             plot({title: folder.metrics}, folder.path / "loss.png")
 
-    meter = Meter(options, shape, parameters, world)
+    meter = Meter(options, shape, parameters, next(micro_batches(text, 0, options, world)), world)
     end = min(options.steps, options.stop_at or options.steps)
     first_step, reported, last_save, stopped = step, step, seconds, False
     with StopRequest() as stop, Display(options.steps, shown) as display:
@@ -519,7 +562,8 @@ def parse_options() -> Namespace:
     option("--attention", choices=list(ATTENTIONS), help="default: flash_attn_ext; sdpa on a GPU that is not Hopper")
     option("--head-dim", type=int, choices=[64, 128, 256], help="default: 128 on a GPU, 64 on a CPU")
     option("--data", type=Path, metavar="PATH", help="a text file or a folder of them; default: Python's own source")
-    option("--output", type=Path, metavar="FOLDER", help="default: runs/ATTENTION-HEAD_DIM")
+    option("--packed", action="store_true", help="files are documents, packed: no byte sees another file")
+    option("--output", type=Path, metavar="FOLDER", help="default: runs/ATTENTION-HEAD_DIM[-packed]")
     option("--restart", action="store_true", help="begin anew where the folder has a checkpoint")
     option("--compile", action="store_true", help="the layers through torch.compile")
     option("--parallel", choices=["ddp", "fsdp2"], help="under torchrun; default: ddp")
@@ -568,14 +612,19 @@ def check(options: Namespace, shape: Shape, world: World) -> None:
         )
     if options.held_out % world.size:
         refuse(f"--held-out {options.held_out} must be a multiple of the {world.size} processes.")
+    if options.packed and options.attention not in PACKED:
+        refuse(f"--packed: {options.attention} takes no packed documents. --attention {' or '.join(PACKED)} does.")
     if options.attention == "flash_attn_ext":
+        one = (1,) if options.packed else (1, 1)
         q, k = (
-            torch.empty(1, 1, heads, shape.head_dim, device=world.device, requires_grad=True)
+            torch.empty(*one, heads, shape.head_dim, device=world.device, requires_grad=True)
             for heads in (shape.heads, shape.kv_heads)
         )
+        edges = torch.tensor([0, 1], dtype=torch.int32, device=world.device) if options.packed else None
         with autocast(world.device):
-            if why := flash_attn_ext.explain(q, k, k, causal=True):
-                refuse(f"{why} In this script: --attention sdpa, or another --head-dim.")
+            if why := flash_attn_ext.explain(q, k, k, causal=True, cu_seqlens_q=edges, cu_seqlens_k=edges):
+                way_out = "no --packed, or --attention reference" if options.packed else "--attention sdpa"
+                refuse(f"{why} In this script: {way_out}, or another --head-dim.")
 
 
 def main() -> None:
@@ -592,7 +641,8 @@ def main() -> None:
             options.attention = "sdpa"
             if world.rank == 0:
                 print(f"{torch.cuda.get_device_name(world.device)} is not a Hopper GPU; --attention sdpa is used.")
-    options.output = options.output or Path("runs") / f"{options.attention}-{options.head_dim}"
+    name = f"{options.attention}-{options.head_dim}{'-packed' if options.packed else ''}"
+    options.output = options.output or Path("runs") / name
     shape = Shape(options.width, options.layers, options.head_dim, options.seqlen)
     check(options, shape, world)
     try:

@@ -8,8 +8,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
-from . import reference
+from . import packed, reference
 from .options import Options
 
 
@@ -69,14 +70,18 @@ def compare_lse(lse, exact, q, k, options: Options, *, slack: float = 1.0) -> Co
 
 
 def largest_magnitude(q, k, options: Options) -> torch.Tensor:
-    """(batch, heads, seqlen_q): the largest sum of |q k| over head_dim among the keys that the row sees."""
+    """Like lse: the largest sum of |q k| over head_dim among the keys that the row sees, 0 if it sees none. -inf for
+    rows that are not used or belong to no sequence."""
+    if options.has_lengths():
+        _, of_rows = packed.forward(lambda q, k, _, alone: (q, largest_magnitude(q, k, alone)), q, k, k, options)
+        return of_rows
     (batch, seqlen_q, heads, _), (seqlen_k, kv_heads) = q.shape, k.shape[1:3]
     q = q.double().abs().unflatten(2, (kv_heads, heads // kv_heads))
     sums = torch.einsum("bqhgd,bkhd->bhgqk", q, k.double().abs())
     sums = sums.masked_fill(sums == math.inf, 0)  # exp(-inf) adds 0
     seen = reference.visible(seqlen_q, seqlen_k, options, q.device)
     sums = sums if seen is None else sums.masked_fill(~seen, 0)
-    return sums.amax(-1).view(batch, heads, seqlen_q)
+    return pad(sums, (0, 1)).amax(-1).view(batch, heads, seqlen_q)  # there may be no key
 
 
 def _compare(name, result, exact, error, bound, mean_bound) -> Comparison:

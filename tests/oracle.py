@@ -1,20 +1,19 @@
 """Results held to the rule of flash_attn_ext/accuracy.py, and compared with each other.
 
 The oracle is attention in float64 on the same rounded inputs. Options come as in a public function: in their order, or
-by name.
+by name; calls with lengths too.
 """
 
 import torch
 
-from flash_attn_ext import accuracy, reference
-from flash_attn_ext.options import Options
+from flash_attn_ext import accuracy, packed, reference
+from flash_attn_ext.options import Options, lse_shape
 
 
 def check(out, lse, q, k, v, *options, lse_slack=1.0, **options_by_name):
-    """Holds the results of a call with seqlens > 0 to the rule; lse_slack: see accuracy.compare_lse."""
-    batch, seqlen_q, heads, _ = q.shape
+    """Holds the results of a call with rows and keys to the rule; lse_slack: see accuracy.compare_lse."""
     assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device)
-    assert (lse.shape, lse.dtype, lse.device) == ((batch, heads, seqlen_q), torch.float32, q.device)
+    assert (lse.shape, lse.dtype, lse.device) == (lse_shape(q), torch.float32, q.device)
     options = Options.of(*options, **options_by_name)
 
     exact, exact_lse = reference.forward(q.double(), k.double(), v.double(), options)
@@ -24,7 +23,7 @@ def check(out, lse, q, k, v, *options, lse_slack=1.0, **options_by_name):
 
 
 def check_gradients(gradients, dout, q, k, v, out, lse, *options, dlse=None, **options_by_name):
-    """Holds dq, dk and dv, and dsinks if there are sinks, of a call with seqlens > 0 to the rule; None stands for a
+    """Holds dq, dk and dv, and dsinks if there are sinks, of a call with rows and keys to the rule; None stands for a
     gradient that is not needed.
 
     A backward pass takes out and lse as they are given, and two consequences of that are no error of its own:
@@ -34,7 +33,7 @@ def check_gradients(gradients, dout, q, k, v, out, lse, *options, dlse=None, **o
       cancelled_sums is left.
     """
     options = Options.of(*options, **options_by_name)
-    inputs = [x.detach() for x in (q, k, v, *options.tensors().values())]
+    inputs = [x.detach() for x in (q, k, v, *options.differentiable().values())]
     low = [x.clone().requires_grad_() for x in inputs]
     plain_out, plain_lse = accuracy.yardstick(*low[:3], options._replace(sinks=low[3] if low[3:] else None))
     of_lse = 0 if dlse is None else (plain_lse.masked_fill(plain_lse == -torch.inf, 0) * dlse).sum()
@@ -45,7 +44,7 @@ def check_gradients(gradients, dout, q, k, v, out, lse, *options, dlse=None, **o
     given = reference.backward(*doubles, out.detach(), lse, options, dlse)
     noise = cancelled_sums(*doubles, options)
     names = ("dq", "dk", "dv", "dsinks")[: len(inputs)]
-    for name, x, *of_x in zip(names, inputs, gradients, exact, plain, given, noise[: len(inputs)], strict=True):
+    for name, x, *of_x in zip(names, inputs, gradients, exact, plain, given, noise, strict=True):
         result, exact_x, plain_x, given_x, noise_x = of_x
         if result is None:
             continue
@@ -68,23 +67,31 @@ def luck_of_few_rows(exact, dtype):
 
 
 def cancelled_sums(dout, q, k, v, options):
-    """What float32 noise leaves in dq, dk and dv where rows that see key 0 alone have a dS of exactly 0.
+    """What float32 noise leaves in the gradients where rows that see a single key have a dS of exactly 0.
 
     dP and delta are sums over head_dim of the same products there, each within 2^-20 of the products' magnitudes: the
     rounding that lse is allowed too. Rows' errors are independent of each other, so their squares add up in dk.
     """
+    if options.has_lengths():
+        lse = q[..., 0].transpose(-1, -2)  # and out: of these shapes, and not looked at
+        return packed.backward(_cancelled_sums_of_sequence, dout, q, k, v, q, lse, options)
     (seqlen_q, heads, head_dim), (seqlen_k, kv_heads) = q.shape[1:], k.shape[1:3]
-    dout, q = (x.unflatten(2, (kv_heads, heads // kv_heads)) for x in (dout, q))
-    seen = reference.visible(seqlen_q, seqlen_k, options, q.device)
-    if seen is None:
-        seen = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device)
-    key_0_alone = seen[:, 0] & (seen.sum(-1) == 1)
-    ds = options.scale(head_dim) * 2.0**-20 * torch.einsum("bqhgd,bkhd->bqhg", dout.abs(), v[:, :1].abs())
-    ds = ds * key_0_alone[:, None, None]
-    dq = ds.unsqueeze(-1) * k[:, :1].unsqueeze(3).abs()
-    dk = torch.zeros_like(k)
-    dk[:, 0] = torch.einsum("bqhg,bqhgd->bhd", ds.square(), q.square()).sqrt()
-    return dq.flatten(2, 3), dk, torch.zeros_like(v), torch.zeros(heads, dtype=v.dtype, device=v.device)
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    if seqlen_k > 0:
+        dout, q = (x.unflatten(2, (kv_heads, heads // kv_heads)) for x in (dout, q))
+        seen = reference.visible(seqlen_q, seqlen_k, options, q.device)
+        if seen is None:
+            seen = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device)
+        single, key = seen.sum(-1) == 1, seen.byte().argmax(-1)
+        ds = options.scale(head_dim) * 2.0**-20 * torch.einsum("bqhgd,bqhd->bqhg", dout.abs(), v[:, key].abs())
+        ds = ds * single[:, None, None]
+        dq = (ds.unsqueeze(-1) * k[:, key].unsqueeze(3).abs()).flatten(2, 3)
+        dk.index_add_(1, key, torch.einsum("bqhg,bqhgd->bqhd", ds.square(), q.square())).sqrt_()
+    return dq, dk, dv, *(torch.zeros_like(x) for x in options.differentiable().values())
+
+
+def _cancelled_sums_of_sequence(dout, q, k, v, out, lse, options, dlse):
+    return cancelled_sums(dout, q, k, v, options)
 
 
 def assert_within(comparison):

@@ -56,9 +56,17 @@ def test_the_profiled_program(tmp_path):
     assert (tmp_path / "attention.json").stat().st_size > 1000
 
 
-def test_the_program_with_packed_documents(tmp_path):
-    (tmp_path / "packed_documents.py").write_text(program("packed_documents.py"))
-    assert run(tmp_path, "packed_documents.py") == "True\n"
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("packed_documents.py", "True\n"),
+        ("packed_positions.py", "[0, 1, 2, 0, 0, 1, 2, 3]\nTrue\n"),
+        ("packed_loss.py", "True\nTrue\n"),
+    ],
+)
+def test_the_programs_with_packed_documents(tmp_path, name, printed):
+    (tmp_path / name).write_text(program(name))
+    assert run(tmp_path, name) == printed
 
 
 def test_the_program_for_several_gpus(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import flash_attn_ext
 
@@ -107,6 +108,52 @@ def test_every_attention_sees_the_same(run, uninterrupted, tmp_path, capsys, mon
     assert_same_losses(uninterrupted, tmp_path / "sdpa")
     run("-", "--plot-compare", uninterrupted, tmp_path / "sdpa" / "metrics.csv")
     assert "nats apart, over 3 points" in capsys.readouterr().out
+
+
+# Packed documents -----------------------------------------------------------------------------------------------------
+
+
+def padded(sequences, length, value):
+    return torch.stack([F.pad(sequence, (0, length - len(sequence)), value=value) for sequence in sequences])
+
+
+@pytest.mark.parametrize("attention", ["flash_attn_ext", "reference"])
+def test_packed_documents_have_the_loss_of_padded_ones(run, attention):
+    """And its gradients: what stands behind a document in a padded row is seen by no byte, and counts for nothing."""
+    import train_gpt
+
+    torch.manual_seed(0)
+    shape = train_gpt.Shape(width=64, layers=2, head_dim=64, seqlen=60)
+    model = train_gpt.GPT(shape, train_gpt.ATTENTIONS[attention])
+    files = [torch.randint(1, 256, (length,)) for length in (7, 30, 1, 0, 100, 45, 90)]
+    text = train_gpt.Text(torch.cat([F.pad(file, (1, 0)) for file in files]).to(torch.uint8), torch.device("cpu"))
+    starts = torch.tensor([0, 3, 150, 200])
+    tokens, targets, cu_seqlens = text.windows(starts, shape.seqlen, packed=True)
+    lengths = cu_seqlens.diff().tolist()
+    assert lengths == [8, 31, 2, 1, 18] + [5, 31, 2, 1, 21] + [39, 21] + [60]
+    assert all(0 not in sequence[1:] for sequence in tokens.split(lengths)), "a byte of 0 begins a document"
+
+    packed = model(tokens, targets, cu_seqlens)
+    rows = padded(tokens.split(lengths), shape.seqlen, 0), padded(targets.split(lengths), shape.seqlen, -100)
+    torch.testing.assert_close(packed, model(*rows), rtol=1e-5, atol=0)
+    parameters = list(model.parameters())
+    for ours, theirs in zip(*(torch.autograd.grad(loss, parameters) for loss in (packed, model(*rows))), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+    crossing = model(*text.windows(starts, shape.seqlen, packed=False))
+    assert (packed - crossing).abs() > 1e-4, "it makes a difference to see other documents"
+
+
+def test_a_packed_run(run, uninterrupted, tmp_path, capsys):
+    folder = tmp_path / "packed"
+    run(folder, "--packed", "--accumulate", 2)
+    assert "flash_attn_ext packed, head dim 64" in capsys.readouterr().out
+    first, *_, last = metrics(folder)
+    assert float(first["held_out_loss"]) > 5.3 and float(last["held_out_loss"]) < 4
+    assert 0 < float(last["attention_tflops"]) and float(last["model_tflops"]) < float("inf")
+    with pytest.raises(SystemExit):
+        run(folder)
+    assert "is of another run (text" in capsys.readouterr().err
 
 
 def test_two_processes_compute_what_one_does(uninterrupted, tmp_path):
@@ -307,6 +354,7 @@ def test_what_cannot_be_compared(run, uninterrupted, tmp_path, capsys, content, 
         (["--output", "/proc/nowhere"], "--output /proc/nowhere: this folder cannot be made"),
         (["--attention", "sdpa"], "is of another run (attention flash_attn_ext, not sdpa)"),
         (["--plot-compare", "nowhere"], "Give the folders of runs"),
+        (["--packed", "--attention", "sdpa"], "sdpa takes no packed documents. --attention flash_attn_ext or"),
     ],
     ids=lambda value: "-".join(value).strip("-") if isinstance(value, list) else "",
 )
