@@ -324,6 +324,7 @@ struct Consumer {
   RingPosition<Config::kStages> at;  // in both rings: the step at hand
   RingPosition<Config::kDsStages> ds_at;
   uint32_t flags;  // of the step at hand
+  int thread;
   int item_count = 0;
   // The queries on the diagonal beside the thread's two keys; for keys past the end, beyond all that see anything.
   int diagonal[2];
@@ -340,7 +341,13 @@ struct Consumer {
         q(smem.q[0]),
         dout(smem.dout[0]),
         q_rows(smem.q[0]),
-        dout_rows(smem.dout[0]) {}
+        dout_rows(smem.dout[0]) {
+    if constexpr (kKvInRegisters) {
+      thread = threadIdx.x;
+    } else {  // in a register: where these run short, the compiler reads it anew in each step, which takes longer
+      asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    }
+  }
 
   // Consumers take turns at issuing products, so that one multiplies while the other works on P and dS. Steps in which
   // one sees nothing have no turns.
@@ -401,9 +408,9 @@ struct Consumer {
   // ---- P and dS
 
   // The values of the queries that are the columns of the thread's fragment: of every 8, two neighbours.
-  static __device__ __forceinline__ void load_queries(float2 (&to)[kBlockQ / 8], const float (&of_row)[kBlockQ]) {
+  __device__ __forceinline__ void load_queries(float2 (&to)[kBlockQ / 8], const float (&of_row)[kBlockQ]) {
 #pragma unroll
-    for (int j = 0; j < kBlockQ / 8; ++j) to[j] = reinterpret_cast<const float2*>(of_row)[4 * j + threadIdx.x % 4];
+    for (int j = 0; j < kBlockQ / 8; ++j) to[j] = reinterpret_cast<const float2*>(of_row)[4 * j + thread % 4];
   }
 
   // P = exp(scale * S - lse), in place.
@@ -776,10 +783,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (threadIdx.x < 32) load(args, smem);
     if (threadIdx.x == 32) find_items(args, smem);
   } else if (warpgroup <= Config::kConsumers) {
-    ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
+    ptx::setmaxnreg_inc<Config::consumer_registers(kNeedsDq)>();
     Consumer<Config, kGradients>(args, smem, warpgroup - 1).run();
   } else {
-    ptx::setmaxnreg_dec<Config::kDqRegisters>();
+    ptx::setmaxnreg_dec<Config::dq_registers(kNeedsDq)>();
     if constexpr (kNeedsDq) sum_dq(args, smem);
   }
 }

@@ -37,8 +37,10 @@ struct BackwardConfig {
 
   // The SM's 65536 registers, shared out by setmaxnreg in multiples of 8: producer + 2 * consumer + dQ <= 512.
   static constexpr int kProducerRegisters = 32;
-  static constexpr int kConsumerRegisters = kKvInRegisters ? 192 : 208;
-  static constexpr int kDqRegisters = 512 - kProducerRegisters - kConsumers * kConsumerRegisters;
+  static constexpr int consumer_registers(bool needs_dq) { return kKvInRegisters && needs_dq ? 192 : 208; }
+  static constexpr int dq_registers(bool needs_dq) {
+    return 512 - kProducerRegisters - kConsumers * consumer_registers(needs_dq);
+  }
 
   static_assert(kPlan.built() && kBlockQ == 64 && kBlockKv == 64 * kConsumers && kHeadDim % kSlabColumns == 0);
   static_assert(!kKvInRegisters || kHeadDim == 64, "K^T is one 64-row operand");
