@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Speed of attention on one GPU beside its peers, on the grid of the FlashAttention papers or on shapes of models.
+"""Speed of attention on one GPU beside its peers: the grid of the FlashAttention papers, shapes of models, packed
+sequences, sliding windows; and what options of a call cost.
 
     python benchmarks/attention.py --dry-run                      the cells, without a GPU
     python benchmarks/attention.py --name h100 --plots            the papers' grid, both passes, every peer
-    python benchmarks/attention.py --name h100 --grid models      grouped-query shapes that people train
+    python benchmarks/attention.py --name h100 --grid models      grouped-query shapes that people train; or packed, ...
     python benchmarks/attention.py --pass backward --peers ours fa3 --head-dims 128 --seqlens 16384
     python benchmarks/attention.py --overhead --no-grid           CPU time of one call
 
@@ -17,19 +18,35 @@ import argparse
 import gc
 import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peers import BINDERS, Call, usable_peers
+from peers import BINDERS, Call, Pattern, usable_peers
 from screen import reason, say, show, with_progress
-from tables import GRID_NAMES, MASK_NAMES, PEER_NAMES, RESULTS, by_pass, csrc_sha256, ratio, shape, summary
+from tables import (
+    GRID_NAMES,
+    MASK_NAMES,
+    OURS,
+    PEER_NAMES,
+    RESULTS,
+    by_pass,
+    csrc_sha256,
+    grid_peers,
+    ratio,
+    remarks,
+    shape,
+    size,
+    summary,
+)
 
 from flash_attn_ext.cli.options import positive_int  # `tables` put this checkout on the path
 
@@ -47,6 +64,32 @@ MODELS = {
     (64, 8, 64): TOKENS_8K,  # gpt-oss
     (8, 4, 256): ((1, 8192), (2, 4096)),  # Gemma 2 2B
     (16, 8, 256): ((1, 8192), (2, 4096)),  # Gemma 2 9B
+}
+
+
+def log_uniform(count: int, least: int, most: int, seed: int) -> tuple[int, ...]:
+    """So many lengths, the same ones in every run, with a long tail: each doubling is as likely as any other."""
+    draw = random.Random(seed).random
+    return tuple(round(least * (most / least) ** draw()) for _ in range(count))
+
+
+# The other grids have the heads of two models: Llama 3 8B and gpt-oss.
+HEADS = ((32, 8, 128), (64, 8, 64))
+# The lengths of packed sequences, 16384 to 65536 tokens in all, by their name in the tables.
+PACKINGS = {
+    "8 of 2048": (2048,) * 8,
+    "24 of 64 to 8192": log_uniform(24, 64, 8192, seed=8),
+    "1024 of about 64": log_uniform(1024, 48, 83, seed=0),
+}
+WINDOWS = (None, 4096, 1024)
+# Of each grid but the papers', all causal: heads, KV heads, head dim, batch, seqlen, and what else a cell has.
+LISTS = {
+    "models": [(*heads, batch, s, {}) for heads, sizes in MODELS.items() for batch, s in sizes],
+    "packed": [
+        (*heads, len(lengths), max(lengths), {"packing": name}) for heads in HEADS for name, lengths in PACKINGS.items()
+    ],
+    "windows": [(*heads, 1, 32768, {"window": window}) for heads in HEADS for window in WINDOWS],
+    "options": [(*heads, 2, 4096, {}) for heads in HEADS],
 }
 MASKS = {"full": False, "causal": True}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,7 +109,10 @@ COMPARED_ROWS = {"forward": 1, "backward": 64}
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the grid. The fields are the keys in the results file, with `pass` for pass_name."""
+    """One point of a grid. The fields are the keys in the results file, with `pass` for pass_name and without None.
+
+    Packed sequences have a batch of as many as there are, and the seqlen of the longest.
+    """
 
     pass_name: str
     head_dim: int
@@ -77,30 +123,53 @@ class Cell:
     heads: int
     kv_heads: int
     dtype: str
+    window: int | None = None  # so many keys, the query's own the last of them
+    packing: str | None = None  # a key of PACKINGS
+
+    @property
+    def pairs(self) -> float:
+        """Of a query and a key that it sees, in one head.
+
+        A causal mask leaves half of them: that is how the papers count. With windows and packed sequences they are
+        counted one by one.
+        """
+        if self.packing:
+            return float(sum(map(visible_pairs, PACKINGS[self.packing])))
+        if self.window:
+            return float(self.batch * visible_pairs(self.seqlen_q, self.window))
+        return self.batch * self.seqlen_q * self.seqlen_k / (2 if self.causal else 1)
 
     @property
     def flops(self) -> float:
-        """Two products of two operations per element, five in the backward; a causal mask leaves half of them.
+        """Two products of two operations per pair and element of a head, five in the backward."""
+        forward = 4.0 * self.heads * self.head_dim * self.pairs
+        return forward * {"forward": 1, "backward": 2.5}[self.pass_name]
 
-        That is how the papers count.
-        """
-        forward = 4.0 * self.batch * self.heads * self.seqlen_q * self.seqlen_k * self.head_dim
-        every = forward * {"forward": 1, "backward": 2.5}[self.pass_name]
-        return every / 2 if self.causal else every
+    def pattern(self) -> Pattern:
+        return Pattern.packed(PACKINGS[self.packing]) if self.packing else Pattern(self.causal, self.window)
 
     def inputs(self) -> list[torch.Tensor]:
-        """q, k, v and dout as (batch, seqlen, heads, head_dim).
+        """q, k, v and dout as (batch, seqlen, heads, head_dim), packed (total, heads, head_dim).
 
         On the papers' grid they have 64 MiB each: L2 never holds those of a whole call.
         """
-        size_q = (self.batch, self.seqlen_q, self.heads, self.head_dim)
-        size_kv = (self.batch, self.seqlen_k, self.kv_heads, self.head_dim)
+        rows_q, rows_k = (self.batch, self.seqlen_q), (self.batch, self.seqlen_k)
+        if self.packing:
+            rows_q = rows_k = (sum(PACKINGS[self.packing]),)
+        size_q = (*rows_q, self.heads, self.head_dim)
+        size_kv = (*rows_k, self.kv_heads, self.head_dim)
         sizes = (size_q, size_kv, size_kv, size_q)
         return [torch.randn(size, device="cuda", dtype=DTYPES[self.dtype]) for size in sizes]
 
     def record(self) -> dict:
-        fields = asdict(self)
+        fields = {name: value for name, value in asdict(self).items() if value is not None}
         return {"pass": fields.pop("pass_name"), **fields}
+
+
+def visible_pairs(length: int, window: int | None = None) -> int:
+    """Of a query and a key that it sees in a causal sequence: query i sees i + 1 keys, and at most the window."""
+    growing = min(length, window or length)
+    return growing * (growing + 1) // 2 + (length - growing) * growing
 
 
 def paper_grid(
@@ -119,23 +188,23 @@ def paper_grid(
     ]
 
 
-def models_grid(
+def listed_grid(
+    grid: str,
     pass_name: str,
     dtype: str,
     head_dims: Iterable[int] | None = None,
     seqlens: Iterable[int] | None = None,
     masks: Iterable[str] = tuple(MASKS),
 ) -> list[Cell]:
-    """One pass on the shapes of models: those cells that have such a head dim, sequence length and mask."""
+    """One pass on another grid: those cells that have such a head dim, sequence length and mask."""
     return [
-        Cell(pass_name, dim, True, batch, s, s, heads, kv_heads, dtype)
-        for (heads, kv_heads, dim), sizes in MODELS.items()
-        for batch, s in sizes
+        Cell(pass_name, dim, True, batch, s, s, heads, kv_heads, dtype, **more)
+        for heads, kv_heads, dim, batch, s, more in LISTS[grid]
         if dim in HEAD_DIMS[pass_name] and dim in (head_dims or [dim]) and s in (seqlens or [s]) and "causal" in masks
     ]
 
 
-GRIDS = {"paper": paper_grid, "models": models_grid}
+GRIDS = {"paper": paper_grid} | {grid: partial(listed_grid, grid) for grid in LISTS}
 assert list(GRIDS) == list(GRID_NAMES)
 
 
@@ -164,9 +233,9 @@ def worst_error(result: torch.Tensor, expected: torch.Tensor, rows: int) -> floa
     """The largest relative error of so many neighbouring rows of one head; NaN if there is one."""
 
     def norms(x: torch.Tensor) -> torch.Tensor:
-        squares = x.square().sum(-1)  # (batch, seqlen, heads)
-        squares = F.pad(squares, (0, 0, 0, -squares.shape[1] % rows))
-        return squares.unflatten(1, (-1, rows)).sum(2).sqrt()
+        squares = x.square().sum(-1)  # (..., seqlen, heads)
+        squares = F.pad(squares, (0, 0, 0, -squares.shape[-2] % rows))
+        return squares.unflatten(-2, (-1, rows)).sum(-2).sqrt()
 
     if result.shape != expected.shape:  # they might still broadcast: the gradient of a single KV head, for one
         raise ArithmeticError(f"wrong results: shape {tuple(result.shape)} in place of {tuple(expected.shape)}")
@@ -203,10 +272,10 @@ class Ceiling:
 def measure_cell(cell: Cell, peers: list[str], rounds: int, seconds: float) -> dict[str, list[float]]:
     """TFLOP/s of each peer, round by round. Says why a peer is missing: it raised, or its results are wrong."""
     stop = time.monotonic() + seconds
-    inputs = cell.inputs()
+    inputs, pattern = cell.inputs(), cell.pattern()
 
     def bind(peer: str) -> Call:
-        return BINDERS[peer][cell.pass_name](*(x.detach() for x in inputs), cell.causal)
+        return BINDERS[peer][cell.pass_name](*(x.detach() for x in inputs), pattern)
 
     # One judge for all: torch's FA2, the oldest of them. A fast wrong kernel must not be timed silently.
     expected = bind("fa2")()
@@ -322,9 +391,9 @@ def show_speeds(cells: list[dict], spreads: list[dict[str, float]], peers: list[
         rows.append([cell["pass"], shape(cell), MASK_NAMES[cell["causal"]], *figures, beside])
     show(["pass", "shape", "mask", *(PEER_NAMES[peer] for peer in peers), "ours / FA3"], rows)
     for name, of_pass in by_pass(cells).items():
-        for peer in ("fa3", "cudnn", "fa2"):
-            for line in summary(of_pass, peer) if peer in peers else []:
-                say(f"{name}, {line}")
+        others = [line for peer in peers if peer not in ("fa3", *OURS) for line in summary(of_pass, peer)]
+        for line in remarks(of_pass) + others:
+            say(f"{name}, {line}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -338,19 +407,25 @@ def parse_args() -> argparse.Namespace:
         "--grid",
         choices=list(GRIDS),
         default="paper",
-        help="paper (default), or models: shapes that people train, grouped-query and causal. There the next three "
-        "options only select cells, where on the papers' grid they may name other head dims and lengths",
+        help="paper (default); models: shapes that people train; packed: packed sequences; windows: sliding windows; "
+        "options: what sinks and a loss that uses lse cost. On the papers' grid the next three may name other head "
+        "dims and lengths; elsewhere they only select cells",
     )
     option("--head-dims", nargs="+", type=positive_int, metavar="D", help="default: those that ours has in the pass")
     option("--seqlens", nargs="+", type=positive_int, metavar="S", help="default: all of the grid")
-    option("--masks", nargs="+", choices=list(MASKS), default=list(MASKS), help="default: both; models has causal only")
+    option(
+        "--masks",
+        nargs="+",
+        choices=list(MASKS),
+        default=list(MASKS),
+        help="default: both; all but paper have causal only",
+    )
     option(
         "--peers",
         dest="chosen_peers",
         nargs="+",
         choices=list(BINDERS),
-        default=list(BINDERS),
-        help="default: all of them",
+        help="default: those of the grid. The first of them are ours; plain, dlse and sinks are those of `options`",
     )
     option("--dtype", choices=list(DTYPES), default="bf16")
     option("--fa3-library", type=Path, metavar="PATH", help="FA3's operators; else the package flash_attn_interface")
@@ -362,26 +437,28 @@ def parse_args() -> argparse.Namespace:
     option("--output", type=Path, help="the results file, in place of benchmarks/results/NAME-GRID-DTYPE.json")
     option("--plots", action="store_true", help="also PNG plots into docs/images/")
     option("--dry-run", action="store_true", help="print the cells and stop; needs no GPU")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.chosen_peers = args.chosen_peers or grid_peers(args.grid)
+    return args
 
 
 def results_path(args: argparse.Namespace, cells: list[Cell]) -> Path:
     """A part of the grid never overwrites the results of the whole."""
     every = {cell for name in HEAD_DIMS for cell in GRIDS[args.grid](name, args.dtype)}
-    whole = set(cells) == every and set(args.chosen_peers) == set(BINDERS)
+    whole = set(cells) == every and set(args.chosen_peers) == set(grid_peers(args.grid))
     return args.output or RESULTS / f"{args.name}-{args.grid if whole else 'part'}-{args.dtype}.json"
 
 
 def dry_run(cells: list[Cell], peers: list[str]) -> None:
     rows = [
         [
-            *map(str, (c.pass_name, c.head_dim, MASK_NAMES[c.causal], c.batch, c.seqlen_q)),
+            *map(str, (c.pass_name, c.head_dim, MASK_NAMES[c.causal], size(c.record()))),
             f"{c.heads}/{c.kv_heads}",
             f"{c.flops / 1e12:.3f}",
         ]
         for c in cells
     ]
-    show(["pass", "head dim", "mask", "batch", "seqlen", "heads", "TFLOP"], rows)
+    show(["pass", "head dim", "mask", "sequences", "heads", "TFLOP"], rows)
     say(f"{len(cells)} cells, peers: {', '.join(peers)}")
 
 
@@ -406,7 +483,13 @@ def main() -> int:
     begin = time.monotonic()
     torch.manual_seed(0)
     peers = usable_peers(args.chosen_peers, args.fa3_library)
-    results = {"environment": environment(), "csrc_sha256": csrc_sha256(), "ceiling_tflops": None, "cells": []}
+    results = {
+        "grid": args.grid,
+        "environment": environment(),
+        "csrc_sha256": csrc_sha256(),
+        "ceiling_tflops": None,
+        "cells": [],
+    }
     path = results_path(args, cells)
 
     def save() -> None:  # after every cell: a run that is cut short keeps what it has
@@ -414,7 +497,7 @@ def main() -> int:
         path.write_text(json.dumps(results, indent=1) + "\n")
 
     say(", ".join(f"{key} {value}" for key, value in results["environment"].items()))
-    if "ours" in peers:
+    if not OURS.isdisjoint(peers):
         say(f"ours is {sys.modules['flash_attn_ext'].__file__}")
     if args.overhead:
         results["overhead_us"] = measure_overhead(peers, args.dtype)

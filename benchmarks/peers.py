@@ -1,4 +1,4 @@
-"""The peers of a comparison: a name -> a function that binds (q, k, v, dout, causal) to a call without arguments, for
+"""The peers of a comparison: a name -> a function that binds (q, k, v, dout, pattern) to a call without arguments, for
 each pass.
 
 A call returns out, or dq, dk and dv. The forward that a backward needs is done while binding.
@@ -7,77 +7,166 @@ A call returns out, or dq, dk and dv. The forward that a backward needs is done 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from screen import reason, say
-from tables import PEER_NAMES
+from tables import OURS, PEER_NAMES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Call = Callable[[], tuple[torch.Tensor, ...]]
 
 
-def bind_ours(q, k, v, dout, causal: bool) -> Call:
-    from flash_attn_ext import flash_attn_func
+@dataclass(frozen=True)
+class Pattern:
+    """Which keys a query sees. q, k and v are (batch, seqlen, heads, head_dim), packed (total, heads, head_dim)."""
 
-    return lambda: (flash_attn_func(q, k, v, causal=causal),)
+    causal: bool
+    window: int | None = None  # so many keys, the query's own the last of them: causal patterns only
+    cu_seqlens: torch.Tensor | None = None  # (sequences + 1,), int32: q, k and v are packed
+    max_seqlen: int | None = None
+
+    @classmethod
+    def packed(cls, lengths: Sequence[int], window: int | None = None, device: torch.device | str = "cuda") -> Pattern:
+        """Causal sequences of these lengths."""
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        return cls(True, window, cu_seqlens, max(lengths))
+
+    @property
+    def window_size(self) -> tuple[int, int]:
+        """As our function and FA3's have it: how many keys before the query's own, and after it; -1: all."""
+        return (-1, -1) if self.window is None else (self.window - 1, 0)
 
 
-def bind_ours_backward(q, k, v, dout, causal: bool) -> Call:
+def autograd_binders(attend: Callable, learned: Callable = lambda q: ()) -> dict[str, Callable[..., Call]]:
+    """Both passes of a differentiable function attend(pattern, q, k, v, *learned) -> (out, ...).
+
+    learned: makes the inputs beside q, k and v that a model would train, from q. Their gradients are computed too.
+    What attend returns beside out has a gradient of 0: the work is done, and the results are those of everyone.
+    """
+
+    def bind(q, k, v, dout, pattern: Pattern) -> Call:
+        call = partial(attend, pattern, q, k, v, *learned(q))
+        return lambda: call()[:1]
+
+    def bind_backward(q, k, v, dout, pattern: Pattern) -> Call:
+        inputs = [x.detach().requires_grad_() for x in (q, k, v, *learned(q))]
+        with torch.enable_grad():
+            results = attend(pattern, *inputs)
+        gradients = [dout, *map(torch.zeros_like, results[1:])]
+        return lambda: torch.autograd.grad(results, inputs, gradients, retain_graph=True)[:3]
+
+    return {"forward": bind, "backward": bind_backward}
+
+
+# ---- ours ----
+
+
+def our_options(pattern: Pattern) -> dict:
+    options = {"causal": pattern.causal, "window_size": pattern.window_size}
+    if pattern.cu_seqlens is not None:
+        options |= {"cu_seqlens_q": pattern.cu_seqlens, "cu_seqlens_k": pattern.cu_seqlens}
+    return options
+
+
+def attend_ours(pattern: Pattern, q, k, v, sinks=None, return_lse: bool = False) -> tuple[torch.Tensor, ...]:
+    from flash_attn_ext import flash_attn_func, flash_attn_varlen_func
+
+    attend = flash_attn_func if pattern.cu_seqlens is None else flash_attn_varlen_func
+    results = attend(q, k, v, **our_options(pattern), sinks=sinks, return_lse=return_lse)
+    return results if return_lse else (results,)
+
+
+def bind_ours_backward(q, k, v, dout, pattern: Pattern) -> Call:
     from flash_attn_ext import backward, forward
 
-    out, lse = forward(q, k, v, causal=causal)
-    return lambda: backward(dout, q, k, v, out, lse, causal=causal)
+    options = our_options(pattern)
+    out, lse = forward(q, k, v, **options)
+    return partial(backward, dout, q, k, v, out, lse, **options)
 
 
-def bind_fa3(q, k, v, dout, causal: bool) -> Call:
-    forward = torch.ops.flash_attn_3.fwd
-    return lambda: (forward(q, k, v, is_causal=causal)[0],)
+def weightless_sinks(q) -> tuple[torch.Tensor]:
+    """Sinks that change no result, so that they are judged like everyone; no work is saved by that."""
+    return (torch.full(q.shape[-2:-1], -1e4, device=q.device, dtype=q.dtype),)
 
 
-def bind_fa3_backward(q, k, v, dout, causal: bool) -> Call:
-    out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, is_causal=causal)
+# ---- FlashAttention-3 ----
+
+
+def fa3_options(pattern: Pattern) -> dict:
+    left, right = pattern.window_size
+    options = {"is_causal": pattern.causal, "window_size_left": left, "window_size_right": right}
+    if pattern.cu_seqlens is not None:
+        options |= {"cu_seqlens_q": pattern.cu_seqlens, "cu_seqlens_k": pattern.cu_seqlens}
+        options |= {"max_seqlen_q": pattern.max_seqlen, "max_seqlen_k": pattern.max_seqlen}
+    return options
+
+
+def fa3_forward(q, k, v, pattern: Pattern) -> Callable:
+    # One split is what FA3's own function for packed sequences asks for; its operator would choose as for decoding.
+    splits = {} if pattern.cu_seqlens is None else {"num_splits": 1}
+    return partial(torch.ops.flash_attn_3.fwd, q, k, v, **fa3_options(pattern), **splits)
+
+
+def bind_fa3(q, k, v, dout, pattern: Pattern) -> Call:
+    forward = fa3_forward(q, k, v, pattern)
+    return lambda: forward()[:1]
+
+
+def bind_fa3_backward(q, k, v, dout, pattern: Pattern) -> Call:
+    out, lse, *_ = fa3_forward(q, k, v, pattern)()
     gradients = tuple(torch.empty_like(x) for x in (q, k, v))
-    backward = torch.ops.flash_attn_3.bwd
+    backward = partial(torch.ops.flash_attn_3.bwd, dout, q, k, v, out, lse, *gradients, **fa3_options(pattern))
 
     def call():
-        backward(dout, q, k, v, out, lse, *gradients, is_causal=causal)
+        backward()
         return gradients
 
     return call
 
 
-def sdpa_binders(backend: SDPBackend) -> dict[str, Callable[..., Call]]:
+# ---- torch ----
+
+
+def attend_torch(backend: SDPBackend, pattern: Pattern, q, k, v) -> tuple[torch.Tensor]:
     """torch's attention, whose order is (batch, heads, seqlen, head_dim): it gets transposed views."""
-
-    def attend(q, k, v, causal: bool) -> torch.Tensor:
-        with sdpa_kernel(backend):
-            grouped = q.shape[1] != k.shape[1]
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
-
-    def bind(q, k, v, dout, causal: bool) -> Call:
+    if pattern.cu_seqlens is not None or pattern.window is not None:
+        if backend != SDPBackend.FLASH_ATTENTION:
+            raise NotImplementedError("scaled_dot_product_attention has neither windows nor packed sequences")
+        return (attend_varlen(pattern, q, k, v),)
+    with sdpa_kernel(backend):
+        grouped = q.shape[2] != k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return lambda: (attend(q, k, v, causal).transpose(1, 2),)
-
-    def bind_backward(q, k, v, dout, causal: bool) -> Call:
-        inputs = [x.transpose(1, 2).requires_grad_() for x in (q, k, v)]
-        dout = dout.transpose(1, 2)
-        with torch.enable_grad():
-            out = attend(*inputs, causal)
-        gradients = partial(torch.autograd.grad, out, inputs, dout, retain_graph=True)
-        return lambda: tuple(x.transpose(1, 2) for x in gradients())
-
-    return {"forward": bind, "backward": bind_backward}
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=pattern.causal, enable_gqa=grouped)
+    return (out.transpose(1, 2),)
 
 
+def attend_varlen(pattern: Pattern, q, k, v) -> torch.Tensor:
+    """torch's FlashAttention-2 through its function for packed sequences, which has windows since torch 2.11."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if pattern.cu_seqlens is None:
+        packed = Pattern.packed((q.shape[1],) * q.shape[0], pattern.window, q.device)
+        return attend_varlen(packed, *(x.flatten(0, 1) for x in (q, k, v))).view_as(q)
+    window_size = (pattern.window_size[0], 0)  # it has no other word for causal
+    cu_seqlens, longest = pattern.cu_seqlens, pattern.max_seqlen
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=window_size)
+
+
+PLAIN = autograd_binders(attend_ours)
 BINDERS = {
-    "ours": {"forward": bind_ours, "backward": bind_ours_backward},
+    "ours": {"forward": PLAIN["forward"], "backward": bind_ours_backward},
+    "plain": PLAIN,
+    "dlse": autograd_binders(partial(attend_ours, return_lse=True)),
+    "sinks": autograd_binders(attend_ours, weightless_sinks),
     "fa3": {"forward": bind_fa3, "backward": bind_fa3_backward},
-    "cudnn": sdpa_binders(SDPBackend.CUDNN_ATTENTION),
-    "fa2": sdpa_binders(SDPBackend.FLASH_ATTENTION),
+    "cudnn": autograd_binders(partial(attend_torch, SDPBackend.CUDNN_ATTENTION)),
+    "fa2": autograd_binders(partial(attend_torch, SDPBackend.FLASH_ATTENTION)),
 }
 assert list(BINDERS) == list(PEER_NAMES)
 
@@ -98,7 +187,7 @@ def usable_peers(names: list[str], library: Path | None) -> list[str]:
     usable = []
     for name in names:
         try:
-            if name == "ours":
+            if name in OURS:
                 from flash_attn_ext.limits import why_unavailable
 
                 if why := why_unavailable():

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Plots of a results file of benchmarks/attention.py.
 
-The papers' grid: a figure per pass, with a panel per head dim and mask. Shapes of models: one figure, a panel per pass.
+The papers' grid: a figure per pass, with a panel per head dim and mask. Other grids: one figure, a panel per pass.
 `python benchmarks/plot.py benchmarks/results/h100-paper-bf16.json` writes into docs/images/.
 """
 
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tables import MASK_NAMES, PEER_NAMES, ROOT, by_pass, by_shape, is_models, peers_of, plots
+from tables import GRID_NAMES, MASK_NAMES, PEER_NAMES, ROOT, by_pass, by_shape, grid_of, peers_of, plots, size_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # Of the bars and of the figures on them. The bars' stay apart for colour-blind readers (Okabe and Ito); ours is strong.
 COLOURS = {
     "ours": ("#D55E00", "white"),
+    "plain": ("#D55E00", "white"),
+    "dlse": ("#E69F00", "black"),
+    "sinks": ("#F0E442", "black"),
     "fa3": ("#0072B2", "white"),
     "cudnn": ("#56B4E9", "black"),
     "fa2": ("#BBBBBB", "black"),
@@ -100,8 +103,9 @@ def draw_pass(results: dict, name: str) -> Figure:
     return figure
 
 
-def draw_models(results: dict) -> Figure:
-    """Both passes on the shapes of models, one above the other. A pass that a shape does not have leaves a gap."""
+def draw_shapes(results: dict) -> Figure:
+    """Both passes on a grid of shapes, one above the other. A pass that a shape does not have leaves a gap."""
+    grid = grid_of(results)
     shapes, passes = by_shape(results["cells"]), list(by_pass(results["cells"]))
     peers = peers_of(results["cells"])
     size = (1.4 + 0.62 * len(shapes), 2.4 + 2.7 * len(passes))
@@ -114,8 +118,8 @@ def draw_models(results: dict) -> Figure:
     axes[-1, 0].tick_params(axis="x", rotation=40)
     for label in axes[-1, 0].get_xticklabels():
         label.set(ha="right", rotation_mode="anchor")
-    axes[-1, 0].set_xlabel("heads/KV heads x head dim, batch x sequence length")
-    finish(figure, "Attention on shapes of models, causal", peers, results)
+    axes[-1, 0].set_xlabel(f"heads/KV heads x head dim, {size_title(grid)}")
+    finish(figure, f"Attention on {GRID_NAMES[grid]}, causal", peers, results)
     return figure
 
 
@@ -123,10 +127,10 @@ def plot(path: Path, folder: Path = ROOT / "docs" / "images") -> list[Path]:
     """Writes the figures of a results file; returns their paths."""
     results = json.loads(Path(path).read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    if is_models(results):
-        figures = [draw_models(results)]
-    else:
+    if grid_of(results) == "paper":
         figures = [draw_pass(results, name) for name in by_pass(results["cells"])]
+    else:
+        figures = [draw_shapes(results)]
     images = [folder / name for name in plots(path, results)]
     for figure, image in zip(figures, images, strict=True):
         # Without the metadata, equal results give equal files whatever matplotlib drew them.

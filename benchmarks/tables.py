@@ -14,16 +14,33 @@ import argparse
 import hashlib
 import json
 import math
+import operator
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CARDS = ("h200", "h100")  # whose results are published: of the first that has a file
-GRID_NAMES = {"paper": "the papers' shapes", "models": "shapes of models"}
+GRID_NAMES = {
+    "paper": "the papers' shapes",
+    "models": "shapes of models",
+    "packed": "packed sequences",
+    "windows": "sliding windows",
+    "options": "options of a call",
+}
 DTYPES = ("bf16", "fp16")
 TRAIN_STEP = RESULTS / "h100-train-step.json"
-PEER_NAMES = {"ours": "flash_attn_ext", "fa3": "FA3", "cudnn": "cuDNN", "fa2": "FA2"}
+PEER_NAMES = {
+    "ours": "flash_attn_ext",
+    "plain": "no option",  # this and the next two are ours on the grid of options, through autograd
+    "dlse": "a loss that uses lse",
+    "sinks": "sinks",
+    "fa3": "FA3",
+    "cudnn": "cuDNN",
+    "fa2": "FA2",
+}
+OPTIONS = ("dlse", "sinks")
+OURS = {"ours", "plain", *OPTIONS}
 MASK_NAMES = {False: "full", True: "causal"}
 NOT_MEASURED = "No figures are published for this version yet."
 
@@ -66,18 +83,38 @@ def ratio(cell: dict, peer: str = "fa3") -> float | None:
     return ours / theirs if ours and theirs else None
 
 
+def grid_peers(grid: str) -> list[str]:
+    """The peers that are measured on a grid: cuDNN has, through torch, neither windows nor packed sequences."""
+    if grid == "options":
+        return ["plain", *OPTIONS]
+    return ["ours", "fa3", *(["cudnn"] if grid in ("paper", "models") else []), "fa2"]
+
+
+def size(cell: dict) -> str:
+    """Batch x sequence length, with the window if there is one; or how many sequences of which lengths are packed."""
+    if "packing" in cell:
+        return cell["packing"]
+    window = f", window {cell['window']}" if "window" in cell else ""
+    return f"{cell['batch']} x {cell['seqlen_q']}{window}"
+
+
+def size_title(grid: str) -> str:
+    return "sequences" if grid == "packed" else "batch x seqlen"
+
+
 def shape(cell: dict) -> str:
-    """Heads/KV heads x head dim, batch x sequence length."""
-    return f"{cell['heads']}/{cell['kv_heads']} x {cell['head_dim']}, {cell['batch']} x {cell['seqlen_q']}"
+    """Heads/KV heads x head dim, size."""
+    return f"{cell['heads']}/{cell['kv_heads']} x {cell['head_dim']}, {size(cell)}"
 
 
 def is_grouped(cell: dict) -> bool:
-    """Whether heads share KV heads: they do in every cell of the models' grid, and in none of the papers'."""
+    """Whether heads share KV heads: they do in every cell of every grid but the papers', and in none of that."""
     return cell["heads"] != cell["kv_heads"]
 
 
-def is_models(results: dict) -> bool:
-    return any(map(is_grouped, results["cells"]))
+def grid_of(results: dict) -> str:
+    """The grid of a results file. Older ones, which do not name it, are of the first two."""
+    return results.get("grid") or ("models" if any(map(is_grouped, results["cells"])) else "paper")
 
 
 def describe(cell: dict) -> str:
@@ -123,6 +160,36 @@ def summary(cells: list[dict], peer: str = "fa3") -> list[str]:
     return lines
 
 
+def window_times(cells: list[dict]) -> list[str]:
+    """Whether our time falls with the visible pairs: TFLOP/s count those, so the time of one is 1 / speed."""
+    heads_of = operator.itemgetter("heads", "kv_heads", "head_dim", "batch", "seqlen_q")
+    whole = {heads_of(cell): cell["tflops"].get("ours") for cell in cells if "window" not in cell}
+    times = [
+        f"{whole[heads_of(cell)] / cell['tflops']['ours']:.2f} ({describe(cell)})"
+        for cell in cells
+        if "window" in cell and cell["tflops"].get("ours") and whole.get(heads_of(cell))
+    ]
+    return [f"time of a visible pair, with a window / without: {', '.join(times)}"] if times else []
+
+
+def option_costs(cells: list[dict]) -> list[str]:
+    """By how much an option of a call lengthens it."""
+    lines = []
+    for option in OPTIONS:
+        costs = [
+            f"{100 * (cell['tflops']['plain'] / cell['tflops'][option] - 1):+.1f} % ({describe(cell)})"
+            for cell in cells
+            if cell["tflops"].get(option) and cell["tflops"].get("plain")
+        ]
+        lines += [f"time with {PEER_NAMES[option]}: {', '.join(costs)}"] if costs else []
+    return lines
+
+
+def remarks(cells: list[dict]) -> list[str]:
+    """What is said below a table about the cells of one pass."""
+    return [*summary(cells), *window_times(cells), *option_costs(cells)]
+
+
 def peers_of(cells: list[dict]) -> list[str]:
     """The peers that ran at least once, ours first."""
     return [peer for peer in PEER_NAMES if any(cell["tflops"].get(peer) for cell in cells)]
@@ -150,48 +217,48 @@ def speed_grid(cells: list[dict], peers: list[str]) -> list[str]:
     return lines
 
 
-def shape_table(cells: list[dict], peers: list[str]) -> list[str]:
-    """Markdown of the models' grid: a row per shape, a column per pass."""
+def shape_table(cells: list[dict], peers: list[str], title: str) -> list[str]:
+    """Markdown of a grid of shapes: a row per shape, a column per pass. title: of the column of sizes."""
     passes = list(by_pass(cells))
     lines = [
-        "| heads/KV heads | head dim | batch x seqlen | " + " | ".join(passes) + " |",
+        f"| heads/KV heads | head dim | {title} | " + " | ".join(passes) + " |",
         "|---|---|---|" + "---|" * len(passes),
     ]
     for of_pass in by_shape(cells).values():
         cell = next(iter(of_pass.values()))
         row = [figures(of_pass.get(name), peers) for name in passes]
         lines.append(
-            f"| {cell['heads']}/{cell['kv_heads']} | {cell['head_dim']} | {cell['batch']} x {cell['seqlen_q']} | "
-            + " | ".join(row)
-            + " |"
+            f"| {cell['heads']}/{cell['kv_heads']} | {cell['head_dim']} | {size(cell)} | " + " | ".join(row) + " |"
         )
     return lines
 
 
-def paper_tables(cells: list[dict], wanted: list[str], sentences: int | None) -> list[str]:
+def paper_tables(results: dict, wanted: list[str], sentences: int | None) -> list[str]:
     lines = []
-    for name, of_pass in by_pass(cells).items():
-        peers = [peer for peer in peers_of(of_pass) if peer in wanted]
+    for name, cells in by_pass(results["cells"]).items():
+        peers = [peer for peer in peers_of(cells) if peer in wanted]
         named = " / ".join(PEER_NAMES[peer] for peer in peers)
-        lines += [f"{name.capitalize()}, {cells[0]['dtype']}, TFLOP/s: {named}", "", *speed_grid(of_pass, peers), ""]
-        lines += [f"- {line}" for line in summary(of_pass)[:sentences]] + [""]
+        lines += [f"{name.capitalize()}, {cells[0]['dtype']}, TFLOP/s: {named}", "", *speed_grid(cells, peers), ""]
+        lines += [f"- {line}" for line in summary(cells)[:sentences]] + [""]
     return lines
 
 
-def models_table(cells: list[dict], wanted: list[str], sentences: int | None) -> list[str]:
+def shapes_table(results: dict, wanted: list[str], sentences: int | None) -> list[str]:
+    """Of any grid but the papers'."""
+    grid, cells = grid_of(results), results["cells"]
     peers = [peer for peer in peers_of(cells) if peer in wanted]
     named = " / ".join(PEER_NAMES[peer] for peer in peers)
-    title = f"Shapes of models, grouped-query and causal, {cells[0]['dtype']}, TFLOP/s: {named}"
-    lines = [title, "", *shape_table(cells, peers), ""]
+    title = f"{GRID_NAMES[grid].capitalize()}, grouped-query and causal, {cells[0]['dtype']}, TFLOP/s: {named}"
+    lines = [title, "", *shape_table(cells, peers, size_title(grid)), ""]
     for name, of_pass in by_pass(cells).items():
-        lines += [f"- {name}, {line}" for line in summary(of_pass)[:sentences]]
+        lines += [f"- {name}, {line}" for line in remarks(of_pass)[:sentences]]
     return lines + [""]
 
 
 def speed_tables(results: dict, wanted: list[str], sentences: int | None = None) -> list[str]:
     """The tables of one results file, restricted to the wanted peers, with so many sentences on each pass below."""
-    write = models_table if is_models(results) else paper_tables
-    return write(results["cells"], wanted, sentences)
+    write = paper_tables if grid_of(results) == "paper" else shapes_table
+    return write(results, wanted, sentences)
 
 
 def environment_line(results: dict) -> str:
@@ -220,9 +287,9 @@ def overhead_lines(results: dict) -> list[str]:
 
 def plots(path: Path, results: dict) -> dict[str, str]:
     """The names of the plots of a results file, without folder, and what each shows."""
-    if is_models(results):
-        return {f"{path.stem}.png": "speed on shapes of models"}
-    return {f"{path.stem}-{name}.png": f"{name} speed" for name in by_pass(results["cells"])}
+    if grid_of(results) == "paper":
+        return {f"{path.stem}-{name}.png": f"{name} speed" for name in by_pass(results["cells"])}
+    return {f"{path.stem}.png": f"speed on {GRID_NAMES[grid_of(results)]}"}
 
 
 def standing_block() -> str:
@@ -239,6 +306,8 @@ def standing_block() -> str:
     columns = [f"{PEER_NAMES[peer]} {name}" for peer in peers for name in passes]
     lines = [f"| speed, ours / theirs | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for grid, shapes in GRID_NAMES.items():
+        if not set(peers) & set(grid_peers(grid)):
+            continue
         for path in measured(grid, "bf16"):
             results = json.loads(path.read_text())
             cells = by_pass(results["cells"])

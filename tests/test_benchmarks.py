@@ -1,15 +1,22 @@
 """The scripts of benchmarks/ as far as they go without a GPU: the grids, and what is written from a results file."""
 
+import dataclasses
+import itertools
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, varlen  # noqa: F401 (varlen is replaced in a test)
 
+import flash_attn_ext
 from flash_attn_ext.limits import TABLE
+from flash_attn_ext.options import Options
+from flash_attn_ext.reference import visible
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -42,9 +49,10 @@ def test_dry_run(grid, monkeypatch, capsys):
 
 
 def test_heads():
-    """The papers' grid has a KV head for every head, models share them: tables.py tells the two apart by that."""
+    """The papers' grid has a KV head for every head, the others share them: tables.py tells them apart by that."""
     assert all(cell.heads == cell.kv_heads for cell in cells_of("paper"))
-    assert all(cell.heads % cell.kv_heads == 0 and cell.heads > cell.kv_heads for cell in cells_of("models"))
+    for grid in attention.LISTS:
+        assert all(cell.heads % cell.kv_heads == 0 and cell.heads > cell.kv_heads for cell in cells_of(grid))
 
 
 @each_grid
@@ -58,7 +66,7 @@ def test_head_dims_are_the_tables(name):
     assert attention.HEAD_DIMS[name] == tuple(row["head_dim"] for row in TABLE if row[name])
 
 
-@each_grid
+@pytest.mark.parametrize("grid", ["paper", "models"])
 @pytest.mark.parametrize("name", PASSES)
 def test_a_pass_has_the_head_dims_that_ours_has(grid, name):
     assert {cell.head_dim for cell in attention.GRIDS[grid](name, "bf16")} == set(attention.HEAD_DIMS[name])
@@ -89,21 +97,75 @@ def test_flops():
     """Of query heads: fewer KV heads are less memory, not fewer products."""
     cell = attention.Cell("forward", 128, False, 2, 1024, 1024, 32, 8, "bf16")
     assert cell.flops == 4 * 2 * 32 * 1024 * 1024 * 128
+    causal = dataclasses.replace(cell, causal=True)
+    assert causal.flops == cell.flops / 2, "as the papers count"
+    assert dataclasses.replace(causal, pass_name="backward").flops == 2.5 * causal.flops
 
 
-# ---- the judge ----
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize("window", [None, 1, 2, 64, 199, 200, 1000])
+def test_visible_pairs(length, window):
+    size = peers.Pattern(True, window).window_size
+    seen = visible(length, length, Options.of(causal=True, window_size=size))
+    assert attention.visible_pairs(length, window) == seen.sum()
+
+
+def test_flops_of_windows_and_packed_sequences():
+    def pairs(**changes):
+        cell = attention.Cell("forward", 128, True, 1, 32768, 32768, 32, 8, "bf16", **changes)
+        assert cell.flops == 4 * 32 * 128 * cell.pairs
+        return cell.pairs
+
+    assert pairs() == 32768**2 / 2
+    assert pairs(window=1024) == 1024 * 1025 // 2 + (32768 - 1024) * 1024
+    assert pairs(packing="8 of 2048") == 8 * 2048 * 2049 // 2
+
+
+def test_packings():
+    """The same ones in every run, whatever Python draws them: figures of two runs are of the same lengths."""
+    equal, tailed, short = attention.PACKINGS.values()
+    assert equal == (2048,) * 8
+    assert (len(tailed), sum(tailed), min(tailed), max(tailed)) == (24, 39577, 71, 8157)
+    assert (len(short), sum(short), min(short), max(short)) == (1024, 65379, 48, 83)
+    assert all(16384 <= sum(lengths) <= 65536 for lengths in attention.PACKINGS.values())
+
+
+@pytest.mark.parametrize("grid", ["packed", "windows"])
+def test_a_cell_says_what_it_has_beside_its_shape(grid):
+    """So the files of the other grids have no new keys."""
+    keys = set().union(*(cell.record() for cell in cells_of(grid)))
+    assert keys - set(cells_of("models")[0].record()) == {{"packed": "packing", "windows": "window"}[grid]}
+
+
+@each_grid
+def test_every_grid_has_its_peers(grid, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["attention.py", "--grid", grid])
+    named = attention.parse_args().chosen_peers
+    assert named == [peer for peer in peers.BINDERS if peer in named], "in the order of the tables"
+    assert ("cudnn" in named) == (grid in ("paper", "models"))
+    assert set(named) <= tables.OURS if grid == "options" else named[:2] == ["ours", "fa3"]
+
+
+# ---- the peers and their judge ----
+
+# On CPU tensors: ours is its reference there, and torch's own path stands in for the judge.
+MATH = peers.autograd_binders(partial(peers.attend_torch, SDPBackend.MATH))
+
+
+def worst_errors(results, expected, name):
+    rows = attention.COMPARED_ROWS[name]
+    return max(attention.worst_error(a, b, rows) for a, b in zip(results, expected, strict=True))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("name", PASSES)
 def test_the_judge_compares_grouped_heads(name, kv_heads):
-    """On CPU tensors: ours is its reference there, and torch's own path stands in for the judge."""
     q, dout = (torch.randn(2, 96, 4, 16) for _ in range(2))
     k, v = (torch.randn(2, 96, kv_heads, 16) for _ in range(2))
-    judge = peers.sdpa_binders(SDPBackend.MATH)
+    pattern = peers.Pattern(causal=True)
     with torch.no_grad():
-        results = peers.BINDERS["ours"][name](q, k, v, dout, True)()
-        expected = judge[name](q, k, v, dout, True)()
+        results = peers.BINDERS["ours"][name](q, k, v, dout, pattern)()
+        expected = MATH[name](q, k, v, dout, pattern)()
     assert [x.shape for x in expected] == [x.shape for x in ([q] if name == "forward" else [q, k, v])]
     rows = attention.COMPARED_ROWS[name]
     for result, right in zip(results, expected, strict=True):
@@ -115,7 +177,98 @@ def test_the_judge_compares_grouped_heads(name, kv_heads):
             attention.worst_error(result.repeat(1, 1, 2, 1), right, rows)
 
 
+@pytest.fixture
+def fa3(monkeypatch):
+    """FA3's operators on CPU tensors, as far as they are called: with its names, and its own mask and packing."""
+
+    def options(is_causal, window_size_left, window_size_right, cu_seqlens_q=None, cu_seqlens_k=None, **longest):
+        if cu_seqlens_q is not None:
+            assert longest == dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), cu_seqlens_q.diff().max())
+        window = window_size_left, window_size_right
+        return dict(causal=is_causal, window_size=window, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+
+    def fwd(q, k, v, num_splits=0, **asked):
+        return *flash_attn_ext.forward(q, k, v, **options(**asked)), None, None
+
+    def bwd(dout, q, k, v, out, lse, dq, dk, dv, **asked):
+        gradients = flash_attn_ext.backward(dout, q, k, v, out, lse, **options(**asked))
+        for place, gradient in zip((dq, dk, dv), gradients, strict=True):
+            place.copy_(gradient)
+
+    monkeypatch.setattr(torch.ops, "flash_attn_3", SimpleNamespace(fwd=fwd, bwd=bwd), raising=False)
+
+
+@pytest.fixture
+def varlen_attn(monkeypatch):
+    """torch's function on CPU tensors: a dense call for each sequence, of keys that a mask in the open hides."""
+
+    def attend(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest_k, window_size):
+        assert cu_seqlens is cu_seqlens_k and longest == longest_k == cu_seqlens.diff().max()
+        left, right = window_size
+        outs = []
+        for begin, end in itertools.pairwise(cu_seqlens.tolist()):
+            alone = [x[begin:end].transpose(0, 1) for x in (q, k, v)]
+            seen = torch.ones(end - begin, end - begin, dtype=torch.bool).tril(right)
+            seen = seen.triu(-left) if left >= 0 else seen
+            out = torch.nn.functional.scaled_dot_product_attention(*alone, seen, enable_gqa=True)
+            outs.append(out.transpose(0, 1))
+        return torch.cat(outs)
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", attend)
+
+
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("lengths, window", [((1, 64, 70, 200), None), ((1, 64, 70, 200), 16), (None, 3), (None, 50)])
+def test_peers_see_the_same_keys(name, lengths, window, fa3, varlen_attn):
+    """Packed sequences and windows: all peers say what a query sees in their own words, and agree."""
+    rows = (2, 100) if lengths is None else (sum(lengths),)
+    q, dout = (torch.randn(*rows, 4, 16) for _ in range(2))
+    k, v = (torch.randn(*rows, 2, 16) for _ in range(2))
+    pattern = peers.Pattern.packed(lengths, window, "cpu") if lengths else peers.Pattern(True, window)
+    with torch.no_grad():
+        expected = peers.BINDERS["fa2"][name](q, k, v, dout, pattern)()
+        for peer in ("ours", "fa3"):
+            assert worst_errors(peers.BINDERS[peer][name](q, k, v, dout, pattern)(), expected, name) < 1e-4
+        other = peers.Pattern.packed(lengths[::-1], window, "cpu") if lengths else peers.Pattern(True, window + 1)
+        results = peers.BINDERS["ours"][name](q, k, v, dout, other)()
+        assert worst_errors(results, expected, name) > attention.MAX_ERROR
+        with pytest.raises(NotImplementedError, match="neither windows nor packed"):
+            peers.BINDERS["cudnn"][name](q, k, v, dout, pattern)()
+
+
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("peer", tables.grid_peers("options"))
+def test_options_are_asked_for_and_change_no_result(peer, name, monkeypatch):
+    q, dout = (torch.randn(2, 96, 4, 16) for _ in range(2))
+    k, v = (torch.randn(2, 96, 2, 16) for _ in range(2))
+    pattern, asked = peers.Pattern(causal=True), []
+    backward = flash_attn_ext.reference.backward
+
+    def watched(dout, q, k, v, out, lse, options, dlse=None, *others):
+        asked.append((options.sinks is not None, dlse is not None))
+        return backward(dout, q, k, v, out, lse, options, dlse, *others)
+
+    monkeypatch.setattr(flash_attn_ext.reference, "backward", watched)
+    with torch.no_grad():
+        results = peers.BINDERS[peer][name](q, k, v, dout, pattern)()
+        assert worst_errors(results, MATH[name](q, k, v, dout, pattern)(), name) < 1e-4
+    if name == "backward" and peer != "plain":
+        assert set(asked) == {(peer == "sinks", peer == "dlse")}
+
+
 # ---- what is written from a results file ----
+
+
+# TFLOP/s by the place of the cell in its file; FA2 ran nowhere.
+SPEEDS = {
+    "ours": lambda index: 500.0 + index,
+    "plain": lambda index: 510.0,
+    "dlse": lambda index: 500.0,
+    "sinks": lambda index: 510.0 + index,
+    "fa3": lambda index: 500.0,
+    "cudnn": lambda index: 400.0,
+    "fa2": lambda index: None,
+}
 
 
 @pytest.fixture
@@ -124,14 +277,15 @@ def published(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
 
     def write(card, grid, dtype="bf16"):
+        of_grid = tables.grid_peers(grid)
         cells = [
-            {**cell.record(), "tflops": {"ours": 500.0 + index, "fa3": 500.0, "cudnn": 400.0, "fa2": None}}
+            {**cell.record(), "tflops": {peer: speed(index) for peer, speed in SPEEDS.items() if peer in of_grid}}
             for index, cell in enumerate(cells_of(grid))
         ]
         environment = {"gpu": card.upper(), **dict.fromkeys(("driver", "cuda", "cudnn", "torch", "python"), "1.0")}
         results = {"environment": environment, "csrc_sha256": tables.csrc_sha256(), "ceiling_tflops": 700.0}
         path = tmp_path / f"{card}-{grid}-{dtype}.json"
-        path.write_text(json.dumps({**results, "cells": cells}))
+        path.write_text(json.dumps({"grid": grid, **results, "cells": cells}))
         return path
 
     return write
@@ -155,6 +309,44 @@ def test_the_table_of_models(published):
     for text in ("forward, flash_attn_ext / FA3, 20 cells", "least 1.000 (32/8 x 128, 1 x 512)", "H100, driver"):
         assert text in full
     assert "h100-models-bf16.png" in full and tables.readme_block() == tables.NOT_MEASURED
+
+
+def test_the_table_of_packed_sequences(published):
+    published("h100", "packed")
+    full = tables.full_block()
+    assert "Packed sequences, grouped-query and causal, bf16, TFLOP/s: flash_attn_ext / FA3" in full
+    assert "| heads/KV heads | head dim | sequences | forward | backward |" in full
+    assert "| 64/8 | 64 | 1024 of about 64 | 505 / 500 | 511 / 500 |" in full
+    assert "least 1.012 (32/8 x 128, 8 of 2048)" in full and "of a visible pair" not in full
+    assert rows(tables.standing_block())[1:] == ["| H100, packed sequences | 1.00 (1.00) | 1.02 (1.01) | – | – |"]
+
+
+def test_the_table_of_windows(published):
+    """Speeds count visible pairs: ours goes from 500 to 501 and 502, and so takes less for each of them."""
+    published("h100", "windows")
+    full = tables.full_block()
+    assert "| 32/8 | 128 | 1 x 32768, window 1024 | 502 / 500 | 508 / 500 |" in full
+    assert (
+        "- forward, time of a visible pair, with a window / without: 1.00 (32/8 x 128, 1 x 32768, window 4096), "
+        in full
+    )
+    assert full.count("of a visible pair") == len(PASSES) and "H100, sliding windows" in tables.standing_block()
+
+
+def test_the_table_of_options(published):
+    published("h100", "options")
+    full = tables.full_block()
+    assert "TFLOP/s: no option / a loss that uses lse / sinks" in full
+    assert "- backward, time with a loss that uses lse: +2.0 % (32/8 x 128, 2 x 4096), +2.0 % (64/8 x 64" in full
+    assert "- backward, time with sinks: -0.4 % (32/8 x 128, 2 x 4096), -0.6 % (64/8 x 64, 2 x 4096)" in full
+    assert tables.standing_block() == tables.NOT_MEASURED, "no peer but ours"
+
+
+def test_files_without_the_name_of_their_grid(published):
+    """As they were written before there were more than two."""
+    for grid in ("paper", "models"):
+        results = json.loads(published("h100", grid).read_text())
+        assert results.pop("grid") == tables.grid_of(results) == grid
 
 
 def test_each_grid_has_its_card(published):
@@ -217,7 +409,10 @@ def test_documents_are_rewritten_and_checked(published, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize(
     "grid, names",
-    [("paper", ["h100-paper-bf16-forward.png", "h100-paper-bf16-backward.png"]), ("models", ["h100-models-bf16.png"])],
+    [
+        ("paper", ["h100-paper-bf16-forward.png", "h100-paper-bf16-backward.png"]),
+        *((grid, [f"h100-{grid}-bf16.png"]) for grid in attention.LISTS),
+    ],
 )
 def test_plots(published, grid, names, tmp_path):
     pytest.importorskip("matplotlib")
@@ -233,9 +428,10 @@ def test_every_bar_has_its_figure(published):
     pytest.importorskip("matplotlib")
     import plot
 
-    for grid, draw in (("paper", lambda results: plot.draw_pass(results, "forward")), ("models", plot.draw_models)):
+    for grid in attention.GRIDS:
         results = json.loads(published("h100", grid).read_text())
-        cells = [cell for cell in results["cells"] if grid == "models" or cell["pass"] == "forward"]
+        draw = partial(plot.draw_pass, name="forward") if grid == "paper" else plot.draw_shapes
+        cells = [cell for cell in results["cells"] if grid != "paper" or cell["pass"] == "forward"]
         figures = [f"{speed:.0f}" for cell in cells for speed in cell["tflops"].values() if speed]
         assert sorted(text.get_text() for axis in draw(results).axes for text in axis.texts) == sorted(figures)
 
