@@ -834,7 +834,7 @@ def test_selftest_finds_wrong_results(monkeypatch, capsys):
 
         monkeypatch.setattr(selftest, "flash_attn_func", attention)
         results = selftest.test_row(row, torch.bfloat16, torch.device("cpu"), seed=0)
-        return {name for name, comparisons in results.items() if not all(c.within for c in comparisons)}
+        return {c.name for comparisons in results.values() for c in comparisons if not c.within}
 
     def one_element(out, lse):
         return out.index_put(tuple(torch.tensor([i]) for i in (0, 1, 1, 5)), torch.tensor([9.0], dtype=out.dtype)), lse
@@ -846,11 +846,35 @@ def test_selftest_finds_wrong_results(monkeypatch, capsys):
     assert wrong(lambda out, lse: (out * torch.nan, lse)) >= {"out", "dq", "dk", "dv"}
 
 
+@pytest.mark.parametrize("option", limits.OPTIONS)
+def test_selftest_finds_an_option_that_does_nothing(monkeypatch, option):
+    row = {"head_dim": 64, "forward": {"block_q": 64, "block_kv": 64}, "backward": True}
+
+    def attend(q, k, v, **options):
+        kept = {name: x for name, x in options.items() if not name.startswith(option)}
+        if option == "sinks" and "sinks" in options:
+            kept["sinks"] = 0 * options["sinks"]
+        if option == "cu_seqlens" and q.dim() == 3:
+            out, lse = (x[0] for x in flash_attn_ext.flash_attn_func(q[None], k[None], v[None], **kept))
+        else:
+            out, lse = flash_attn_ext.flash_attn_varlen_func(q, k, v, **kept)
+        return out, lse.detach().requires_grad_() if option == "dlse" else lse
+
+    monkeypatch.setattr(selftest, "flash_attn_func", attend)
+    monkeypatch.setattr(selftest, "flash_attn_varlen_func", attend)
+    results = selftest.test_row(row, torch.bfloat16, torch.device("cpu"), seed=0)
+    assert {name for name, comparisons in results.items() if not all(c.within for c in comparisons)} == {option}
+
+
 @on_hopper
 def test_selftest_and_bench_on_the_gpu(capsys):
     code, stdout, _ = run(capsys, "selftest")
     assert code == 0 and "The GPU kernels on" in stdout
     assert all(("dq" in stdout) or not row["backward"] for row in limits.TABLE)
+    assert all(
+        (f"{name}: " in stdout) == bool(by_pass.get("forward", by_pass["backward"]))
+        for name, by_pass in limits.OPTIONS.items()
+    )
     code, figures = json_of(capsys, "bench", "--head-dim", DIMS["forward"][0], "--seqlen", 1024, "--rounds", 2)
     assert code == 0 and {"flash_attn_ext"} <= {figure["implementation"] for figure in figures["figures"]}
 

@@ -1,4 +1,5 @@
-"""A smoke subset of both passes under compute-sanitizer: no access out of bounds, no barrier misused.
+"""A smoke subset of both passes under compute-sanitizer: no access out of bounds, no barrier misused. It runs by itself
+too, for machines where there is no sanitizer.
 
 Run as a script, this file is the program that the sanitizer watches.
 """
@@ -15,6 +16,7 @@ import pytest
 
 pytestmark = gpu.needs_hopper
 TOOLS = ["memcheck", "synccheck"]
+ALONE = "alone"
 
 
 def sanitizer():
@@ -48,30 +50,84 @@ def watched():
                 for needs in ([True, False, False], [False, True, True]):
                     torch.ops.flash_attn_ext.backward(dout, q, k, v, out, lse, causal=causal, needs=needs)
             assert all(x.cpu().isfinite().all() for x in results) and not lse.cpu().isnan().any()
+    lengths_that_make_no_sense()
     print("all calls made")
+
+
+INT_MIN, INT_MAX = -(2**31), 2**31 - 1
+# Of four packed sequences in 300 rows. No launch sees them, and no result is right or wrong: all has to stay in bounds.
+EDGES = {
+    "fall": (0, 200, 100, 250, 300),
+    "fall to the end": (300, 200, 100, 50, 0),
+    "beyond all rows": (0, 100, 301, 5000, INT_MAX),
+    "below 0": (-5, 100, -1, INT_MIN, 300),
+    "all beyond": (INT_MAX,) * 5,
+    "from the least to the most": (INT_MIN, INT_MAX, INT_MIN, INT_MAX, INT_MIN),
+    "over and over": (0, 300, 0, 300, 0),
+}
+USED = {"below 0": (-1, INT_MIN, -7, 0), "beyond": (301, INT_MAX, 5000, 1000)}
+
+
+def lengths_that_make_no_sense():
+    import torch
+    from cases import ROWS
+
+    import flash_attn_ext
+    from flash_attn_ext import limits
+
+    good, all_used = (0, 70, 70, 171, 300), (70, 0, 101, 129)
+    calls = [(bad, good, {}) for bad in EDGES.values()] + [(good, bad, {}) for bad in EDGES.values()]
+    calls += [(bad, bad, {}) for bad in EDGES.values()]
+    calls += [(good, good, {"seqused_q": bad, "seqused_k": all_used}) for bad in USED.values()]
+    calls += [(good, good, {"seqused_q": all_used, "seqused_k": bad}) for bad in USED.values()]
+    calls += [(bad, bad, {"seqused_q": USED["beyond"]}) for bad in EDGES.values()]
+    calls += [(None, None, {"seqused_q": bad, "seqused_k": bad}) for bad in USED.values()]
+
+    def lengths_of(edges_q, edges_k, used):
+        by_name = {"cu_seqlens_q": edges_q, "cu_seqlens_k": edges_k} | used
+        return {name: torch.tensor(x, dtype=torch.int32).cuda() for name, x in by_name.items() if x is not None}
+
+    for row, call in itertools.product(ROWS, calls):
+        head_dim, lengths = row["head_dim"], lengths_of(*call)
+        options = {name.rpartition("_")[0] for name in lengths}
+        if not all(limits.has_option(option, "forward", head_dim) for option in options):
+            continue
+        shape = (300,) if "cu_seqlens_q" in lengths else (4, 75)
+        q, k, v, dout = (torch.ones(*shape, h, head_dim, dtype=torch.bfloat16).cuda() for h in (4, 2, 2, 4))
+        out, lse = flash_attn_ext.forward(q, k, v, causal=True, **lengths)
+        if row["backward"] and all(limits.has_option(option, "backward", head_dim) for option in options):
+            flash_attn_ext.backward(dout, q, k, v, out, lse, causal=True, **lengths)
+        torch.cuda.synchronize()
 
 
 @pytest.fixture(scope="module")
 def runs():
-    """Both tools at once: most of their time is the start of Python and torch."""
+    """All at once: most of their time is the start of Python and torch."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # so that a tensor's end is an allocation's end
     }
-    command = [sanitizer(), "--error-exitcode", "86", "--tool"]
+    commands = {ALONE: []}
+    if sanitizer():
+        commands |= {tool: [sanitizer(), "--error-exitcode", "86", "--tool", tool] for tool in TOOLS}
     runs = {
         tool: subprocess.Popen(
-            [*command, tool, sys.executable, __file__],
+            [*command, sys.executable, __file__],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
         )
-        for tool in TOOLS
+        for tool, command in commands.items()
     }
     yield runs
     for run in runs.values():
         run.kill()
+
+
+def test_alone(runs):
+    output, _ = runs[ALONE].communicate(timeout=120)
+    assert runs[ALONE].returncode == 0 and "all calls made" in output, output[-8000:]
 
 
 @pytest.mark.skipif(sanitizer() is None, reason="no compute-sanitizer: it comes with the CUDA toolkit")
