@@ -53,7 +53,6 @@ struct alignas(16) Step {
   int q_block;    // in the workspace
 
   static __device__ __forceinline__ bool is_seen(uint32_t flags, int consumer) { return flags >> consumer & kSeen; }
-  static __device__ __forceinline__ bool is_whole(uint32_t flags, int consumer) { return flags >> consumer & kWhole; }
   static __device__ __forceinline__ bool is_shared(uint32_t flags) { return (flags & 3 * kSeen) == 3 * kSeen; }
 };
 
@@ -154,7 +153,6 @@ struct BackwardArguments {
 template <class Config>
 __device__ __forceinline__ bool find_item(const BackwardArguments<Config>& args, int number, Item& item) {
   constexpr int kBlockQ = Config::kBlockQ, kBlockKv = Config::kBlockKv;
-  const auto settle = [] { asm volatile("" ::: "memory"); };
   const Sequences& of_rows = args.sequences;
   {
     const KeyItem work = args.schedule.item(number);
@@ -169,7 +167,7 @@ __device__ __forceinline__ bool find_item(const BackwardArguments<Config>& args,
     item.kv_block = args.schedule.kv_block(work);
     item.direction = work.direction;
   }
-  settle();
+  ptx::forget_memory();
   {
     const Sequences of_keys = of_rows.transposed();
     int block = item.first_key;
@@ -182,13 +180,13 @@ __device__ __forceinline__ bool find_item(const BackwardArguments<Config>& args,
     if (block < 0 || stored == 0 || block > (stored - 1) / kBlockKv) return false;
     item.first_key = block * kBlockKv;
   }
-  settle();
+  ptx::forget_memory();
   {
     const Sequence sequence = of_rows.at(item.sequence);
     item.rows = sequence.rows;
     item.keys = sequence.keys;
   }
-  settle();
+  ptx::forget_memory();
   const auto keys = [&] { return Sequence{item.keys, item.rows, of_rows.each.right, of_rows.each.left}; };
   {
     Range blocks = keys().blocks(item.first_key, kBlockKv, kBlockQ);
@@ -198,19 +196,19 @@ __device__ __forceinline__ bool find_item(const BackwardArguments<Config>& args,
   }
 #pragma unroll 1
   for (int i = 0; i < Config::kConsumers; ++i) {
-    settle();
+    ptx::forget_memory();
     item.seen[i] = keys().blocks(item.first_key + 64 * i, 64, kBlockQ);
-    settle();
+    ptx::forget_memory();
     item.whole[i] = keys().full_blocks(item.first_key + 64 * i, 64, kBlockQ);
   }
-  settle();
+  ptx::forget_memory();
   item.first_q_block = of_rows.first_block(item.sequence, item.first_head, args.heads, kBlockQ);
   item.head_blocks = of_rows.blocks_each(kBlockQ);
-  settle();
+  ptx::forget_memory();
   item.q = of_rows.origin_of_used(item.sequence);
-  settle();
+  ptx::forget_memory();
   item.kv = of_rows.transposed().origin_of_used(item.sequence);
-  settle();
+  ptx::forget_memory();
   item.out = of_rows.transposed().origin_of_stored(item.sequence);
   return true;
 }
@@ -324,7 +322,8 @@ struct Consumer {
   RingPosition<Config::kStages> at;  // in both rings: the step at hand
   RingPosition<Config::kDsStages> ds_at;
   uint32_t flags;  // of the step at hand
-  int thread;
+  const int thread = kKvInRegisters ? threadIdx.x : ptx::thread_in_register();
+  const uint32_t seen_bit = ptx::in_register(Step::kSeen << index), whole_bit = 4 * seen_bit;  // of the flags
   int item_count = 0;
   // The queries on the diagonal beside the thread's two keys; for keys past the end, beyond all that see anything.
   int diagonal[2];
@@ -341,13 +340,7 @@ struct Consumer {
         q(smem.q[0]),
         dout(smem.dout[0]),
         q_rows(smem.q[0]),
-        dout_rows(smem.dout[0]) {
-    if constexpr (kKvInRegisters) {
-      thread = threadIdx.x;
-    } else {  // in a register: where these run short, the compiler reads it anew in each step, which takes longer
-      asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    }
-  }
+        dout_rows(smem.dout[0]) {}
 
   // Consumers take turns at issuing products, so that one multiplies while the other works on P and dS. Steps in which
   // one sees nothing have no turns.
@@ -374,7 +367,7 @@ struct Consumer {
 
   // Passes over the item's steps whose queries see none of my keys. Returns whether there is another one.
   __device__ __forceinline__ bool find_seen_step() {
-    while (!Step::is_seen(flags, index)) {
+    while (!(flags & seen_bit)) {
       if constexpr (kNeedsDq) {
         wait_for_ds_stage();
         hand_over_ds();
@@ -415,7 +408,7 @@ struct Consumer {
 
   // P = exp(scale * S - lse), in place.
   __device__ __forceinline__ void exponentiate(float (&scores)[kBlockQ / 2], const float2 (&lse_log2)[kBlockQ / 8]) {
-    if (!Step::is_whole(flags, index)) [[unlikely]] {
+    if (!(flags & whole_bit)) [[unlikely]] {
       const int first_row = smem.steps[at.stage].first_row, rows = smem.items[item_count % Smem::kItems].rows;
       const auto [left, right] = args.reach;
       int first[2], end[2];

@@ -162,7 +162,7 @@ struct SumPiece {
 };
 
 template <class T, int kHeadDim, int kBlockRows, bool kTransposed>
-__global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_constant__ ConvertArguments args) {
+__global__ void __launch_bounds__(kRowThreads, 1) convert_kernel(const __grid_constant__ ConvertArguments args) {
   cudaGridDependencySynchronize();
   using Piece = SumPiece<kTransposed, kHeadDim>;
   constexpr int kPatches = kBlockRows / 64 * (kHeadDim / 64);
@@ -171,7 +171,8 @@ __global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_const
   const Block block = args.sequences.locate(args.from.first_block + number, args.heads, kBlockRows);
   const Place place = args.sequences.place(block.sequence);
   const int first_row = block.index * kBlockRows;
-  const int rows = block.index < 0 ? 0 : args.sequences.stored_rows(block.sequence) - first_row;
+  const int rows = args.sequences.stored_rows(block.sequence) - first_row;
+  if (block.index < 0 || rows <= 0) return;  // a hole
   const SumPatch* patches = args.from.patches + int64_t{number} * kPatches;
   const auto own = [](int piece) { return Piece(piece * kRowThreads + threadIdx.x); };
 

@@ -478,7 +478,7 @@ def test_head_dim_without_a_backward_kernel(head_dim):
 # Sizes ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(8200, 128, 16, 128), (1, 1100, 16384, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(8200, 128, 16, 128), (1, 800, 21000, 128)], ids=str)
 def test_more_than_2_to_the_31_elements(shape):
     gpu.needs_free(50)  # eight tensors of 4.3 GiB, and the sums of dq in float32
     dout, q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))

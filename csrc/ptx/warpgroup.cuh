@@ -48,6 +48,22 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&m)[4], uint32_t add
                : "memory");
 }
 
+// mov: keeps a value, or the thread's number in its block, in a register. Where these run short, the compiler works it
+// out anew at each use, and that may take longer than a step of a main loop has.
+__device__ __forceinline__ uint32_t in_register(uint32_t x) {
+  uint32_t y;
+  asm volatile("mov.b32 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+__device__ __forceinline__ int thread_in_register() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// No instruction: what is in memory is read again behind it, and not kept in registers.
+__device__ __forceinline__ void forget_memory() { asm volatile("" ::: "memory"); }
+
 // ex2.approx.ftz: 2^x to 2 units in the last place of float32; 2^-inf = 0.
 __device__ __forceinline__ float ex2(float x) {
   float y;

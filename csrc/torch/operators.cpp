@@ -107,7 +107,8 @@ BackwardResult backward_cuda(const at::Tensor& dout, const at::Tensor& q, const 
   const bool part_of_q = options.seqused_q.has_value(), part_of_k = options.seqused_k.has_value();
   const Result dq(q, needs[0], part_of_q), dk(k, needs[1], part_of_k), dv(v, needs[2], part_of_k);
   const at::Tensor dsinks = gradient_of_sinks(options.sinks, dout, out, lse, dlse);
-  if (q.numel() == 0 || k.numel() == 0) return {dq.tensor.zero_(), dk.tensor.zero_(), dv.tensor.zero_(), dsinks};
+  if (q.numel() == 0 || k.numel() == 0 || options.is_without_sequences())
+    return {dq.tensor.zero_(), dk.tensor.zero_(), dv.tensor.zero_(), dsinks};
 
   const Input dout_in(dout, part_of_q), q_in(q, part_of_q), k_in(k, part_of_k), v_in(v, part_of_k), out_in(out);
   const at::Tensor lse_in = contiguous_and_aligned(lse);
@@ -220,6 +221,9 @@ ForwardResult forward_cuda(const at::Tensor& q, const at::Tensor& k, const at::T
   const Result out(q, true, part_of_q);
   const at::Tensor lse = allocate(lse_size(q), q, at::kFloat);
   if (q.numel() == 0) return {out.tensor, lse};
+  if (options.is_without_sequences()) {
+    return {out.tensor.zero_(), lse.fill_(-std::numeric_limits<float>::infinity())};
+  }
   const at::Tensor sinks = options.sinks ? contiguous_and_aligned(options.sinks->to(at::kFloat)) : at::Tensor();
   if (k.numel() == 0) {
     constexpr float kOfNothing = -std::numeric_limits<float>::infinity();

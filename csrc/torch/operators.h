@@ -35,6 +35,9 @@ struct CallOptions {
         seqused_q(std::get<kNumbers + 3>(values)),
         seqused_k(std::get<kNumbers + 4>(values)) {}
 
+  bool is_without_sequences() const {
+    return (cu_seqlens_q && cu_seqlens_q->size(0) == 1) || (cu_seqlens_k && cu_seqlens_k->size(0) == 1);
+  }
   bool has_lengths() const { return cu_seqlens_q || cu_seqlens_k || seqused_q || seqused_k; }
 };
 
