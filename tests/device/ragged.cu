@@ -61,8 +61,9 @@ static void check_sequence(int begin, int size, int used, int head, int row) {
     }
   }
   DeviceArray<T> in(input), out(input.size()), arrived_device(kTileRows * kColumns);
-  const DeviceArray<int> cu_seqlens(std::vector<int>{begin, begin + size}), seqused(std::vector<int>{used});
-  const Sequences sequences{.count = 1,
+  // Another one follows: the last has room for all rows that are left.
+  const DeviceArray<int> cu_seqlens(std::vector<int>{begin, begin + size, kRows}), seqused(std::vector<int>{used, 0});
+  const Sequences sequences{.count = 2,
                             .each = {.rows = kRows, .keys = 1, .left = Sequence::kUnbounded, .right = 0},
                             .lengths = {.cu_seqlens_q = cu_seqlens.data, .seqused_q = seqused.data}};
   const auto map = [&](const char* name, T* data) {
