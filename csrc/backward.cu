@@ -57,14 +57,12 @@ struct alignas(16) Step {
 };
 
 // A work item, a block of keys with query heads of its KV head: what the scheduler finds out about it for all others.
-struct Item {
+struct alignas(128) Item {
   static constexpr int kNone = -1;
 
-  int sequence;
-  int direction;                   // KeyItem's
   int first_head, end_head;        // kNone: there is no item any more
   int first_block, last_block;     // of each head's walk over Q blocks, up or down
-  Range seen[2], whole[2];         // Q blocks that some of a consumer's keys see, and that all of them see whole
+  Range ranges[4];                 // Q blocks that keys of each consumer see, and those that all of its keys see whole
   int first_q_block, head_blocks;  // in the workspace: of the first head, and from head to head
   int first_key;                   // in its sequence
   int rows, keys;                  // of the sequence: those that are used
@@ -112,7 +110,7 @@ struct BackwardSmem {
   QRing dout_ring;
   Ring<1> k_ring, v_ring;                           // of the item
   uint64_t item_found;                              // scheduler -> loader
-  uint64_t next_item;                               // loader -> scheduler: the item's last step is requested
+  uint64_t next_item;                               // loader -> scheduler: the item has come to its last step
   uint64_t ds_full[kDsStages][Config::kConsumers];  // a consumer -> dQ
   uint64_t ds_empty[kDsStages];                     // dQ -> consumers
 
@@ -148,88 +146,72 @@ struct BackwardArguments {
 
 // --------------------------------------------------------------------------------------------------------- producer
 
-// Finds the item with this number; false if that is a hole among the blocks of packed sequences. In several steps, each
-// of which reads what it needs of the item again: one thread of the producer has few registers.
+// Finds the item with this number; false if that is a hole among the blocks of packed sequences. All lanes of the warp
+// find the same, but for the ranges: each of the first four works out one of them.
 template <class Config>
 __device__ __forceinline__ bool find_item(const BackwardArguments<Config>& args, int number, Item& item) {
   constexpr int kBlockQ = Config::kBlockQ, kBlockKv = Config::kBlockKv;
-  const Sequences& of_rows = args.sequences;
-  {
-    const KeyItem work = args.schedule.item(number);
-    item.sequence = work.sequence;
-    item.first_key = work.block;
-    item.first_head = work.first_head;
-    item.end_head = work.end_head;
-    item.kv_head = work.kv_head;
-    item.complete = work.coarse && args.schedule.copies == 1;
-    item.coarse = work.coarse;
-    item.copy = work.copy;
-    item.kv_block = args.schedule.kv_block(work);
-    item.direction = work.direction;
-  }
-  ptx::forget_memory();
-  {
-    const Sequences of_keys = of_rows.transposed();
-    int block = item.first_key;
-    if (of_keys.is_packed()) {
-      const Block at = of_keys.locate_packed(block, 0, kBlockKv);
-      item.sequence = at.sequence;
-      block = at.index;
-    }
-    const int stored = of_keys.stored_rows(item.sequence);
-    if (block < 0 || stored == 0 || block > (stored - 1) / kBlockKv) return false;
-    item.first_key = block * kBlockKv;
-  }
-  ptx::forget_memory();
-  {
-    const Sequence sequence = of_rows.at(item.sequence);
-    item.rows = sequence.rows;
-    item.keys = sequence.keys;
-  }
-  ptx::forget_memory();
-  const auto keys = [&] { return Sequence{item.keys, item.rows, of_rows.each.right, of_rows.each.left}; };
-  {
-    Range blocks = keys().blocks(item.first_key, kBlockKv, kBlockQ);
-    if (blocks.begin >= blocks.end) blocks = {0, 1};  // nobody sees the keys: one step, for the zeros in dK and dV
-    item.first_block = item.direction > 0 ? blocks.begin : blocks.end - 1;
-    item.last_block = item.direction > 0 ? blocks.end - 1 : blocks.begin;
-  }
-#pragma unroll 1
-  for (int i = 0; i < Config::kConsumers; ++i) {
-    ptx::forget_memory();
-    item.seen[i] = keys().blocks(item.first_key + 64 * i, 64, kBlockQ);
-    ptx::forget_memory();
-    item.whole[i] = keys().full_blocks(item.first_key + 64 * i, 64, kBlockQ);
-  }
-  ptx::forget_memory();
-  item.first_q_block = of_rows.first_block(item.sequence, item.first_head, args.heads, kBlockQ);
+  const Sequences &of_rows = args.sequences, of_keys = of_rows.transposed();
+  const KeyItem work = args.schedule.item(number);
+  item.first_head = work.first_head;
+  item.end_head = work.end_head;
+  item.kv_head = work.kv_head;
+  item.complete = work.coarse && args.schedule.copies == 1;
+  item.coarse = work.coarse;
+  item.copy = work.copy;
+  item.kv_block = args.schedule.kv_block(work);
+
+  const Block at =
+      of_keys.is_packed() ? of_keys.locate_packed(work.block, 0, kBlockKv) : Block{work.sequence, 0, work.block};
+  const int stored = of_keys.stored_rows(at.sequence), first_key = at.index * kBlockKv;
+  if (at.index < 0 || stored == 0 || at.index > (stored - 1) / kBlockKv) return false;
+  item.first_key = first_key;
+  item.first_q_block = of_rows.first_block(at.sequence, work.first_head, args.heads, kBlockQ);
   item.head_blocks = of_rows.blocks_each(kBlockQ);
+
+  ptx::forget_memory();  // what is read again below takes no registers above
+  const Sequence keys = of_rows.at(at.sequence).transposed();
+  item.rows = keys.keys;
+  item.keys = keys.rows;
+  Range blocks = keys.blocks(first_key, kBlockKv, kBlockQ);
+  if (blocks.begin >= blocks.end) blocks = {0, 1};  // nobody sees the keys: one step, for the zeros in dK and dV
+  item.first_block = work.direction > 0 ? blocks.begin : blocks.end - 1;
+  item.last_block = work.direction > 0 ? blocks.end - 1 : blocks.begin;
+  const int lane = threadIdx.x % 32, own_key = first_key + 64 * (lane % 2);
+  item.ranges[lane % 4] =
+      lane / 2 % 2 == 0 ? keys.blocks(own_key, 64, kBlockQ) : keys.full_blocks(own_key, 64, kBlockQ);
+
   ptx::forget_memory();
-  item.q = of_rows.origin_of_used(item.sequence);
-  ptx::forget_memory();
-  item.kv = of_rows.transposed().origin_of_used(item.sequence);
-  ptx::forget_memory();
-  item.out = of_rows.transposed().origin_of_stored(item.sequence);
+  item.q = of_rows.origin_of_used(at.sequence);
+  item.kv = of_keys.origin_of_used(at.sequence);
+  item.out = of_keys.origin_of_stored(at.sequence);
   return true;
 }
 
-// The scheduler, one thread. The first item is the thread block's own number, the others are claimed: each when the
-// last step of the one before has been requested, as late as its latency stays hidden.
+template <class Config>
+__device__ __forceinline__ int claim_item(const BackwardArguments<Config>& args) {
+  cudaGridDependencySynchronize();  // `prepare` has set the counter
+  int claimed = 0;
+  if (threadIdx.x % 32 == 0) claimed = atomicAdd(args.item_counter, 1);
+  return __shfl_sync(~0u, claimed, 0);
+}
+
+// The scheduler, one thread. The first item is the thread block's own number, the others are claimed: each when the one
+// before has come to its last step, as late as the latency of claiming and finding stays hidden.
 template <class Config>
 __device__ __forceinline__ void find_items(const BackwardArguments<Config>& args, BackwardSmem<Config>& smem) {
   using Smem = BackwardSmem<Config>;
   int number = blockIdx.x;
   for (int count = 0;; ++count) {
     Item& item = smem.items[count % Smem::kItems];
-    while (number < args.schedule.items() && !find_item<Config>(args, number, item)) {
-      number = atomicAdd(args.item_counter, 1);
-    }
+    while (number < args.schedule.items() && !find_item<Config>(args, number, item)) number = claim_item(args);
     const bool found = number < args.schedule.items();
     if (!found) item.first_head = Item::kNone;
-    cuda::ptx::mbarrier_arrive(&smem.item_found);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&smem.item_found);
     if (!found) break;
     wait_phase(&smem.next_item, count % 2);
-    number = atomicAdd(args.item_counter, 1);
+    number = claim_item(args);
   }
 }
 
@@ -260,9 +242,10 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
     };
     load_keys(smem.k, smem.k_ring, args.k);
     load_keys(smem.v, smem.v_ring, args.v);
+    if (count == 0) cudaGridDependencySynchronize();  // `prepare` has left the first step's stats
     __syncwarp();
 
-    const Range own = lane / 2 % 2 == 0 ? item.seen[lane % 2] : item.whole[lane % 2];
+    const Range own = item.ranges[lane % 4];
     const int first_block = item.first_block, last_block = item.last_block, end_head = item.end_head;
     int first_q_block = item.first_q_block;
     for (int head = item.first_head; head < end_head; ++head, first_q_block += item.head_blocks) {
@@ -271,6 +254,7 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
             __ballot_sync(~0u, block >= own.begin && block < own.end) & (3 * Step::kSeen | 3 * Step::kWhole);
         if (block == first_block && head == item.first_head) flags |= Step::kFirst;
         if (block == last_block && head + 1 == end_head) flags |= Step::kLast;
+        if (leads && flags & Step::kLast) cuda::ptx::mbarrier_arrive(&smem.next_item);
         smem.q_ring.wait_empty(at);
         if (leads) {
           const Step step = {flags, block * kBlockQ, first_q_block + block};
@@ -289,7 +273,6 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
         if (block == last_block) break;
       }
     }
-    if (leads) cuda::ptx::mbarrier_arrive(&smem.next_item);
   }
   smem.q_ring.wait_empty(at);
   if (leads) {
@@ -322,7 +305,7 @@ struct Consumer {
   RingPosition<Config::kStages> at;  // in both rings: the step at hand
   RingPosition<Config::kDsStages> ds_at;
   uint32_t flags;  // of the step at hand
-  const int thread = kKvInRegisters ? threadIdx.x : ptx::thread_in_register();
+  const int thread = ptx::thread_in_register();
   const uint32_t seen_bit = ptx::in_register(Step::kSeen << index), whole_bit = 4 * seen_bit;  // of the flags
   int item_count = 0;
   // The queries on the diagonal beside the thread's two keys; for keys past the end, beyond all that see anything.
@@ -465,10 +448,10 @@ struct Consumer {
     float scores[kBlockQ / 2], dp[kBlockQ / 2];
     float2 lse_log2[kBlockQ / 8], delta[kBlockQ / 8];
 
+    load_queries(lse_log2, smem.stats[at.stage].lse_log2);
     issue_scores(scores);
     smem.dout_ring.wait_full(at);
     issue_dp(dp);
-    load_queries(lse_log2, smem.stats[at.stage].lse_log2);
     ptx::wgmma_wait_group<1>(scores);
     exponentiate(scores, lse_log2);
     if constexpr (kNeedsDq) wait_for_ds_stage();
@@ -493,13 +476,13 @@ struct Consumer {
         smem.q_ring.release(done);
         break;
       }
+      load_queries(lse_log2, smem.stats[at.stage].lse_log2);  // later, and ptxas puts it between products' instructions
       issue_scores(scores);
       if constexpr (kNeedsDkv) ptx::wgmma_wait_group<1>(dv, dk);
       smem.dout_ring.release(done);
       smem.q_ring.release(done);
       smem.dout_ring.wait_full(at);
       issue_dp(dp);
-      load_queries(lse_log2, smem.stats[at.stage].lse_log2);
       ptx::wgmma_wait_group<1>(scores);
       exponentiate(scores, lse_log2);
       if constexpr (kNeedsDq) wait_for_ds_stage();
@@ -768,18 +751,18 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (const CUtensorMap* map : {&args.q, &args.k, &args.v, &args.dout}) ptx::prefetch_tensormap(map);
   }
   __syncthreads();
-  cudaGridDependencySynchronize();  // from here on it reads what `prepare` has written
-  cudaTriggerProgrammaticLaunchCompletion();
-
+  // Each role waits for `prepare` where it needs what that has written: items are found, and keys loaded, beside it.
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     if (threadIdx.x < 32) load(args, smem);
-    if (threadIdx.x == 32) find_items(args, smem);
+    if (threadIdx.x / 32 == 1) find_items(args, smem);
   } else if (warpgroup <= Config::kConsumers) {
     ptx::setmaxnreg_inc<Config::consumer_registers(kNeedsDq)>();
     Consumer<Config, kGradients>(args, smem, warpgroup - 1).run();
   } else {
     ptx::setmaxnreg_dec<Config::dq_registers(kNeedsDq)>();
+    cudaGridDependencySynchronize();  // `prepare` has left zeros in dQ's sums
+    cudaTriggerProgrammaticLaunchCompletion();
     if constexpr (kNeedsDq) sum_dq(args, smem);
   }
 }

@@ -161,8 +161,12 @@ struct SumPiece {
   }
 };
 
+// How many thread blocks of a multiprocessor have registers for all their loads, and spill none.
+constexpr int convert_blocks(int elements) { return elements > 8192 ? 2 : elements > 4096 ? 3 : 4; }
+
 template <class T, int kHeadDim, int kBlockRows, bool kTransposed>
-__global__ void __launch_bounds__(kRowThreads, 1) convert_kernel(const __grid_constant__ ConvertArguments args) {
+__global__ void __launch_bounds__(kRowThreads, convert_blocks(kBlockRows* kHeadDim))
+    convert_kernel(const __grid_constant__ ConvertArguments args) {
   cudaGridDependencySynchronize();
   using Piece = SumPiece<kTransposed, kHeadDim>;
   constexpr int kPatches = kBlockRows / 64 * (kHeadDim / 64);

@@ -72,6 +72,7 @@ struct KeySchedule {
   static constexpr int kTogether = 8;
 
   Schedule coarse, fine;
+  int kv_heads;     // of a sequence
   int group;        // query heads of a KV head
   int copies;       // coarse items that share them
   int most_heads;   // of a coarse item
@@ -101,6 +102,7 @@ struct KeySchedule {
     const int fine_section = fine_sections > 1 ? quotient(fine * group - 1, fine_sections) + 1 : fine * group;
     return {.coarse = {blocks, call.kv_heads * copies, 0, (pairs - fine) * copies, coarse_section, call.by_cost},
             .fine = {blocks, call.kv_heads * group, (pairs - fine) * group, fine * group, fine_section, call.by_cost},
+            .kv_heads = call.kv_heads,
             .group = group,
             .copies = copies,
             .most_heads = most_heads,
@@ -112,7 +114,7 @@ struct KeySchedule {
 
   // The number of an item's KV block among those of all KV heads.
   HOST_DEVICE int kv_block(const KeyItem& item) const {
-    return (item.sequence * quotient(fine.heads, group) + item.kv_head) * coarse.blocks + item.block;
+    return (item.sequence * kv_heads + item.kv_head) * coarse.blocks + item.block;
   }
 
   HOST_DEVICE KeyItem item(int index) const {
