@@ -810,7 +810,7 @@ void launch_products(const BackwardArguments<Config>& args, int thread_blocks, c
 template <class Config>
 void launch(const BackwardParams& params, cudaStream_t stream) {
   const bool needs_dq = params.dq.data != nullptr, needs_dkv = params.dk.data != nullptr || params.dv.data != nullptr;
-  if (!needs_dq && !needs_dkv) return;
+  if (!needs_dq && !needs_dkv && params.dsinks == nullptr) return;
 
   // Before the tensor maps are encoded: the driver asks for a current context there, and a thread whose first call to
   // CUDA this is, such as autograd's, has one only after a call of the runtime.
@@ -821,7 +821,7 @@ void launch(const BackwardParams& params, cudaStream_t stream) {
     launch_products<Config, Gradients::kAll>(args, workspace.thread_blocks, stream);
   } else if (needs_dq) {
     launch_products<Config, Gradients::kDq>(args, workspace.thread_blocks, stream);
-  } else {
+  } else if (needs_dkv) {
     launch_products<Config, Gradients::kDkv>(args, workspace.thread_blocks, stream);
   }
   launch_convert(params, stream);

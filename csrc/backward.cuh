@@ -151,7 +151,7 @@ struct Workspace {
 // delta and lse of every row into the workspace, and zeros where dQ will be summed.
 void launch_prepare(const BackwardParams& params, cudaStream_t stream);
 
-// What was summed in the workspace, scaled, as 16-bit gradients.
+// What was summed in the workspace, scaled, as 16-bit gradients; and dsinks, from delta and lse.
 void launch_convert(const BackwardParams& params, cudaStream_t stream);
 
 }  // namespace flash_attn_ext

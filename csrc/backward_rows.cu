@@ -1,9 +1,10 @@
 // What the backward does for every row by itself, before and after its products: delta and lse before them, and 16-bit
-// gradients out of float32 sums after them. Both are bound by memory.
+// gradients out of float32 sums after them. Both are bound by memory. The gradient of sinks, which needs no products.
 
 #include <cmath>
 
 #include "backward.cuh"
+#include "ptx/warpgroup.cuh"
 #include "tile/fragment.cuh"
 
 namespace flash_attn_ext {
@@ -230,6 +231,69 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
+// -------------------------------------------------------------------------------------------------------------- sinks
+
+template <int kBlockQ>
+struct SinksArguments {
+  const RowStats<kBlockQ>* stats;
+  const float *sinks, *lse, *dlse;
+  float* dsinks;
+  Sequences sequences;
+  int heads;
+};
+
+constexpr int kSinksThreads = 1024;
+
+// The sum over a head's rows of exp(sink - lse) * -delta: a sink has a probability like a key's, and no value. A thread
+// block takes a head and adds in an order that is the same in every run.
+template <int kBlockQ>
+__global__ void __launch_bounds__(kSinksThreads, 1) sinks_kernel(const __grid_constant__ SinksArguments<kBlockQ> args) {
+  cudaGridDependencySynchronize();
+  constexpr int kQuads = kBlockQ / 4;  // of rows
+  const Sequences& sequences = args.sequences;
+  const int head = static_cast<int>(blockIdx.x);
+  // Rounded as lse is, and not fused with the difference: where lse is the sink, the probability is exactly 1.
+  const float sink_log2 = __fmul_rn(args.sinks[head], kLog2E);
+  const auto probability = [&](float lse_log2) { return ptx::ex2(sink_log2 - lse_log2); };
+  float sum = 0.f;
+
+  const int blocks = static_cast<int>(sequences.block_count(1, kBlockQ)), quad = threadIdx.x % kQuads;
+#pragma unroll 4
+  for (int i = threadIdx.x / kQuads; i < blocks; i += kSinksThreads / kQuads) {
+    const auto& stats = args.stats[sequences.block_of_head(i, head, args.heads, kBlockQ)];
+    const float4 lse_log2 = reinterpret_cast<const float4*>(stats.lse_log2)[quad];
+    const float4 delta = reinterpret_cast<const float4*>(stats.delta)[quad];
+    sum -= probability(lse_log2.x) * delta.x + probability(lse_log2.y) * delta.y + probability(lse_log2.z) * delta.z +
+           probability(lse_log2.w) * delta.w;
+  }
+
+  // Rows that are left out have no stats. Their out is 0, and so delta is -dlse.
+  if (args.dlse != nullptr && sequences.left_out > 0) {
+    const int64_t rows = int64_t{sequences.count} * sequences.left_out;
+    for (int64_t i = threadIdx.x; i < rows; i += kSinksThreads) {
+      const int sequence = static_cast<int>(i / sequences.left_out), row = static_cast<int>(i % sequences.left_out);
+      const int64_t value = sequences.first_value(sequence, head, args.heads) - sequences.left_out + row;
+      const float lse = args.lse[value];
+      if (lse != -INFINITY) sum += probability(__fmul_rn(lse, kLog2E)) * args.dlse[value];
+    }
+  }
+
+  __shared__ float of_warps[kSinksThreads / 32];
+  const auto sum_of_warp = [](float x) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+    return x;
+  };
+  sum = sum_of_warp(sum);
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    static_assert(kSinksThreads == 32 * 32);
+    sum = sum_of_warp(of_warps[threadIdx.x]);
+    if (threadIdx.x == 0) args.dsinks[head] = sum;
+  }
+}
+
 // ----------------------------------------------------------------------------------------------------------- launches
 
 template <class Config>
@@ -266,6 +330,18 @@ void convert_all(const BackwardParams& params, cudaStream_t stream) {
   for (const KvSums* sums : {&workspace.coarse, &workspace.fine}) {
     convert<T, Config::kHeadDim, Config::kBlockKv>(sums->dk, params.dk, keys, problem.kv_heads, scale, stream);
     convert<T, Config::kHeadDim, Config::kBlockKv>(sums->dv, params.dv, keys, problem.kv_heads, 1.f, stream);
+  }
+  if (params.dsinks != nullptr) {  // last: between `prepare` and the products it would keep them from overlapping
+    const int heads = static_cast<int>(problem.heads);
+    launch_overlapped(sinks_kernel<Config::kBlockQ>, heads, kSinksThreads, 0, stream,
+                      SinksArguments<Config::kBlockQ>{.stats = workspace.stats,
+                                                      .sinks = params.sinks,
+                                                      .lse = params.lse,
+                                                      .dlse = params.dlse,
+                                                      .dsinks = params.dsinks,
+                                                      .sequences = queries,
+                                                      .heads = heads},
+                      "launching the kernel of the gradient of sinks");
   }
 }
 

@@ -36,18 +36,20 @@ struct ForwardParams {
 struct BackwardParams {
   Problem problem;
   Tensor dout, q, k, v, out;
-  const float* lse;   // (batch, heads, seqlen_q), packed (heads, seqlen_q), contiguous; -inf: the row saw nothing
-  const float* dlse;  // like lse: the loss's gradient by it, not read in rows that saw nothing; null: zeros
-  Tensor dq, dk, dv;  // data is null: not needed
-  void* workspace;    // backward_workspace_bytes(), 16-byte aligned; what it holds does not matter
+  const float* lse;    // (batch, heads, seqlen_q), packed (heads, seqlen_q), contiguous; -inf: the row saw nothing
+  const float* dlse;   // like lse: the loss's gradient by it, not read in rows that saw nothing; null: zeros
+  const float* sinks;  // (heads,), as in the forward: lse has them in it; read where dsinks is needed
+  Tensor dq, dk, dv;   // data is null: not needed
+  float* dsinks;       // (heads,); null: not needed
+  void* workspace;     // backward_workspace_bytes(), 16-byte aligned; what it holds does not matter
 };
 
 // Attention forward: writes params.out and params.lse. The head dim must have a forward plan in limits.h, and the
 // current device must be of compute capability 9.0.
 void launch_forward(const ForwardParams& params, cudaStream_t stream);
 
-// Attention backward: writes those of params.dq, dk and dv that are needed. The head dim must have a backward plan in
-// limits.h, and the current device must be of compute capability 9.0.
+// Attention backward: writes those of params.dq, dk, dv and dsinks that are needed. The head dim must have a backward
+// plan in limits.h, and the current device must be of compute capability 9.0.
 void launch_backward(const BackwardParams& params, cudaStream_t stream);
 
 // Bytes of params.workspace that launch_backward needs on the current device; reads the problem and which gradients are

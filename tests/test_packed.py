@@ -219,6 +219,84 @@ def test_gradients_of_sinks_and_lse_are_sums_over_the_sequences(device, head_dim
     torch.testing.assert_close(dsinks, expected, rtol=1e-4, atol=1e-4)
 
 
+FORMS = ["dense", "dense-used", "packed", "packed-used"]
+
+
+def call_of(form, lengths_q, lengths_k, device, head_dim):
+    """q, k, v, and the lengths by their names: packed with rows of no sequence at the end, dense of as many rows each.
+    Used are two thirds of each sequence's rows and keys, and nothing of the last one."""
+    by_name = {}
+    for name, lengths in zip("qk", (lengths_q, lengths_k), strict=True):
+        if form.startswith("packed"):
+            by_name[f"cu_seqlens_{name}"] = cumulated(lengths, device)
+        if form.endswith("used"):
+            used = [length - length // 3 for length in lengths[:-1]] + [0]
+            by_name[f"seqused_{name}"] = torch.tensor(used, dtype=torch.int32, device=device)
+    if form.startswith("packed"):
+        q_rows, k_rows = (sum(lengths_q) + 3,), (sum(lengths_k),)
+    else:
+        q_rows, k_rows = ((len(lengths), max(lengths)) for lengths in (lengths_q, lengths_k))
+    shapes = (*q_rows, GQA[0], head_dim), (*k_rows, GQA[1], head_dim), (*k_rows, GQA[1], head_dim)
+    return [torch.randn(shape, device=device).bfloat16() for shape in shapes], by_name
+
+
+@packed_and_used
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("keys", ["no", "fewer", "more"])
+@pytest.mark.parametrize("with_dlse", [False, True], ids=["out", "out and lse"])
+def test_gradient_of_sinks_is_its_definition(device, head_dim, form, keys, with_dlse):
+    """The sum of exp(sink - lse) * (dlse - sum of dout * out) over the rows, in float64 from out and lse as they are;
+    bitwise the same in every run, and where nothing else is needed. Under a causal mask rows may see no key. On a GPU a
+    head has more rows than the threads of its block take at once."""
+    if not has(device, head_dim, "backward", "cu_seqlens", "seqused", "sinks", "dlse"):
+        pytest.skip("the backward does not have them")
+    lengths_q = [9, 70, 0, 33] if device == "cpu" else [9, 5070, 0, 2033]
+    lengths_k = [{"no": 0, "fewer": length // 2, "more": 2 * length}[keys] for length in lengths_q]
+    (q, k, v), lengths = call_of(form, lengths_q, lengths_k, device, head_dim)
+    sinks = torch.linspace(-2, 2, GQA[0], device=device)
+    out, lse = flash_attn_ext.forward(q, k, v, causal=True, sinks=sinks, **lengths)
+    dout, dlse = torch.randn_like(q), torch.randn_like(lse) if with_dlse else None
+
+    def gradient(*needs):
+        given = {"causal": True, "sinks": sinks, "dlse": dlse, "needs": needs, **lengths}
+        return backward_operator(dout, q, k, v, out, lse, **given)[3]
+
+    results = [gradient(*needs) for needs in [(False,) * 3] * 2 + [(True,) * 3, (False, True, False)]]
+    assert all(same_bits(result, results[0]) for result in results[1:])
+
+    delta = (dout.double() * out.double()).sum(-1).transpose(-1, -2)
+    of_rows = (sinks.double()[:, None] - lse.double()).exp() * ((dlse.double() if with_dlse else 0) - delta)
+    of_rows = of_rows.masked_fill(lse == -math.inf, 0).movedim(-2, 0).flatten(1)
+    error, allowed = (results[0] - of_rows.sum(1)).abs(), 2.0**-18 * of_rows.abs().sum(1)
+    assert results[0].dtype == sinks.dtype and (error <= allowed).all(), (error / allowed).max()
+
+
+@packed_and_used
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_without_keys_have_the_sink_as_lse_where_they_are_used(device, head_dim, form):
+    """And rows that are not used, or of no sequence, -inf. The gradient of sinks is the sum of dlse over the former."""
+    if not has(device, head_dim, "forward", "cu_seqlens", "seqused", "sinks"):
+        pytest.skip("the kernels do not have them")
+    trains = has(device, head_dim, "backward", "cu_seqlens", "seqused", "sinks", "dlse")
+    lengths_q = [0, 9, 0, 0, 70, 33, 0]
+    (q, k, v), lengths = call_of(form, lengths_q, [0] * 7, device, head_dim)
+    sinks = torch.linspace(-2, 2, GQA[0], device=device).requires_grad_(trains)
+    out, lse = flash_attn_varlen_func(q, k, v, **lengths, sinks=sinks, return_lse=True)
+    assert (out == 0).all()
+    rows = [70] * 7 if form.startswith("dense") else lengths_q
+    used = lengths["seqused_q"].tolist() if form.endswith("used") else rows
+    expected = [x for all_, part in zip(rows, used, strict=True) for x in [True] * part + [False] * (all_ - part)]
+    expected = torch.tensor(expected + [False] * (q[..., 0, 0].numel() - len(expected)), device=device)
+    if form.startswith("dense"):
+        expected = expected.unflatten(0, (7, 70))
+    expected = expected.unsqueeze(-2).expand_as(lse)
+    assert same_bits(lse, torch.where(expected, sinks.detach()[:, None], -math.inf))
+    if trains:
+        dlse = torch.randint(-3, 4, lse.shape, device=device).float()  # all sums of them are exact
+        (dsinks,) = torch.autograd.grad(lse, sinks, dlse)
+        assert torch.equal(dsinks, (dlse * expected).movedim(-2, 0).flatten(1).sum(1))
+
+
 @st.composite
 def random_packings(draw, kind, many):
     """Lengths of q and k: of some sequences; of one that is huge among tiny ones; of so many tiny ones."""

@@ -99,6 +99,11 @@ struct Sequences {
     if (is_packed()) return head * blocks_each(block) + first_packed_block(sequence, block);
     return (sequence * heads + head) * blocks_each(block);
   }
+  // The index-th block of a head: it has block_count(1, block) of them, over all sequences.
+  HOST_DEVICE int block_of_head(int index, int head, int heads, int block) const {
+    const int blocks = blocks_each(block), sequence = quotient(index, blocks);  // packed, all are counted as one
+    return (sequence * heads + head) * blocks + index - sequence * blocks;
+  }
   // Whoever asks for a hole gets a block without rows: before the first or past the last stored one.
   HOST_DEVICE Block locate(int index, int heads, int block) const {
     const int blocks = blocks_each(block), pair = quotient(index, blocks);

@@ -7,6 +7,8 @@
 #include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/searchsorted.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -80,16 +82,26 @@ struct OneByOne<std::tuple<Option...>> {
 };
 using Flat = OneByOne<CallOptions::Types>;
 
-// The sum over all rows of exp(sink - lse) * (dlse - delta), where delta is the row's sum of dout * out: a sink has a
-// probability like a key's, and no value.
-at::Tensor gradient_of_sinks(const OptionalTensor& sinks, const at::Tensor& dout, const at::Tensor& out,
-                             const at::Tensor& lse, const OptionalTensor& dlse) {
-  if (!sinks) return allocate({0}, dout, at::kFloat);
-  const at::Tensor delta = dout.to(at::kFloat).mul_(out).sum(-1).transpose(-2, -1);
-  const at::Tensor probability = sinks->to(at::kFloat).unsqueeze(-1).sub(lse).exp_();
-  const at::Tensor of_rows = probability.mul_(dlse ? dlse->sub(delta) : delta.neg());
-  of_rows.masked_fill_(lse.eq(-std::numeric_limits<float>::infinity()), 0);
-  return (lse.dim() == 2 ? of_rows.sum(1) : of_rows.sum(at::IntArrayRef{0, 2})).to(sinks->scalar_type());
+constexpr float kOfNothing = -std::numeric_limits<float>::infinity();  // lse of a row that saw nothing
+
+at::Tensor in_float32(const at::Tensor& sinks) { return contiguous_and_aligned(sinks.to(at::kFloat)); }
+
+// What dsinks, of zeros, are where no row saw a key: the sum over the rows of exp(sink - lse) * dlse.
+void add_rows_without_keys(const at::Tensor& dsinks, const at::Tensor& sinks, const at::Tensor& lse,
+                           const at::Tensor& dlse) {
+  const at::Tensor of_rows = sinks.unsqueeze(-1).sub(lse).exp_().mul_(dlse).masked_fill_(lse.eq(kOfNothing), 0);
+  dsinks.add_(lse.dim() == 2 ? of_rows.sum(1) : of_rows.sum(at::IntArrayRef{0, 2}));
+}
+
+// (batch, 1, seqlen_q), packed (1, total_q): the rows that are not used, or belong to no sequence, where there may be
+// such.
+at::Tensor unused_rows(const at::Tensor& q, const CallOptions& options) {
+  const at::Tensor row = at::arange(q.size(-3), q.options().dtype(at::kInt));
+  if (!options.cu_seqlens_q) return row.ge(options.seqused_q->unsqueeze(-1)).unsqueeze(1);
+  const at::Tensor begins = options.cu_seqlens_q->slice(0, 0, -1);
+  const at::Tensor ends = options.seqused_q ? begins.add(*options.seqused_q) : options.cu_seqlens_q->slice(0, 1);
+  const at::Tensor next = at::searchsorted(begins, row, /*out_int32=*/false, /*right=*/true);
+  return row.ge(ends.index_select(0, next.sub_(1).clamp_min_(0))).unsqueeze(0);
 }
 
 // Gradients that are not needed have no elements.
@@ -106,9 +118,16 @@ BackwardResult backward_cuda(const at::Tensor& dout, const at::Tensor& q, const 
 
   const bool part_of_q = options.seqused_q.has_value(), part_of_k = options.seqused_k.has_value();
   const Result dq(q, needs[0], part_of_q), dk(k, needs[1], part_of_k), dv(v, needs[2], part_of_k);
-  const at::Tensor dsinks = gradient_of_sinks(options.sinks, dout, out, lse, dlse);
-  if (q.numel() == 0 || k.numel() == 0 || options.is_without_sequences())
-    return {dq.tensor.zero_(), dk.tensor.zero_(), dv.tensor.zero_(), dsinks};
+  const at::Tensor sinks = options.sinks ? in_float32(*options.sinks) : at::Tensor();
+  const at::Tensor dsinks = allocate({options.sinks ? sinks.size(0) : 0}, q, at::kFloat);
+  const auto results = [&](const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv) -> BackwardResult {
+    return {dq, dk, dv, options.sinks ? dsinks.to(options.sinks->scalar_type()) : dsinks};
+  };
+  if (q.numel() == 0 || k.numel() == 0 || options.is_without_sequences()) {
+    dsinks.zero_();
+    if (options.sinks && dlse) add_rows_without_keys(dsinks, sinks, lse, *dlse);
+    return results(dq.tensor.zero_(), dk.tensor.zero_(), dv.tensor.zero_());
+  }
 
   const Input dout_in(dout, part_of_q), q_in(q, part_of_q), k_in(k, part_of_k), v_in(v, part_of_k), out_in(out);
   const at::Tensor lse_in = contiguous_and_aligned(lse);
@@ -122,14 +141,16 @@ BackwardResult backward_cuda(const at::Tensor& dout, const at::Tensor& q, const 
       .out = out_in,
       .lse = lse_in.const_data_ptr<float>(),
       .dlse = dlse ? dlse_in.const_data_ptr<float>() : nullptr,
+      .sinks = options.sinks ? sinks.const_data_ptr<float>() : nullptr,
       .dq = dq,
       .dk = dk,
       .dv = dv,
+      .dsinks = options.sinks ? dsinks.mutable_data_ptr<float>() : nullptr,
   };
   const at::Tensor workspace = allocate({backward_workspace_bytes(params)}, q, at::kByte);
   params.workspace = workspace.mutable_data_ptr();
   launch_backward(params, c10::cuda::getCurrentCUDAStream(q.get_device()).stream());
-  return {dq.finish(), dk.finish(), dv.finish(), dsinks};
+  return results(dq.finish(), dk.finish(), dv.finish());
 }
 
 template <class F>
@@ -222,12 +243,14 @@ ForwardResult forward_cuda(const at::Tensor& q, const at::Tensor& k, const at::T
   const at::Tensor lse = allocate(lse_size(q), q, at::kFloat);
   if (q.numel() == 0) return {out.tensor, lse};
   if (options.is_without_sequences()) {
-    return {out.tensor.zero_(), lse.fill_(-std::numeric_limits<float>::infinity())};
+    return {out.tensor.zero_(), lse.fill_(kOfNothing)};
   }
-  const at::Tensor sinks = options.sinks ? contiguous_and_aligned(options.sinks->to(at::kFloat)) : at::Tensor();
+  const at::Tensor sinks = options.sinks ? in_float32(*options.sinks) : at::Tensor();
   if (k.numel() == 0) {
-    constexpr float kOfNothing = -std::numeric_limits<float>::infinity();
-    return {out.tensor.zero_(), options.sinks ? lse.copy_(sinks.unsqueeze(-1)) : lse.fill_(kOfNothing)};
+    if (!options.sinks) return {out.tensor.zero_(), lse.fill_(kOfNothing)};
+    lse.copy_(sinks.unsqueeze(-1));
+    if (options.cu_seqlens_q || options.seqused_q) lse.masked_fill_(unused_rows(q, options), kOfNothing);
+    return {out.tensor.zero_(), lse};
   }
 
   const Input q_in(q, part_of_q), k_in(k, part_of_k), v_in(v, part_of_k);

@@ -181,6 +181,7 @@ static void check_sequences() {
         for (int block : {1, 4, 8}) {
           const std::string at = name + ", " + std::to_string(heads) + " heads, blocks of " + std::to_string(block);
           int index = 0;
+          std::vector<int> of_head(heads);  // how many were met
           for (int sequence = 0; sequence < count; ++sequence) {
             for (int head = 0; head < heads; ++head) {
               test::check(all.first_block(sequence, head, heads, block) == index, at + ": first_block");
@@ -188,10 +189,12 @@ static void check_sequences() {
                 const Block found = all.locate(index, heads, block);
                 test::check(found.sequence == sequence && found.head == head && found.index == row / block,
                             at + ": locate");
+                test::check(all.block_of_head(of_head[head]++, head, heads, block) == index, at + ": block_of_head");
               }
             }
           }
           test::check(all.block_count(heads, block) == index, at + ": block_count");
+          test::check(all.block_count(1, block) == of_head[0], at + ": block_count of a head");
         }
       }
       constexpr int kHeads = 2;
@@ -263,12 +266,13 @@ static void check_packed(const std::vector<int>& sizes, bool use_part, int behin
   constexpr int kHeads = 2;
   for (int block : {1, 4, 8}) {
     const std::string at = name + ", blocks of " + std::to_string(block);
-    std::vector<int> rows(kHeads * total);
+    std::vector<int> rows(kHeads * total), of_head(kHeads);
     test::check(all.block_count(kHeads, block) <= int64_t{kHeads} * (total / block + count), at + ": bounded");
     for (int index = 0; index < all.block_count(kHeads, block); ++index) {
       const Block found = all.locate(index, kHeads, block);
       test::check(found.sequence >= 0 && found.sequence < count && found.head >= 0 && found.head < kHeads,
                   at + ": locate");
+      test::check(all.block_of_head(of_head[found.head]++, found.head, kHeads, block) == index, at + ": block_of_head");
       test::check(all.first_block(found.sequence, found.head, kHeads, block) + found.index == index,
                   at + ": first_block");
       test::check(found.index >= 0, at + ": before its sequence");
@@ -276,6 +280,7 @@ static void check_packed(const std::vector<int>& sizes, bool use_part, int behin
         ++rows[found.head * total + begins[found.sequence] + r];
       }
     }
+    test::check(all.block_count(1, block) == of_head[0], at + ": block_count of a head");
     for (int i = 0; i < kHeads * total; ++i) {
       test::check(rows[i] == 1, at + ": row " + std::to_string(i) + " is not met once");
     }
