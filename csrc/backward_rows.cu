@@ -1,6 +1,7 @@
 // What the backward does for every row by itself, before and after its products: delta and lse before them, and 16-bit
 // gradients out of float32 sums after them. Both are bound by memory. The gradient of sinks, which needs no products.
 
+#include <climits>
 #include <cmath>
 
 #include "backward.cuh"
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_const
   const int number = own_block();
   const Block block = args.sequences.locate(number, args.heads, Config::kBlockQ);
   const Place place = args.sequences.place(block.sequence);
-  const int rows = block.index < 0 ? 0 : args.sequences.at(block.sequence).rows;  // none, if lengths make no sense
+  const int rows = block.index < 0 ? INT_MIN : args.sequences.at(block.sequence).rows;  // none ahead of the first one
   auto& stats = args.stats[number];
 
 #pragma unroll
