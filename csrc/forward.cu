@@ -81,6 +81,7 @@ struct Item {
   int stored;      // rows that the sequence has room for
   Range blocks;    // of keys: those that some of the item's rows see
   Origin q, kv, out;
+  bool claims_next;   // with its last K the next items are claimed
   int64_t first_lse;  // of the sequence's rows
 };
 
@@ -102,11 +103,13 @@ struct ForwardSmem {
 
   KvRing k_ring;
   KvRing v_ring;
-  Ring<1> q_ring[kConsumers];  // of each consumer; empty: its last Q K^T of the item is done
-  Ring<2> item_ring;           // scheduler -> loaders and consumers; empty: the item is done
-  Item items[2];
-  uint64_t next_item;  // KV loader -> scheduler: the item's last K is requested
-  uint64_t out_left;   // consumers -> KV loader: O has left V's buffers (without an own buffer)
+  Ring<1> q_ring[kConsumers];       // of each consumer; empty: its last Q K^T of the item is done
+  static constexpr int kItems = 8;  // as many as are claimed at once, those at work and those before them
+  using ItemPosition = RingPosition<kItems>;
+  Ring<kItems> item_ring;  // scheduler -> loaders and consumers; empty: the item is done
+  Item items[kItems];
+  uint64_t next_items;  // KV loader -> scheduler: the last K of the item that claims the next ones is requested
+  uint64_t out_left;    // consumers -> KV loader: O has left V's buffers (without an own buffer)
 
   __device__ QTile& out(int consumer) {
     if constexpr (Config::kOwnOutBuffer) {
@@ -126,7 +129,8 @@ struct ForwardArguments {
   CUtensorMap q, k, v, out;
   float* lse;
   const float* sinks;  // of each head; null: none
-  int* item_counter;
+  int* item_counters;  // of claims, and of thread blocks that have made their last one
+  int most_claims;     // at once
   Schedule schedule;
   Sequences sequences;
   int heads, heads_per_kv_head;
@@ -136,53 +140,81 @@ struct ForwardArguments {
 
 // --------------------------------------------------------------------------------------------------------- producer
 
-// The first item is the thread block's own number, the others are claimed. After the last claim of the launch, the
-// items()-th (each thread block's last one fails), the counter is 0 again for the next launch.
-__device__ __forceinline__ int claim_item(const ForwardArguments& args) {
-  const int claimed = atomicAdd(args.item_counter, 1);
-  if (claimed == args.schedule.items() - 1) atomicExch(args.item_counter, 0);
-  return gridDim.x + claimed;
+// Where the item with this number lies; false if it is a hole among the blocks of packed sequences.
+template <class Config>
+__device__ __forceinline__ bool locate_item(const ForwardArguments& args, int number, Block& block) {
+  const Sequences& sequences = args.sequences;
+  const WorkItem work = args.schedule.item(number);
+  block = sequences.is_packed() ? sequences.locate_packed(work.block, work.head, Config::kBlockQ)
+                                : Block{work.sequence, work.head, work.block};
+  const int stored = sequences.stored_rows(block.sequence);
+  return block.index >= 0 && stored > 0 && block.index <= (stored - 1) / Config::kBlockQ;
 }
 
-// Finds the item with this number; false if that is a hole among the blocks of packed sequences.
 template <class Config>
-__device__ __forceinline__ bool find_item(const ForwardArguments& args, int index, Item& item) {
+__device__ __forceinline__ void describe_item(const ForwardArguments& args, const Block& block, Item& item) {
   const Sequences& sequences = args.sequences;
-  const WorkItem work = args.schedule.item(index);
-  const Block at = sequences.is_packed() ? sequences.locate_packed(work.block, work.head, Config::kBlockQ)
-                                         : Block{work.sequence, work.head, work.block};
-  const int first_row = at.index * Config::kBlockQ, stored = sequences.stored_rows(at.sequence);
-  if (at.index < 0 || at.index > (stored - 1) / Config::kBlockQ || stored == 0) return false;
-
-  const Sequence sequence = sequences.at(at.sequence);
-  item.head = at.head;
-  item.kv_head = quotient(at.head, args.heads_per_kv_head);
-  item.first_row = first_row;
+  const Sequence sequence = sequences.at(block.sequence);
+  item.head = block.head;
+  item.kv_head = quotient(block.head, args.heads_per_kv_head);
+  item.first_row = block.index * Config::kBlockQ;
   item.rows = sequence.rows;
   item.keys = sequence.keys;
-  item.stored = stored;
-  item.blocks = sequence.blocks(first_row, Config::kBlockQ, Config::kBlockKv);
-  item.q = sequences.origin_of_used(at.sequence);
-  item.kv = sequences.transposed().origin_of_used(at.sequence);
-  item.out = sequences.origin_of_stored(at.sequence);
-  item.first_lse = sequences.first_value(at.sequence, at.head, args.heads);
-  return true;
+  item.stored = sequences.stored_rows(block.sequence);
+  ptx::forget_memory();  // what is read again below takes no registers above
+  item.blocks = sequence.blocks(item.first_row, Config::kBlockQ, Config::kBlockKv);
+  ptx::forget_memory();
+  item.q = sequences.origin_of_used(block.sequence);
+  item.kv = sequences.transposed().origin_of_used(block.sequence);
+  item.out = sequences.origin_of_stored(block.sequence);
+  item.first_lse = sequences.first_value(block.sequence, block.head, args.heads);
 }
 
-// An item is claimed when the last K of the one before has been requested: as late as its latency stays hidden.
+// The scheduler, one warp. The first item is the thread block's own number, the others are claimed when the last K of
+// the one before has been requested: as late as the latency of claiming and finding stays hidden. Where packed
+// sequences are so short that it would not, several are claimed at once, and each is found by a lane. Fewer towards the
+// end, so that all thread blocks end together (guided self-scheduling, Polychronopoulos and Kuck 1987).
 template <class Config>
 __device__ __forceinline__ void find_items(const ForwardArguments& args, ForwardSmem<Config>& smem) {
-  int index = blockIdx.x;
-  for (RingPosition<2> item_at;; item_at.next()) {
-    smem.item_ring.wait_empty(item_at);
-    Item& item = smem.items[item_at.stage];
-    while (index < args.schedule.items() && !find_item<Config>(args, index, item)) index = claim_item(args);
-    const bool found = index < args.schedule.items();
-    if (!found) item.head = Item::kNone;
-    smem.item_ring.end_fill(item_at);
-    if (!found) break;
-    wait_phase(&smem.next_item, item_at.stage);
-    index = claim_item(args);
+  const int lane = threadIdx.x % 32, items = args.schedule.items();
+  const auto from_first = [](int x) { return __shfl_sync(~0u, x, 0); };
+  typename ForwardSmem<Config>::ItemPosition at;
+  uint32_t phase = 0;  // of next_items
+  for (int first = blockIdx.x, claims = 1; first < items;) {
+    Block block;
+    const bool found = lane < claims && first + lane < items && locate_item<Config>(args, first + lane, block);
+    const uint32_t all_found = __ballot_sync(~0u, found);
+    const int count = __popc(all_found), rank = __popc(all_found & ((1u << lane) - 1));
+    if (found) {
+      auto own = at;
+      own.advance(rank);
+      smem.item_ring.wait_empty(own);
+      describe_item<Config>(args, block, smem.items[own.stage]);
+      smem.items[own.stage].claims_next = rank == count / 2;
+      smem.item_ring.end_fill(own);
+    }
+    __syncwarp();
+    at.advance(count);
+    if (count > 0) {
+      wait_phase(&smem.next_items, phase);
+      phase ^= 1;
+    }
+
+    constexpr int kShares = 4;  // of what is left, for each thread block
+    claims = max(1, min(args.most_claims, (items - first) / static_cast<int>(kShares * gridDim.x)));
+    if (lane == 0) first = gridDim.x + atomicAdd(&args.item_counters[0], claims);
+    first = from_first(first);
+  }
+  if (lane == 0) {
+    smem.item_ring.wait_empty(at);
+    smem.items[at.stage].head = Item::kNone;
+    smem.item_ring.end_fill(at);
+    // Whoever is last sets the counters back for the next launch.
+    __threadfence();
+    if (atomicAdd(&args.item_counters[1], 1) == static_cast<int>(gridDim.x) - 1) {
+      atomicExch(&args.item_counters[0], 0);
+      atomicExch(&args.item_counters[1], 0);
+    }
   }
 }
 
@@ -191,7 +223,7 @@ template <class Config>
 __device__ __forceinline__ void load_kv(const ForwardArguments& args, ForwardSmem<Config>& smem) {
   using Smem = ForwardSmem<Config>;
   RingPosition<Config::kStages> k_at, v_at;
-  for (RingPosition<2> item_at;; item_at.next()) {
+  for (typename Smem::ItemPosition item_at;; item_at.next()) {
     smem.item_ring.wait_full(item_at);
     const Item& item = smem.items[item_at.stage];
     if (item.head == Item::kNone) break;
@@ -205,11 +237,11 @@ __device__ __forceinline__ void load_kv(const ForwardArguments& args, ForwardSme
         load(smem.k[k_at.stage], args.k, block, smem.k_ring.begin_fill(k_at, Smem::KvTile::kBytes));
         k_at.next();
       } else {
-        cuda::ptx::mbarrier_arrive(&smem.next_item);
+        if (item.claims_next) cuda::ptx::mbarrier_arrive(&smem.next_items);
       }
       if (!Config::kOwnOutBuffer && block == (begin < end ? end : begin + 1) - 2) {
-        wait_phase(&smem.out_left,
-                   item_at.stage ^ 1);  // O of the item before; once an item, or a phase would be missed
+        // O of the item before; once an item, or a phase would be missed
+        wait_phase(&smem.out_left, item_at.stage % 2 ^ 1);
       }
       if (block + 1 < end) {
         load(smem.v[v_at.stage], args.v, block + 1, smem.v_ring.begin_fill(v_at, Smem::KvTile::kBytes));
@@ -224,7 +256,7 @@ template <class Config>
 __device__ __forceinline__ void load_q(const ForwardArguments& args, ForwardSmem<Config>& smem) {
   using Smem = ForwardSmem<Config>;
   RingPosition<1> q_at;
-  for (RingPosition<2> item_at;; item_at.next(), q_at.next()) {
+  for (typename Smem::ItemPosition item_at;; item_at.next(), q_at.next()) {
     smem.item_ring.wait_full(item_at);
     const Item& item = smem.items[item_at.stage];
     if (item.head == Item::kNone) break;
@@ -252,7 +284,7 @@ struct Consumer {
   const KMajor<typename Smem::KvTile> k;
   const MnMajor<typename Smem::KvTile> v;
   RingPosition<Config::kStages> k_at, v_at;
-  RingPosition<2> item_at;
+  int item_count = 0;
 
   float out[kHeadDim / 2];
   float scores[kBlockKv / 2];
@@ -261,8 +293,8 @@ struct Consumer {
   __device__ __forceinline__ Consumer(const ForwardArguments& args, Smem& smem, int index)
       : args(args), smem(smem), index(index), q(smem.q[index]), k(smem.k[0]), v(smem.v[0]) {}
 
-  // One Q an item.
-  __device__ __forceinline__ RingPosition<1> q_at() const { return {0, static_cast<uint32_t>(item_at.stage)}; }
+  __device__ __forceinline__ Smem::ItemPosition item_at() const { return Smem::ItemPosition::of(item_count); }
+  __device__ __forceinline__ RingPosition<1> q_at() const { return RingPosition<1>::of(item_count); }  // one an item
 
   // The first kColumns columns of the scores.
   template <int kColumns>
@@ -291,7 +323,7 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ const Item& item() const { return smem.items[item_at.stage]; }
+  __device__ __forceinline__ const Item& item() const { return smem.items[item_count % Smem::kItems]; }
 
   // Through a shuffle, so that the compiler knows the number, and the loops that depend on it, to be the warp's.
   static __device__ __forceinline__ int same(int number) { return __shfl_sync(~0u, number, 0); }
@@ -437,7 +469,7 @@ struct Consumer {
 
   // False: there are no more items.
   __device__ __forceinline__ bool run() {
-    smem.item_ring.wait_full(item_at);
+    smem.item_ring.wait_full(item_at());
     if (same(item().head) == Item::kNone) return false;
     const Sequence sequence = own_sequence();
     const int first_row = own_first_row();
@@ -473,8 +505,8 @@ struct Consumer {
     }
     store(softmax);
     __syncwarp();  // all lanes have read the item
-    smem.item_ring.release(item_at);
-    item_at.next();
+    smem.item_ring.release(item_at());
+    ++item_count;
     return true;
   }
 };
@@ -494,7 +526,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
     smem.v_ring.init(kConsumerWarps);
     for (auto& ring : smem.q_ring) ring.init(4);
     smem.item_ring.init(kConsumerWarps + 2);  // and the loaders
-    cuda::ptx::mbarrier_init(&smem.next_item, 1);
+    cuda::ptx::mbarrier_init(&smem.next_items, 1);
     cuda::ptx::mbarrier_init(&smem.out_left, Config::kConsumers);
     cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
     for (const CUtensorMap* map : {&args.q, &args.k, &args.v, &args.out}) ptx::prefetch_tensormap(map);
@@ -505,7 +537,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     if (threadIdx.x == 0) load_kv<Config>(args, smem);
     if (threadIdx.x == 32) load_q<Config>(args, smem);
-    if (threadIdx.x == 64) find_items<Config>(args, smem);
+    if (threadIdx.x / 32 == 2) find_items<Config>(args, smem);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     Consumer<Config> consumer(args, smem, warpgroup - 1);
@@ -534,7 +566,8 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
   args.out = make_sequence_map<typename Smem::QTile>("out", params.out, q_shape, q_is_ragged);
   args.lse = params.lse;
   args.sinks = params.sinks;
-  args.item_counter = params.item_counter;
+  args.item_counters = params.item_counters;
+  args.most_claims = most_claims(problem, Config::kPlan);
   args.sequences = sequences;
   args.heads = static_cast<int>(problem.heads);
   args.heads_per_kv_head = problem.heads_per_kv_head();

@@ -29,6 +29,14 @@ inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan
               packed || sequences.each.right != Sequence::kUnbounded};  // later rows see more, until a window is full
 }
 
+// How many items a thread block claims at once. Items of short packed sequences are done before the next one is found.
+inline int most_claims(const Problem& problem, const ForwardPlan& plan) {
+  constexpr int kMost = 4;
+  if (!problem.lengths.cu_seqlens_q) return 1;
+  const int64_t rows = problem.seqlen_q / problem.batch + 1, claims = 2 * kMost * plan.block_q / rows;
+  return claims < 1 ? 1 : claims < kMost ? static_cast<int>(claims) : kMost;
+}
+
 // Without rows that see nothing: what dO has there, NaN too, must not reach dK and dV.
 inline Sequences backward_sequences(const Problem& problem) { return problem.sequences().without_unseeing_rows(); }
 

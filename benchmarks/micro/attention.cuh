@@ -129,10 +129,10 @@ struct Forward {
   Cell cell;
   DeviceArray<T> q{kCount}, k{kCount}, v{kCount}, out{kCount};
   DeviceArray<float> lse{size_t{kTokens} * cell.heads()};
-  DeviceArray<int> item_counter{1};
+  DeviceArray<int> item_counters{2};
 
   explicit Forward(const Cell& cell) : cell(cell) {
-    item_counter.zero();
+    item_counters.zero();
     fill_normal(q, 0);
     fill_normal(k, 1);
     fill_normal(v, 2);
@@ -145,7 +145,7 @@ struct Forward {
                                     .v = cell.tensor(v),
                                     .out = cell.tensor(out),
                                     .lse = lse.data,
-                                    .item_counter = item_counter.data},
+                                    .item_counters = item_counters.data},
                                    nullptr);
   }
 };

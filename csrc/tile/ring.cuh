@@ -12,9 +12,21 @@ struct RingPosition {
   int stage = 0;
   uint32_t phase = 0;
 
+  // After so many stages.
+  static __device__ __forceinline__ RingPosition of(unsigned count) {
+    return {static_cast<int>(count % kStages), count / kStages % 2};
+  }
   __device__ __forceinline__ void next() {
     if (++stage == kStages) {
       stage = 0;
+      phase ^= 1;
+    }
+  }
+  // By at most kStages.
+  __device__ __forceinline__ void advance(int stages) {
+    stage += stages;
+    if (stage >= kStages) {
+      stage -= kStages;
       phase ^= 1;
     }
   }

@@ -255,7 +255,7 @@ ForwardResult forward_cuda(const at::Tensor& q, const at::Tensor& k, const at::T
 
   const Input q_in(q, part_of_q), k_in(k, part_of_k), v_in(v, part_of_k);
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(q.get_device());
-  const at::Tensor counter = item_counter(stream, q);
+  const at::Tensor counters = item_counters(stream, q);
   const ForwardParams params{
       .problem = problem_of(q, k, options),
       .q = q_in,
@@ -264,7 +264,7 @@ ForwardResult forward_cuda(const at::Tensor& q, const at::Tensor& k, const at::T
       .out = out,
       .lse = lse.mutable_data_ptr<float>(),
       .sinks = options.sinks ? sinks.const_data_ptr<float>() : nullptr,
-      .item_counter = counter.mutable_data_ptr<int>(),
+      .item_counters = counters.mutable_data_ptr<int>(),
   };
   launch_forward(params, stream.stream());
   return {out.finish(), lse};

@@ -120,25 +120,25 @@ struct Result {
   at::Tensor finish() const { return written.is_same(tensor) ? tensor : tensor.copy_(written); }
 };
 
-// The forward kernel's item counter: 0 before a launch and again after it. Launches of one stream follow each other, so
+// The forward kernel's item counters: 0 before a launch and again after it. Launches of one stream follow each other, so
 // each stream has its own, which nothing has to zero between launches. A captured launch may be replayed on any stream,
-// beside anything: it gets a counter of its own, which the graph zeroes. So does a launch on a further stream when
-// there are many counters already: a program that keeps making streams must not fill the memory with them.
-inline at::Tensor item_counter(c10::cuda::CUDAStream stream, const at::Tensor& like) {
-  const auto new_counter = [&] { return allocate({1}, like, at::kInt).zero_(); };
-  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return new_counter();
+// beside anything: it gets counters of its own, which the graph zeroes. So does a launch on a further stream when there
+// are many already: a program that keeps making streams must not fill the memory with them.
+inline at::Tensor item_counters(c10::cuda::CUDAStream stream, const at::Tensor& like) {
+  const auto new_counters = [&] { return allocate({2}, like, at::kInt).zero_(); };
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return new_counters();
   unsigned long long id;  // not the handle, which may come back after the stream is gone
   C10_CUDA_CHECK(cudaStreamGetId(stream.stream(), &id));
   using Key = std::pair<c10::DeviceIndex, unsigned long long>;
   static std::mutex mutex;
-  static auto& counters = *new std::map<Key, at::Tensor>;  // never freed: the driver may go first
-  constexpr std::size_t kMostCounters = 1024;
+  static auto& of_stream = *new std::map<Key, at::Tensor>;  // never freed: the driver may go first
+  constexpr std::size_t kMostStreams = 1024;
   const std::lock_guard lock(mutex);
   const Key key{stream.device_index(), id};
-  if (counters.size() >= kMostCounters && !counters.contains(key)) return new_counter();
-  at::Tensor& counter = counters[key];
-  if (!counter.defined()) counter = new_counter();
-  return counter;
+  if (of_stream.size() >= kMostStreams && !of_stream.contains(key)) return new_counters();
+  at::Tensor& counters = of_stream[key];
+  if (!counters.defined()) counters = new_counters();
+  return counters;
 }
 
 }  // namespace flash_attn_ext
