@@ -81,7 +81,7 @@ struct Item {
   int stored;      // rows that the sequence has room for
   Range blocks;    // of keys: those that some of the item's rows see
   Origin q, kv, out;
-  bool claims_next;   // with its last K the next items are claimed
+  bool claims_next;   // at its last K the next items are claimed
   int64_t first_lse;  // of the sequence's rows
 };
 
@@ -103,12 +103,12 @@ struct ForwardSmem {
 
   KvRing k_ring;
   KvRing v_ring;
-  Ring<1> q_ring[kConsumers];       // of each consumer; empty: its last Q K^T of the item is done
-  static constexpr int kItems = 8;  // as many as are claimed at once, those at work and those before them
+  Ring<1> q_ring[kConsumers];        // of each consumer; empty: its last Q K^T of the item is done
+  static constexpr int kItems = 16;  // as many as are claimed at once, those before them, and those at work
   using ItemPosition = RingPosition<kItems>;
   Ring<kItems> item_ring;  // scheduler -> loaders and consumers; empty: the item is done
   Item items[kItems];
-  uint64_t next_items;  // KV loader -> scheduler: the last K of the item that claims the next ones is requested
+  uint64_t next_items;  // KV loader -> scheduler: the item that claims the next ones has come to its last K
   uint64_t out_left;    // consumers -> KV loader: O has left V's buffers (without an own buffer)
 
   __device__ QTile& out(int consumer) {
@@ -170,10 +170,11 @@ __device__ __forceinline__ void describe_item(const ForwardArguments& args, cons
   item.first_lse = sequences.first_value(block.sequence, block.head, args.heads);
 }
 
-// The scheduler, one warp. The first item is the thread block's own number, the others are claimed when the last K of
-// the one before has been requested: as late as the latency of claiming and finding stays hidden. Where packed
-// sequences are so short that it would not, several are claimed at once, and each is found by a lane. Fewer towards the
-// end, so that all thread blocks end together (guided self-scheduling, Polychronopoulos and Kuck 1987).
+// The scheduler, one warp. The first item is the thread block's own number, the others are claimed when the one before
+// has come to its last K: as late as the latency of claiming and finding stays hidden. Where packed sequences are so
+// short that it would not, several are claimed at once and each is found by a lane, ahead of the last ones of those
+// before; fewer towards the end, so that all thread blocks end together (guided self-scheduling, Polychronopoulos and
+// Kuck 1987).
 template <class Config>
 __device__ __forceinline__ void find_items(const ForwardArguments& args, ForwardSmem<Config>& smem) {
   const int lane = threadIdx.x % 32, items = args.schedule.items();
@@ -190,7 +191,7 @@ __device__ __forceinline__ void find_items(const ForwardArguments& args, Forward
       own.advance(rank);
       smem.item_ring.wait_empty(own);
       describe_item<Config>(args, block, smem.items[own.stage]);
-      smem.items[own.stage].claims_next = rank == count / 2;
+      smem.items[own.stage].claims_next = rank == count / 4;
       smem.item_ring.end_fill(own);
     }
     __syncwarp();
@@ -233,11 +234,12 @@ __device__ __forceinline__ void load_kv(const ForwardArguments& args, ForwardSme
     };
     const auto [begin, end] = item.blocks;
     for (int block = end - 1; block >= begin - 1; --block) {
+      if (item.claims_next && block == (begin < end ? begin : begin - 1)) {
+        cuda::ptx::mbarrier_arrive(&smem.next_items);
+      }
       if (block >= begin) {
         load(smem.k[k_at.stage], args.k, block, smem.k_ring.begin_fill(k_at, Smem::KvTile::kBytes));
         k_at.next();
-      } else {
-        if (item.claims_next) cuda::ptx::mbarrier_arrive(&smem.next_items);
       }
       if (!Config::kOwnOutBuffer && block == (begin < end ? end : begin + 1) - 2) {
         // O of the item before; once an item, or a phase would be missed

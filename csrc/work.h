@@ -31,9 +31,9 @@ inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan
 
 // How many items a thread block claims at once. Items of short packed sequences are done before the next one is found.
 inline int most_claims(const Problem& problem, const ForwardPlan& plan) {
-  constexpr int kMost = 4;
+  constexpr int kMost = 8;
   if (!problem.lengths.cu_seqlens_q) return 1;
-  const int64_t rows = problem.seqlen_q / problem.batch + 1, claims = 2 * kMost * plan.block_q / rows;
+  const int64_t rows = problem.seqlen_q / problem.batch + 1, claims = kMost * plan.block_q / rows;
   return claims < 1 ? 1 : claims < kMost ? static_cast<int>(claims) : kMost;
 }
 
