@@ -70,19 +70,38 @@ struct ForwardConfig {
 
 // ---------------------------------------------------------------------------------------------------- shared memory
 
-// A work item, a block of query rows of a head: what the producer finds out about it for all others.
+// A work item is a tile of 64 query rows for each consumer, all of one head. The tiles follow each other in the order
+// in which Sequences counts them: they are neighbours in a sequence, or belong to several short ones that are packed.
+// An item's KV blocks are those that its tiles see, sequence by sequence, each from the last to the first. A consumer
+// passes over the blocks of other tiles.
+struct Tile {
+  int sequence;
+  int rows, keys;  // of the sequence: those that are used
+  int stored;      // rows that the sequence has room for
+  int first_row;   // in the sequence
+  int skipped;     // blocks of the item ahead of the tile's own
+  int end_key;     // of those that some of its rows see
+  Range blocks;    // its own
+  Range full;      // of them, those that need no mask; what rows past the end see is never stored
+  Origin q, out;
+  int64_t first_lse;  // of the sequence's rows
+};
+
+template <int kTiles>
 struct Item {
   static constexpr int kNone = -1;
 
   int head;  // kNone: there are no more items
   int kv_head;
-  int first_row;   // in the sequence
-  int rows, keys;  // of the sequence: those that are used
-  int stored;      // rows that the sequence has room for
-  Range blocks;    // of keys: those that some of the item's rows see
-  Origin q, kv, out;
-  bool claims_next;   // at its last K the next items are claimed
-  int64_t first_lse;  // of the sequence's rows
+  int block_count;
+  bool claims_next;  // at its last K the next items are claimed
+  // Consumers take turns: not where they work on several sequences, each at another time.
+  bool has_turns;
+  struct Segment {
+    Origin kv;
+    Range blocks;
+  } segments[kTiles];  // the blocks of each sequence
+  Tile tiles[kTiles];
 };
 
 template <class Config>
@@ -103,9 +122,10 @@ struct ForwardSmem {
 
   KvRing k_ring;
   KvRing v_ring;
-  Ring<1> q_ring[kConsumers];        // of each consumer; empty: its last Q K^T of the item is done
-  static constexpr int kItems = 16;  // as many as are claimed at once, those before them, and those at work
+  Ring<1> q_ring[kConsumers];       // of each consumer; empty: its last Q K^T of the item is done
+  static constexpr int kItems = 8;  // as many as are claimed at once, those before them, and those at work
   using ItemPosition = RingPosition<kItems>;
+  using Item = flash_attn_ext::Item<kConsumers>;
   Ring<kItems> item_ring;  // scheduler -> loaders and consumers; empty: the item is done
   Item items[kItems];
   uint64_t next_items;  // KV loader -> scheduler: the item that claims the next ones has come to its last K
@@ -140,34 +160,62 @@ struct ForwardArguments {
 
 // --------------------------------------------------------------------------------------------------------- producer
 
-// Where the item with this number lies; false if it is a hole among the blocks of packed sequences.
+// One of the tiles of the item with this number.
 template <class Config>
-__device__ __forceinline__ bool locate_item(const ForwardArguments& args, int number, Block& block) {
-  const Sequences& sequences = args.sequences;
+__device__ __forceinline__ Block locate_tile(const ForwardArguments& args, int number, int consumer) {
   const WorkItem work = args.schedule.item(number);
-  block = sequences.is_packed() ? sequences.locate_packed(work.block, work.head, Config::kBlockQ)
-                                : Block{work.sequence, work.head, work.block};
-  const int stored = sequences.stored_rows(block.sequence);
-  return block.index >= 0 && stored > 0 && block.index <= (stored - 1) / Config::kBlockQ;
+  const int index = work.block * Config::kConsumers + consumer;
+  return args.sequences.is_packed() ? args.sequences.locate_packed(index, work.head, 64)
+                                    : Block{work.sequence, work.head, index};
+}
+
+// Whether there are rows in the tile. There are none in holes among those of packed sequences.
+__device__ __forceinline__ bool has_rows(const ForwardArguments& args, const Block& tile) {
+  const int stored = args.sequences.stored_rows(tile.sequence);
+  return tile.index >= 0 && stored > 0 && tile.index <= (stored - 1) / 64;
 }
 
 template <class Config>
-__device__ __forceinline__ void describe_item(const ForwardArguments& args, const Block& block, Item& item) {
+__device__ __forceinline__ void describe_tile(const ForwardArguments& args, const Block& at, bool has_rows,
+                                              Tile& tile) {
   const Sequences& sequences = args.sequences;
-  const Sequence sequence = sequences.at(block.sequence);
-  item.head = block.head;
-  item.kv_head = quotient(block.head, args.heads_per_kv_head);
-  item.first_row = block.index * Config::kBlockQ;
-  item.rows = sequence.rows;
-  item.keys = sequence.keys;
-  item.stored = sequences.stored_rows(block.sequence);
+  const Sequence sequence = sequences.at(at.sequence);
+  const int stored = sequences.stored_rows(at.sequence), first_row = has_rows ? at.index * 64 : stored;
+  tile.sequence = at.sequence;
+  tile.rows = sequence.rows;
+  tile.keys = sequence.keys;
+  tile.stored = stored;
+  tile.first_row = first_row;
   ptx::forget_memory();  // what is read again below takes no registers above
-  item.blocks = sequence.blocks(item.first_row, Config::kBlockQ, Config::kBlockKv);
+  tile.blocks = sequence.blocks(first_row, 64, Config::kBlockKv);
+  tile.full = sequence.full_blocks(first_row, min(64, sequence.rows - first_row), Config::kBlockKv);
+  tile.end_key = sequence.seen(first_row, 64).end;
   ptx::forget_memory();
-  item.q = sequences.origin_of_used(block.sequence);
-  item.kv = sequences.transposed().origin_of_used(block.sequence);
-  item.out = sequences.origin_of_stored(block.sequence);
-  item.first_lse = sequences.first_value(block.sequence, block.head, args.heads);
+  tile.q = sequences.origin_of_used(at.sequence);
+  tile.out = sequences.origin_of_stored(at.sequence);
+  tile.first_lse = sequences.first_value(at.sequence, at.head, args.heads);
+}
+
+// What the tiles make together. Later tiles see blocks that end later: the last one's come first.
+template <class Config>
+__device__ __forceinline__ void describe_blocks(const ForwardArguments& args,
+                                                typename ForwardSmem<Config>::Item& item) {
+  int segments = 0, before = 0, sequence = 0, end = 0;  // blocks before the segment at hand, and where that ends
+#pragma unroll 1
+  for (int i = Config::kConsumers - 1; i >= 0; --i) {
+    Tile& tile = item.tiles[i];
+    if (tile.blocks.begin >= tile.blocks.end) continue;
+    if (segments == 0 || tile.sequence != sequence) {
+      if (segments > 0) before += end - item.segments[segments - 1].blocks.begin;
+      sequence = tile.sequence;
+      end = tile.blocks.end;
+      item.segments[segments++].kv = args.sequences.transposed().origin_of_used(sequence);
+    }
+    item.segments[segments - 1].blocks = {tile.blocks.begin, end};
+    tile.skipped = before + end - tile.blocks.end;
+  }
+  item.block_count = before + (segments > 0 ? end - item.segments[segments - 1].blocks.begin : 0);
+  item.has_turns = segments <= 1;
 }
 
 // The scheduler, one warp. The first item is the thread block's own number, the others are claimed when the one before
@@ -177,21 +225,32 @@ __device__ __forceinline__ void describe_item(const ForwardArguments& args, cons
 // Kuck 1987).
 template <class Config>
 __device__ __forceinline__ void find_items(const ForwardArguments& args, ForwardSmem<Config>& smem) {
-  const int lane = threadIdx.x % 32, items = args.schedule.items();
-  const auto from_first = [](int x) { return __shfl_sync(~0u, x, 0); };
+  constexpr int kTiles = Config::kConsumers;
+  const int lane = threadIdx.x % 32, claim = lane / kTiles, consumer = lane % kTiles, first_lane = claim * kTiles;
+  const int items = args.schedule.items();
   typename ForwardSmem<Config>::ItemPosition at;
   uint32_t phase = 0;  // of next_items
   for (int first = blockIdx.x, claims = 1; first < items;) {
-    Block block;
-    const bool found = lane < claims && first + lane < items && locate_item<Config>(args, first + lane, block);
-    const uint32_t all_found = __ballot_sync(~0u, found);
-    const int count = __popc(all_found), rank = __popc(all_found & ((1u << lane) - 1));
+    const int number = first + claim;
+    const bool is_claimed = claim < claims && number < items;
+    const Block tile = is_claimed ? locate_tile<Config>(args, number, consumer) : Block{0, 0, -1};
+    const bool rows = is_claimed && has_rows(args, tile);
+    const bool found = __ballot_sync(~0u, rows) >> first_lane & ((1u << kTiles) - 1);
+    const uint32_t all_found = __ballot_sync(~0u, found && consumer == 0);
+    const int count = __popc(all_found), rank = __popc(all_found & ((1u << first_lane) - 1));
+    auto own = at;
+    own.advance(rank);
+    typename ForwardSmem<Config>::Item& item = smem.items[own.stage];
     if (found) {
-      auto own = at;
-      own.advance(rank);
       smem.item_ring.wait_empty(own);
-      describe_item<Config>(args, block, smem.items[own.stage]);
-      smem.items[own.stage].claims_next = rank == count / 4;
+      describe_tile<Config>(args, tile, rows, item.tiles[consumer]);
+    }
+    __syncwarp();
+    if (found && consumer == 0) {
+      item.head = tile.head;
+      item.kv_head = quotient(tile.head, args.heads_per_kv_head);
+      item.claims_next = rank == count / 4;
+      describe_blocks<Config>(args, item);
       smem.item_ring.end_fill(own);
     }
     __syncwarp();
@@ -204,11 +263,11 @@ __device__ __forceinline__ void find_items(const ForwardArguments& args, Forward
     constexpr int kShares = 4;  // of what is left, for each thread block
     claims = max(1, min(args.most_claims, (items - first) / static_cast<int>(kShares * gridDim.x)));
     if (lane == 0) first = gridDim.x + atomicAdd(&args.item_counters[0], claims);
-    first = from_first(first);
+    first = __shfl_sync(~0u, first, 0);
   }
   if (lane == 0) {
     smem.item_ring.wait_empty(at);
-    smem.items[at.stage].head = Item::kNone;
+    smem.items[at.stage].head = ForwardSmem<Config>::Item::kNone;
     smem.item_ring.end_fill(at);
     // Whoever is last sets the counters back for the next launch.
     __threadfence();
@@ -226,28 +285,32 @@ __device__ __forceinline__ void load_kv(const ForwardArguments& args, ForwardSme
   RingPosition<Config::kStages> k_at, v_at;
   for (typename Smem::ItemPosition item_at;; item_at.next()) {
     smem.item_ring.wait_full(item_at);
-    const Item& item = smem.items[item_at.stage];
-    if (item.head == Item::kNone) break;
+    const typename Smem::Item& item = smem.items[item_at.stage];
+    if (item.head == Smem::Item::kNone) break;
 
-    const auto load = [&](typename Smem::KvTile& to, const CUtensorMap& from, int block, uint64_t* full) {
-      load_tile(to, from, item.kv, block * Config::kBlockKv, item.kv_head, full);
+    const auto load = [&](typename Smem::KvTile& to, const CUtensorMap& from, int segment, int block, uint64_t* full) {
+      load_tile(to, from, item.segments[segment].kv, block * Config::kBlockKv, item.kv_head, full);
     };
-    const auto [begin, end] = item.blocks;
-    for (int block = end - 1; block >= begin - 1; --block) {
-      if (item.claims_next && block == (begin < end ? begin : begin - 1)) {
-        cuda::ptx::mbarrier_arrive(&smem.next_items);
-      }
-      if (block >= begin) {
-        load(smem.k[k_at.stage], args.k, block, smem.k_ring.begin_fill(k_at, Smem::KvTile::kBytes));
+    const int count = item.block_count;
+    int segment = 0, block = item.segments[0].blocks.end - 1, last_segment = 0, last_block = 0;
+    for (int i = 0; i <= count; ++i) {
+      if (item.claims_next && i == max(count - 1, 0)) cuda::ptx::mbarrier_arrive(&smem.next_items);
+      if (i < count) {
+        load(smem.k[k_at.stage], args.k, segment, block, smem.k_ring.begin_fill(k_at, Smem::KvTile::kBytes));
         k_at.next();
       }
-      if (!Config::kOwnOutBuffer && block == (begin < end ? end : begin + 1) - 2) {
+      if (!Config::kOwnOutBuffer && i == min(count, 1)) {
         // O of the item before; once an item, or a phase would be missed
         wait_phase(&smem.out_left, item_at.stage % 2 ^ 1);
       }
-      if (block + 1 < end) {
-        load(smem.v[v_at.stage], args.v, block + 1, smem.v_ring.begin_fill(v_at, Smem::KvTile::kBytes));
+      if (i > 0) {
+        load(smem.v[v_at.stage], args.v, last_segment, last_block, smem.v_ring.begin_fill(v_at, Smem::KvTile::kBytes));
         v_at.next();
+      }
+      last_segment = segment;
+      last_block = block;
+      if (block-- == item.segments[segment].blocks.begin && i + 1 < count) {
+        block = item.segments[++segment].blocks.end - 1;
       }
     }
     smem.item_ring.release(item_at);
@@ -260,11 +323,12 @@ __device__ __forceinline__ void load_q(const ForwardArguments& args, ForwardSmem
   RingPosition<1> q_at;
   for (typename Smem::ItemPosition item_at;; item_at.next(), q_at.next()) {
     smem.item_ring.wait_full(item_at);
-    const Item& item = smem.items[item_at.stage];
-    if (item.head == Item::kNone) break;
+    const typename Smem::Item& item = smem.items[item_at.stage];
+    if (item.head == Smem::Item::kNone) break;
     for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
       uint64_t* full = smem.q_ring[consumer].begin_fill(q_at, Smem::QTile::kBytes);
-      load_tile(smem.q[consumer], args.q, item.q, item.first_row + 64 * consumer, item.head, full);
+      const Tile& tile = item.tiles[consumer];
+      load_tile(smem.q[consumer], args.q, tile.q, tile.first_row, item.head, full);
     }
     smem.item_ring.release(item_at);
   }
@@ -287,6 +351,7 @@ struct Consumer {
   const MnMajor<typename Smem::KvTile> v;
   RingPosition<Config::kStages> k_at, v_at;
   int item_count = 0;
+  bool has_turns;  // the item at hand
 
   float out[kHeadDim / 2];
   float scores[kBlockKv / 2];
@@ -315,38 +380,31 @@ struct Consumer {
   }
 
   // Where the config says so, consumers take turns at issuing products, so that one multiplies while another does its
-  // softmax. An item of n blocks has n - 1 turns for each consumer, whether or not it has work in them.
+  // softmax. An item of n blocks with turns has n - 1 for each consumer, whether or not it has work in them.
   __device__ __forceinline__ void await_turn() {
-    if constexpr (Config::kPlan.turns) ptx::bar_sync(kTurnBarrier + index, 256);
+    if (Config::kPlan.turns && has_turns) ptx::bar_sync(kTurnBarrier + index, 256);
   }
   __device__ __forceinline__ void pass_turn() {
-    if constexpr (Config::kPlan.turns) {
+    if (Config::kPlan.turns && has_turns) {
       ptx::bar_arrive(kTurnBarrier + (index + 1 == Config::kConsumers ? 0 : index + 1), 256);
     }
   }
 
-  __device__ __forceinline__ const Item& item() const { return smem.items[item_count % Smem::kItems]; }
+  __device__ __forceinline__ const Smem::Item& item() const { return smem.items[item_count % Smem::kItems]; }
+  __device__ __forceinline__ const Tile& tile() const { return item().tiles[index]; }
 
   // Through a shuffle, so that the compiler knows the number, and the loops that depend on it, to be the warp's.
   static __device__ __forceinline__ int same(int number) { return __shfl_sync(~0u, number, 0); }
-
-  __device__ __forceinline__ Sequence own_sequence() const {
-    return {same(item().rows), same(item().keys), args.sequences.each.left, args.sequences.each.right};
-  }
-  __device__ __forceinline__ int own_first_row() const { return same(item().first_row) + 64 * index; }
-
-  // The blocks that need no mask. What rows past the end see is never stored.
-  __device__ __forceinline__ Range full_blocks(const Sequence& sequence, int first_row) {
-    return sequence.full_blocks(first_row, min(64, sequence.rows - first_row), kBlockKv);
-  }
+  static __device__ __forceinline__ Range same(const Range& range) { return {same(range.begin), same(range.end)}; }
 
   // Masks the edges that the block has.
   template <int kRegisters>
   __device__ __forceinline__ void mask(float (&part)[kRegisters], int block) {
-    const Sequence sequence = own_sequence();  // from shared memory again, since no registers are left to keep it
-    const int first_row = own_first_row();
-    const Range full = full_blocks(sequence, first_row);
-    const int row = first_row + own_row(), first_key = block * kBlockKv;
+    // From shared memory again, since no registers are left to keep it.
+    const Sequence sequence = {same(tile().rows), same(tile().keys), args.sequences.each.left,
+                               args.sequences.each.right};
+    const Range full = same(tile().full);
+    const int row = same(tile().first_row) + own_row(), first_key = block * kBlockKv;
     if (block >= full.end) {
       const int end[2] = {sequence.end_key(row) - first_key, sequence.end_key(row + 8) - first_key};
       mask_from(part, end);
@@ -421,13 +479,13 @@ struct Consumer {
 
   // O / sum leaves through shared memory by TMA, which clips the rows past the end; lse leaves from registers.
   __device__ __forceinline__ void store(OnlineSoftmax& softmax) {
-    const Item& item = this->item();
-    const int first_row = own_first_row();
-    const float sink_log2 = args.sinks != nullptr ? args.sinks[item.head] * kLog2E : -INFINITY;
+    const Tile& tile = this->tile();
+    const int head = item().head, first_row = same(tile.first_row);
+    const float sink_log2 = args.sinks != nullptr ? args.sinks[head] * kLog2E : -INFINITY;
     float row_scale[2], lse[2];
     softmax.finish(sink_log2, row_scale, lse);
     const int row = first_row + own_row();
-    if (first_row + 64 > item.rows && item.rows < item.stored) zero_unused(row, item.rows, row_scale, lse);
+    if (first_row + 64 > tile.rows && tile.rows < tile.stored) zero_unused(row, tile.rows, row_scale, lse);
 
     const bool leader = threadIdx.x % 128 == 0;
     if constexpr (Config::kOwnOutBuffer) {  // the item before has left it
@@ -440,7 +498,7 @@ struct Consumer {
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     ptx::bar_sync(kOutBarrier + index, 128);
     if (leader) {
-      store_tile(args.out, smem.out(index), item.out, first_row, item.head);
+      store_tile(args.out, smem.out(index), tile.out, first_row, head);
       cuda::ptx::cp_async_bulk_commit_group();
       if constexpr (!Config::kOwnOutBuffer) {
         cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
@@ -448,10 +506,10 @@ struct Consumer {
       }
     }
 
-    float* row_lse = args.lse + item.first_lse + row;
+    float* row_lse = args.lse + tile.first_lse + row;
     if (own_column() == 0) {
-      if (row < item.stored) row_lse[0] = lse[0];
-      if (row + 8 < item.stored) row_lse[8] = lse[1];
+      if (row < tile.stored) row_lse[0] = lse[0];
+      if (row + 8 < tile.stored) row_lse[8] = lse[1];
     }
   }
 
@@ -472,22 +530,20 @@ struct Consumer {
   // False: there are no more items.
   __device__ __forceinline__ bool run() {
     smem.item_ring.wait_full(item_at());
-    if (same(item().head) == Item::kNone) return false;
-    const Sequence sequence = own_sequence();
-    const int first_row = own_first_row();
-    const int lowest = same(item().blocks.begin);
-    const Range own = sequence.blocks(first_row, 64, kBlockKv);
-    const Range full = full_blocks(sequence, first_row);
+    if (same(item().head) == Smem::Item::kNone) return false;
+    const Range own = same(tile().blocks), full = same(tile().full);
+    const int skipped = same(tile().skipped), count = same(item().block_count);
     const bool sees = own.begin < own.end;
+    has_turns = same(item().has_turns);
     OnlineSoftmax softmax(args.scale_log2);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.f;
 
     smem.q_ring[index].wait_full(q_at());
-    int block = same(item().blocks.end) - 1;
-    for (; block >= (sees ? own.end : lowest); --block) skip_block(sees || block > lowest);
+    for (int i = sees ? skipped : count; i > 0; --i) skip_block(sees || i > 1);
     if (sees) {
-      const bool half = sequence.seen(first_row, 64).end <= block * kBlockKv + kBlockKv / 2;
+      int block = own.end - 1;
+      const bool half = same(tile().end_key) <= block * kBlockKv + kBlockKv / 2;
       if (Config::kHalfFirstBlock && half) {
         first_block<Config::kHalfFirstBlock ? kBlockKv / 2 : kBlockKv>(softmax, block, block == own.begin);
       } else {
@@ -501,7 +557,8 @@ struct Consumer {
       for (; block >= full.begin; --block) next_block<false>(softmax, block, block == own.begin);
       for (; block >= own.begin; --block) next_block<true>(softmax, block, block == own.begin);
       last_output();
-      for (const int last = same(item().blocks.begin); block >= last; --block) skip_block(true);
+      const int last = same(tile().skipped) + same(tile().blocks.end) - same(tile().blocks.begin);
+      for (int i = same(item().block_count) - last; i > 0; --i) skip_block(true);
     } else {
       release_q();
     }
@@ -543,9 +600,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     Consumer<Config> consumer(args, smem, warpgroup - 1);
+    consumer.has_turns = true;
     if (consumer.index == Config::kConsumers - 1) consumer.pass_turn();  // the first turn is consumer 0's
     while (consumer.run()) {
     }
+    consumer.has_turns = true;
     if (consumer.index == 0) consumer.await_turn();  // takes the last turn, so that no barrier is left half full
     if (threadIdx.x % 128 == 0) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
   }

@@ -15,11 +15,14 @@ inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan
   constexpr int kElementBytes = 2;
   const Sequences sequences = problem.sequences();
   const int heads = static_cast<int>(problem.heads);
-  check_counts({sequences.block_count(heads, plan.block_q)});
   // Packed sequences are taken as one, since their lengths are not known here: from the last block to the first. Under
-  // a causal mask a costly block has all its sequence's cheaper ones behind it, which even out what it leaves.
+  // a causal mask a costly block has all its sequence's cheaper ones behind it, which even out what it leaves. A block
+  // has a tile of 64 rows for each consumer, of any sequences.
   const bool packed = sequences.is_packed();
-  return {.blocks = sequences.blocks_each(plan.block_q),
+  const int blocks =
+      packed ? quotient(sequences.blocks_each(64) - 1, plan.consumers()) + 1 : sequences.blocks_each(plan.block_q);
+  check_counts({packed ? int64_t{heads} * sequences.blocks_each(64) : sequences.block_count(heads, plan.block_q)});
+  return {.blocks = blocks,
           .heads = heads,
           .first_pair = 0,
           .pairs = (packed ? 1 : sequences.count) * heads,
@@ -31,7 +34,7 @@ inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan
 
 // How many items a thread block claims at once. Items of short packed sequences are done before the next one is found.
 inline int most_claims(const Problem& problem, const ForwardPlan& plan) {
-  constexpr int kMost = 8;
+  constexpr int kMost = 4;
   if (!problem.lengths.cu_seqlens_q) return 1;
   const int64_t rows = problem.seqlen_q / problem.batch + 1, claims = kMost * plan.block_q / rows;
   return claims < 1 ? 1 : claims < kMost ? static_cast<int>(claims) : kMost;

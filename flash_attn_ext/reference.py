@@ -34,7 +34,7 @@ def forward(q, k, v, options: Options, compute_dtype: torch.dtype | None = None,
     if options.has_lengths():
         return packed.forward(partial(forward, compute_dtype=compute_dtype), q, k, v, options)
     compute_dtype = compute_dtype or _default_dtype(q)
-    scores, _ = _scores(q.to(compute_dtype), k.to(compute_dtype), options, diagonal)
+    scores, _ = scores_and_slopes(q.to(compute_dtype), k.to(compute_dtype), options, diagonal)
     if options.sinks is not None:  # as the score of one more key, which has no value
         sinks = _by_kv_head(options.sinks.to(compute_dtype), k, 0)[..., None, None]
         scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
@@ -59,7 +59,7 @@ def backward(dout, q, k, v, out, lse, options: Options, dlse=None, diagonal: int
     lse = _by_kv_head(lse, k, 1).unsqueeze(-1)
     saw_nothing = lse == -torch.inf
 
-    scores, slopes = _scores(q, k, options, diagonal)
+    scores, slopes = scores_and_slopes(q, k, options, diagonal)
     probabilities = (scores - lse).exp().masked_fill(saw_nothing, 0)
     dprobabilities = torch.einsum("bqhgd,bkhd->bhgqk", dout_groups, v)
     delta = torch.einsum("bqhgd,bqhgd->bhgq", dout_groups, out_groups).unsqueeze(-1)
@@ -88,7 +88,7 @@ def _by_kv_head(x, k, dim):
     return x.unflatten(dim, (kv_heads, x.shape[dim] // kv_heads))
 
 
-def _scores(q, k, options, diagonal):
+def scores_and_slopes(q, k, options: Options, diagonal: int | None = None):
     """(batch, kv_heads, heads // kv_heads, seqlen_q, seqlen_k), -inf where the mask hides the key; and their derivative
     by what they are without softcap."""
     scores, slopes = torch.einsum("bqhgd,bkhd->bhgqk", _by_kv_head(q, k, 2), k * options.scale(q.shape[-1])), 1

@@ -4,6 +4,8 @@ The oracle is attention in float64 on the same rounded inputs. Options come as i
 by name; calls with lengths too.
 """
 
+import math
+
 import torch
 
 from flash_attn_ext import accuracy, packed, reference
@@ -28,9 +30,9 @@ def check_gradients(gradients, dout, q, k, v, out, lse, *options, dlse=None, **o
 
     A backward pass takes out and lse as they are given, and two consequences of that are no error of its own:
     - out has been rounded. What that rounding alone changes in each gradient is computed exactly, and allowed.
-    - dS = P (dP - delta) is exactly 0 in a row that sees a single key. Autograd takes the difference of a number and
-      itself there; a kernel has the number from two sums in float32, over dout v and over dout out, and the noise of
-      cancelled_sums is left.
+    - dS = P (dP - delta) is 0 in a row that sees a single key, and next to nothing where one key has all but 2^-10 of
+      the weight. Autograd takes the difference of a number and itself there, or nearly so; a kernel has the number from
+      two sums in float32, over dout v and over dout out, and the noise of cancelled_sums is left.
     """
     options = Options.of(*options, **options_by_name)
     inputs = [x.detach() for x in (q, k, v, *options.differentiable().values())]
@@ -40,9 +42,10 @@ def check_gradients(gradients, dout, q, k, v, out, lse, *options, dlse=None, **o
     plain = torch.autograd.grad((plain_out.float() * dout.float()).sum() + of_lse, low)
 
     doubles = [x.detach().double() for x in (dout, q, k, v)]
-    exact = reference.backward(*doubles, *reference.forward(*doubles[1:], options), options, dlse)
+    exact_out, exact_lse = reference.forward(*doubles[1:], options)
+    exact = reference.backward(*doubles, exact_out, exact_lse, options, dlse)
     given = reference.backward(*doubles, out.detach(), lse, options, dlse)
-    noise = cancelled_sums(*doubles, options)
+    noise = cancelled_sums(*doubles, exact_out, exact_lse, options)
     names = ("dq", "dk", "dv", "dsinks")[: len(inputs)]
     for name, x, *of_x in zip(names, inputs, gradients, exact, plain, given, noise, strict=True):
         result, exact_x, plain_x, given_x, noise_x = of_x
@@ -66,32 +69,32 @@ def luck_of_few_rows(exact, dtype):
     return (exact.to(dtype).double() - exact).abs().mean() / rows
 
 
-def cancelled_sums(dout, q, k, v, options):
-    """What float32 noise leaves in the gradients where rows that see a single key have a dS of exactly 0.
+def cancelled_sums(dout, q, k, v, out, lse, options, _=None):
+    """What float32 noise leaves in the gradients where one key has nearly all of a row's weight, and dS nearly cancels.
 
-    dP and delta are sums over head_dim of the same products there, each within 2^-20 of the products' magnitudes: the
+    dP and delta are sums over head_dim of nearly the same products there, each within 2^-20 of their magnitudes: the
     rounding that lse is allowed too. Rows' errors are independent of each other, so their squares add up in dk.
     """
     if options.has_lengths():
-        lse = q[..., 0].transpose(-1, -2)  # and out: of these shapes, and not looked at
-        return packed.backward(_cancelled_sums_of_sequence, dout, q, k, v, q, lse, options)
+        return packed.backward(cancelled_sums, dout, q, k, v, out, lse, options)
     (seqlen_q, heads, head_dim), (seqlen_k, kv_heads) = q.shape[1:], k.shape[1:3]
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-    if seqlen_k > 0:
-        dout, q = (x.unflatten(2, (kv_heads, heads // kv_heads)) for x in (dout, q))
-        seen = reference.visible(seqlen_q, seqlen_k, options, q.device)
-        if seen is None:
-            seen = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device)
-        single, key = seen.sum(-1) == 1, seen.byte().argmax(-1)
-        ds = options.scale(head_dim) * 2.0**-20 * torch.einsum("bqhgd,bqhd->bqhg", dout.abs(), v[:, key].abs())
-        ds = ds * single[:, None, None]
-        dq = (ds.unsqueeze(-1) * k[:, key].unsqueeze(3).abs()).flatten(2, 3)
-        dk.index_add_(1, key, torch.einsum("bqhg,bqhgd->bqhd", ds.square(), q.square())).sqrt_()
+    if seqlen_q > 0 and seqlen_k > 0:
+        scores, _ = reference.scores_and_slopes(
+            q, k, options
+        )  # (batch, kv_heads, heads // kv_heads, seqlen_q, seqlen_k)
+        log_weight, key = (scores - lse.view(scores.shape[:-1]).unsqueeze(-1)).max(-1)
+        dominated = log_weight > math.log1p(-(2.0**-10))
+        dout, q = (x.unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4) for x in (dout, q))
+        of_key = [x.transpose(1, 2)[:, :, None].expand(*scores.shape[:-2], -1, -1) for x in (k, v)]
+        index = key.unsqueeze(-1).expand(*key.shape, head_dim)
+        own_k, own_v = (x.gather(-2, index).abs() for x in of_key)
+        ds = options.scale(head_dim) * 2.0**-20 * dominated * (dout.abs() * own_v).sum(-1)
+        dq = (ds.unsqueeze(-1) * own_k).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        of_rows = (ds.unsqueeze(-1) * q).square()
+        squares = of_rows.new_zeros(*scores.shape[:-2], seqlen_k, head_dim).scatter_add_(-2, index, of_rows)
+        dk = squares.sum(2).transpose(1, 2).sqrt()
     return dq, dk, dv, *(torch.zeros_like(x) for x in options.differentiable().values())
-
-
-def _cancelled_sums_of_sequence(dout, q, k, v, out, lse, options, dlse):
-    return cancelled_sums(dout, q, k, v, options)
 
 
 def assert_within(comparison):

@@ -269,8 +269,8 @@ static void check_window(const HeadDimLimits& row, int64_t batch, int64_t seqlen
   if (window > 128) check_balance(name, costs);  // else items of few steps each, as whole as they are
 }
 
-// Packed sequences: every block once, and the work of causal packings shared out evenly though the launch does not know
-// the lengths.
+// Packed sequences: every tile of 64 rows once, and the work of causal packings shared out evenly though the launch does
+// not know the lengths. An item costs what its tiles see, sequence by sequence.
 static void check_packing(const std::string& what, const std::vector<int>& sizes) {
   std::vector<int> cu_seqlens{0};
   for (int size : sizes) cu_seqlens.push_back(cu_seqlens.back() + size);
@@ -289,20 +289,28 @@ static void check_packing(const std::string& what, const std::vector<int>& sizes
     const std::string name = what + " of " + std::to_string(total) + " rows, head dim " + std::to_string(row.head_dim);
     const Schedule schedule = forward_schedule(problem, plan);
     const Sequences sequences = problem.sequences();
-    std::vector<int> visits(sequences.block_count(heads, plan.block_q));
+    std::vector<int> visits(sequences.block_count(heads, 64));
     Costs costs;
+    int tiles = 0;
     for (int index = 0; index < schedule.items(); ++index) {
       const WorkItem item = schedule.item(index);
-      const Block at = sequences.locate_packed(item.block, item.head, plan.block_q);
-      if (at.index * plan.block_q >= sequences.stored_rows(at.sequence)) continue;  // a hole
-      ++visits[sequences.first_block(at.sequence, at.head, heads, plan.block_q) + at.index];
-      const Range blocks = sequences.at(at.sequence).blocks(at.index * plan.block_q, plan.block_q, plan.block_kv);
-      costs.push_back(1 + blocks.end - blocks.begin);
+      int cost = 0, sequence = -1, last_block = 0;
+      for (int i = 0; i < plan.consumers(); ++i) {
+        const Block at = sequences.locate_packed(item.block * plan.consumers() + i, item.head, 64);
+        if (at.index < 0 || at.index * 64 >= sequences.stored_rows(at.sequence)) continue;  // a hole
+        ++tiles;
+        ++visits[sequences.first_block(at.sequence, at.head, heads, 64) + at.index];
+        const Range blocks = sequences.at(at.sequence).blocks(at.index * 64, 64, plan.block_kv);
+        cost += blocks.end - (at.sequence == sequence ? last_block : blocks.begin);
+        sequence = at.sequence;
+        last_block = blocks.end;
+      }
+      if (cost > 0) costs.push_back(1 + cost);
     }
     int64_t expected = 0;
-    for (int size : sizes) expected += heads * ((size + plan.block_q - 1) / plan.block_q);
-    test::check(static_cast<int64_t>(costs.size()) == expected, name + ": as many items as blocks");
-    test::check(std::ranges::all_of(visits, [](int n) { return n <= 1; }), name + ": a block is handed out twice");
+    for (int size : sizes) expected += heads * ((size + 63) / 64);
+    test::check(tiles == expected, name + ": as many tiles as there are");
+    test::check(std::ranges::all_of(visits, [](int n) { return n <= 1; }), name + ": a tile is handed out twice");
     check_balance(name, costs);
   }
 }
