@@ -2,6 +2,8 @@
 //
 // With P = exp(scale * Q K^T - lse), dP = dO V^T and delta = rowsum(dO * O), FlashAttention-2's five products are
 //   S = Q K^T,  dP = dO V^T,  dV = P^T dO,  dS = P * (dP - delta),  dQ = scale * dS K,  dK = scale * dS^T Q.
+// With a softcap, in kernels of its own, P = exp(softcap * t - lse) and dS = P * (1 - t^2) * (dP - delta), where
+// t = tanh(scale * S / softcap).
 // Three kernels run one after the other, overlapped at their edges:
 //   prepare   (backward_rows.cu) delta and lse of every row, and zeros where dQ will be summed
 //   backward  thread blocks take item after item. An item has 128 keys, and walks the query blocks that see them. Each
@@ -32,6 +34,7 @@
 #include "tile/ring.cuh"
 #include "tile/schedule.h"
 #include "tile/smem.cuh"
+#include "tile/softmax.cuh"
 
 namespace flash_attn_ext {
 namespace {
@@ -140,8 +143,9 @@ struct BackwardArguments {
     int left, right;
   } reach;  // of all sequences
   int heads;
-  float scale, scale_log2;
+  float scale, scale_log2;  // scale_log2, with softcap: of the capped scores, which are at most 1
   bool needs_dk, needs_dv;
+  float cap_log2;  // softmax_scale / softcap * 2 * log2(e)
 };
 
 // --------------------------------------------------------------------------------------------------------- producer
@@ -292,7 +296,8 @@ struct Consumer {
   using QTile = typename Smem::QTile;
   static constexpr int kHeadDim = Config::kHeadDim, kBlockQ = Config::kBlockQ;
   static constexpr bool kNeedsDq = kGradients != Gradients::kDkv, kNeedsDkv = kGradients != Gradients::kDq;
-  static constexpr bool kKvInRegisters = Config::kKvInRegisters;
+  static constexpr bool kKvInRegisters = Config::kKvInRegisters, kSoftcap = Config::kSoftcap;
+  static constexpr bool kTwoAhead = kKvInRegisters && !kSoftcap;  // elsewhere it needs more registers than there are
   static constexpr int kPastEnd = INT_MAX;
 
   const BackwardArguments<Config>& args;
@@ -306,7 +311,9 @@ struct Consumer {
   RingPosition<Config::kDsStages> ds_at;
   uint32_t flags;  // of the step at hand
   const int thread = ptx::thread_in_register();
-  const uint32_t seen_bit = ptx::in_register(Step::kSeen << index), whole_bit = 4 * seen_bit;  // of the flags
+  // Of the flags. With softcap there is no register to keep it in.
+  const uint32_t seen_bit = kSoftcap ? Step::kSeen << index : ptx::in_register(Step::kSeen << index);
+  const uint32_t whole_bit = 4 * seen_bit;
   int item_count = 0;
   // The queries on the diagonal beside the thread's two keys; for keys past the end, beyond all that see anything.
   int diagonal[2];
@@ -389,8 +396,8 @@ struct Consumer {
     for (int j = 0; j < kBlockQ / 8; ++j) to[j] = reinterpret_cast<const float2*>(of_row)[4 * j + thread % 4];
   }
 
-  // P = exp(scale * S - lse), in place.
-  __device__ __forceinline__ void exponentiate(float (&scores)[kBlockQ / 2], const float2 (&lse_log2)[kBlockQ / 8]) {
+  // Scores of queries that do not see the thread's keys become -inf.
+  __device__ __forceinline__ void mask(float (&scores)[kBlockQ / 2]) {
     if (!(flags & whole_bit)) [[unlikely]] {
       const int first_row = smem.steps[at.stage].first_row, rows = smem.items[item_count % Smem::kItems].rows;
       const auto [left, right] = args.reach;
@@ -403,11 +410,35 @@ struct Consumer {
       mask_before(scores, first);
       mask_from(scores, end);
     }
+  }
+
+  // P = exp(scale * S - lse), in place.
+  __device__ __forceinline__ void exponentiate(float (&scores)[kBlockQ / 2], const float2 (&lse_log2)[kBlockQ / 8]) {
+    mask(scores);
 #pragma unroll
     for (int i = 0; i < kBlockQ / 2; i += 2) {
       const float2 lse = lse_log2[i / 4];
       scores[i] = ptx::ex2(fmaf(scores[i], args.scale_log2, -lse.x));
       scores[i + 1] = ptx::ex2(fmaf(scores[i + 1], args.scale_log2, -lse.y));
+    }
+  }
+
+  // With softcap: P = exp(softcap * t - lse) where t = tanh(scale * S / softcap), and P times t's slope, 1 - t^2, which
+  // takes the place of P in dS. Both rounded, as operands: t cannot be had back from P.
+  __device__ __forceinline__ void exponentiate_capped(uint32_t (&p)[kBlockQ / 16][4],
+                                                      uint32_t (&sloped_p)[kBlockQ / 16][4],
+                                                      float (&scores)[kBlockQ / 2],
+                                                      const float2 (&lse_log2)[kBlockQ / 8]) {
+    cap(scores, args.cap_log2);
+    mask(scores);
+    const auto slope = [](float t) { return fmaxf(fmaf(-t, t, 1.f), 0.f); };  // 0 for a masked t of -inf
+#pragma unroll
+    for (int i = 0; i < kBlockQ / 2; i += 2) {
+      const float2 t = make_float2(scores[i], scores[i + 1]), lse = lse_log2[i / 4];
+      const float2 x =
+          make_float2(ptx::ex2(fmaf(t.x, args.scale_log2, -lse.x)), ptx::ex2(fmaf(t.y, args.scale_log2, -lse.y)));
+      p[i / 8][i % 8 / 2] = pack<T>(x.x, x.y);
+      sloped_p[i / 8][i % 8 / 2] = pack<T>(x.x * slope(t.x), x.y * slope(t.y));
     }
   }
 
@@ -442,7 +473,8 @@ struct Consumer {
     }
   }
 
-  // ---- the order of work with K and V in registers: S and dP of a step under dV and dK of the step before
+  // ---- the order of work with K and V in registers, without softcap: S and dP of a step under dV and dK of the step
+  // before
 
   __device__ __forceinline__ void walk_two_ahead() {
     float scores[kBlockQ / 2], dp[kBlockQ / 2];
@@ -492,18 +524,25 @@ struct Consumer {
     }
   }
 
-  // ---- the order of work without: S of a step beside dK of the step before, then dP beside dV
+  // ---- the order of work elsewhere: S of a step beside dK of the step before, then dP beside dV
 
   __device__ __forceinline__ void walk_one_ahead() {
-    uint32_t p[kBlockQ / 16][4];
+    uint32_t p[kBlockQ / 16][4], sloped_p[kBlockQ / 16][4];  // sloped_p: with softcap
+    const auto make_p = [&](float (&scores)[kBlockQ / 2], const float2(&lse_log2)[kBlockQ / 8]) {
+      if constexpr (kSoftcap) {
+        exponentiate_capped(p, sloped_p, scores, lse_log2);
+      } else {
+        exponentiate(scores, lse_log2);
+        to_operand<T>(p, scores);
+      }
+    };
     {
       float scores[kBlockQ / 2];
       float2 lse_log2[kBlockQ / 8];
       issue_scores(scores);
       load_queries(lse_log2, smem.stats[at.stage].lse_log2);
       ptx::wgmma_wait_group<0>(scores);
-      exponentiate(scores, lse_log2);
-      to_operand<T>(p, scores);
+      make_p(scores, lse_log2);
     }
     for (;;) {
       uint32_t ds[kBlockQ / 16][4];
@@ -516,11 +555,18 @@ struct Consumer {
         if constexpr (kNeedsDkv) product_rs(dv, p, dout_rows.at(at.stage), true);
         issue_dp(dp);
         pass_turn(shared);
-        load_queries(delta, smem.stats[at.stage].delta);
-        if constexpr (kNeedsDq) wait_for_ds_stage();
+        if constexpr (!kSoftcap) {
+          load_queries(delta, smem.stats[at.stage].delta);
+          if constexpr (kNeedsDq) wait_for_ds_stage();
+        }
         ptx::wgmma_wait_group<0>(dp, dv);
         smem.dout_ring.release(at);
-        make_ds(ds, [&](int i) { return unpack<T>(p[i / 8][i % 8 / 2]); }, dp, delta);
+        if constexpr (kSoftcap) {  // earlier, and ptxas spills
+          if constexpr (kNeedsDq) wait_for_ds_stage();
+          load_queries(delta, smem.stats[at.stage].delta);
+        }
+        const auto& of_ds = kSoftcap ? sloped_p : p;
+        make_ds(ds, [&](int i) { return unpack<T>(of_ds[i / 8][i % 8 / 2]); }, dp, delta);
       }
       const uint32_t next = next_flags();  // not while it is my turn
       await_turn(shared);
@@ -543,8 +589,7 @@ struct Consumer {
       load_queries(lse_log2, smem.stats[at.stage].lse_log2);
       ptx::wgmma_wait_group<0>(scores, dk);
       smem.q_ring.release(done);
-      exponentiate(scores, lse_log2);
-      to_operand<T>(p, scores);
+      make_p(scores, lse_log2);
     }
   }
 
@@ -611,7 +656,7 @@ struct Consumer {
       smem.v_ring.release(item_at);
     }
     if (find_seen_step()) {
-      if constexpr (kKvInRegisters) {
+      if constexpr (kTwoAhead) {
         walk_two_ahead();
       } else {
         walk_one_ahead();
@@ -631,7 +676,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
-    if (!kKvInRegisters && index == 1) pass_turn(true);  // the first turn is consumer 0's
+    if (!kTwoAhead && index == 1) pass_turn(true);  // the first turn is consumer 0's
     for (;;) {
       read_step();
       if (flags & Step::kEnd) break;
@@ -794,8 +839,10 @@ BackwardArguments<Config> make_arguments(const BackwardParams& params, const Wor
   args.sequences = workspace.sequences;
   args.reach = {workspace.sequences.each.left, workspace.sequences.each.right};
   args.heads = static_cast<int>(problem.heads);
+  const auto softcap = static_cast<float>(problem.options.softcap);
   args.scale = problem.softmax_scale();
-  args.scale_log2 = problem.softmax_scale() * kLog2E;
+  args.scale_log2 = (Config::kSoftcap ? softcap : problem.softmax_scale()) * kLog2E;
+  args.cap_log2 = Config::kSoftcap ? problem.softmax_scale() / softcap * 2 * kLog2E : 0.f;
   return args;
 }
 
@@ -830,7 +877,13 @@ void launch(const BackwardParams& params, cudaStream_t stream) {
 }  // namespace
 
 void launch_backward(const BackwardParams& params, cudaStream_t stream) {
-  with_backward_config(params.problem, [&]<class Config>() { launch<Config>(params, stream); });
+  with_backward_config(params.problem, [&]<class Config>() {
+    if (params.problem.options.softcap == 0) {
+      launch<Config>(params, stream);
+    } else {
+      launch<typename Config::Capped>(params, stream);
+    }
+  });
 }
 
 int64_t backward_workspace_bytes(const BackwardParams& params) {

@@ -22,9 +22,11 @@ namespace flash_attn_ext {
 
 // ---------------------------------------------------------------------------------------------------------- config
 
-template <int kRow, class Type>
+template <int kRow, class Type, bool kCapped = false>
 struct BackwardConfig {
   using T = Type;
+  using Capped = BackwardConfig<kRow, Type, true>;  // of the products; what comes before and after them is the same
+  static constexpr bool kSoftcap = kCapped;
   static constexpr BackwardPlan kPlan = kLimits[kRow].backward;
   static constexpr int kHeadDim = kLimits[kRow].head_dim;
   static constexpr int kBlockQ = kPlan.block_q;

@@ -24,10 +24,9 @@ TABLE = _table()
 # The head dims at which the GPU kernels of a pass have an option, by the argument that asks for it; elsewhere such a
 # call is refused before a launch. Which calls need not ask this table: csrc/torch/checks.h.
 EVERY = tuple(row["head_dim"] for row in TABLE)
-NONE = ()
 OPTIONS = {
     "window_size": {"forward": EVERY, "backward": EVERY},
-    "softcap": {"forward": EVERY, "backward": NONE},
+    "softcap": {"forward": EVERY, "backward": EVERY},
     "sinks": {"forward": EVERY, "backward": EVERY},
     "cu_seqlens": {"forward": EVERY, "backward": EVERY},
     "seqused": {"forward": EVERY, "backward": EVERY},

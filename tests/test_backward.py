@@ -8,6 +8,7 @@ import gc
 import itertools
 import math
 import threading
+from dataclasses import replace
 from functools import partial
 
 import gpu
@@ -17,6 +18,7 @@ from cases import (
     BACKWARD,
     BACKWARD_OPTIONS,
     BACKWARD_SMOKE,
+    DTYPES,
     LAYOUTS,
     ROWS,
     TRAINING_HEAD_DIMS,
@@ -63,6 +65,7 @@ def by_operator(*arguments, **options):
 
 each_head_dim = pytest.mark.parametrize("head_dim", TRAINING_HEAD_DIMS)
 each_row = pytest.mark.parametrize("row", TRAINING_ROWS, ids=lambda row: f"d{row['head_dim']}")
+each_softcap = pytest.mark.parametrize("softcap", [0.0, 30.0], ids=["uncapped", "softcap"])
 
 
 # The table -----------------------------------------------------------------------------------------------------------
@@ -108,6 +111,37 @@ def test_random_shapes(case, values):
 @pytest.mark.parametrize("softmax_scale", [1e-4, 0.03, 1.0, 2.5, 30.0])
 def test_softmax_scale(head_dim, dtype, softmax_scale):
     both_passes_and_check(*(normal(2, 193, 3, head_dim, dtype=dtype) for _ in range(3)), softmax_scale, causal=True)
+
+
+CAPPED = [replace(case, softcap=2.0) for case in BACKWARD_SMOKE]
+CAPPED += [
+    replace(case, softcap=2.0)
+    for case in BACKWARD
+    if case.dtype == "bf16" and case.causal and case.layout == "bshd" and max(case.seqlen_q, case.seqlen_k) < 5000
+]
+
+
+@pytest.mark.parametrize("case", CAPPED, ids=str)
+def test_table_with_softcap(case):
+    """Its kernels are others, with another order of work at head dim 64."""
+    both_passes_and_check(*case.inputs("cuda"), **case.options("cuda"))
+
+
+@each_head_dim
+@both_masks
+@pytest.mark.parametrize(
+    "dtype, softcap",  # in fp16 the yardstick overflows at 1e4
+    [*itertools.product(DTYPES, (1e-2, 1.0, 30.0)), ("bf16", 1e4)],
+)
+def test_softcap(head_dim, causal, dtype, softcap):
+    """From scores that are nearly all at the cap to scores that are far below it; and each gradient without others."""
+    q, k, v = Case(head_dim, dtype, 193, 300, heads=6, kv_heads=2).inputs("cuda")
+    options = {"causal": causal, "softcap": softcap}
+    arguments, every = both_passes_and_check(q, k, v, **options)
+    for needs in itertools.product((False, True), repeat=3):
+        results = by_operator(*arguments, **options, needs=list(needs))
+        chosen = [x if need else None for x, need in zip(results, needs, strict=True)]
+        assert_same(chosen, [x if need else None for x, need in zip(every, needs, strict=True)], keys=300)
 
 
 @each_row
@@ -334,11 +368,13 @@ def test_empty_inputs(batch, seqlen_q, seqlen_k, causal):
 @each_row
 @both_masks
 @pytest.mark.parametrize("where", ["dout", "q", "k", "v", "out"])
-def test_nan_stays_in_its_head(row, causal, where):
-    arguments, expected = both_passes(*(normal(2, ONE_BLOCK, 4, row["head_dim"]) for _ in range(3)), causal=causal)
+@each_softcap
+def test_nan_stays_in_its_head(row, causal, where, softcap):
+    options = {"causal": causal, "softcap": softcap}
+    arguments, expected = both_passes(*(normal(2, ONE_BLOCK, 4, row["head_dim"]) for _ in range(3)), **options)
     spoilt = dict(zip(("dout", "q", "k", "v", "out", "lse"), (x.clone() for x in arguments), strict=True))
     spoilt[where][1, 70, 2, 5] = math.nan
-    results = differentiate(*spoilt.values(), causal=causal)
+    results = differentiate(*spoilt.values(), **options)
     gradient_of_it = {"dout": 2, "q": 0, "k": 1, "v": 0, "out": 0}[where]
     assert results[gradient_of_it][1, 70, 2].isnan().any()
     for x, y in zip(results, expected, strict=True):
@@ -349,15 +385,17 @@ def test_nan_stays_in_its_head(row, causal, where):
 @each_row
 @both_masks
 @pytest.mark.parametrize("more", [1, 37, 63])
-def test_infinite_keys_and_rows_past_the_end(row, causal, more):
-    """A key of weight 0, by a score of -inf or of -30000, gets the same gradients: rows past the end add no 0 * inf."""
+@each_softcap
+def test_infinite_keys_and_rows_past_the_end(row, causal, more, softcap):
+    """A key of the least weight, by a score of -inf or of -30000, gets the same gradients: rows past the end add no
+    0 * inf. Without softcap the weight is 0."""
     q, k, v = (normal(2, row["backward"]["block_q"] + more, 3, row["head_dim"]) for _ in range(3))
     q[..., 5] = q[..., 5].abs() + 0.5
     dout = torch.randn_like(q)
     results = []
     for value in (-30000.0, -math.inf):
         k[:, 20, :, 5] = value
-        _, (_, dk, dv) = both_passes(q, k, v, causal=causal, dout=dout)  # dq is 0 * inf
+        _, (_, dk, dv) = both_passes(q, k, v, causal=causal, softcap=softcap, dout=dout)  # dq is 0 * inf
         results.append((dk, dv))
     for (name, a), b in zip(zip(("dk", "dv"), results[0], strict=True), results[1], strict=True):
         assert a.isfinite().all() and same_bits(a, b), f"{name} differs with a score of -inf"
@@ -565,15 +603,17 @@ def test_autograd_goes_back_on_the_stream_of_the_forward():
 @each_row
 @both_masks
 @pytest.mark.parametrize("kind", [(20, 20), (20, 4)], ids=["mha", "gqa"])
-def test_dk_and_dv_are_bitwise_reproducible(row, causal, kind):
+@each_softcap
+def test_dk_and_dv_are_bitwise_reproducible(row, causal, kind, softcap):
     """The same bits 50 times over, with enough items that a race between producer and consumers would show."""
     (heads, kv_heads), plan = kind, row["backward"]
     q = normal(4, 9 * plan["block_q"] + 7, heads, row["head_dim"])
     k, v = (normal(4, 3 * plan["block_kv"] + 3, kv_heads, row["head_dim"]) for _ in range(2))
-    arguments, (first_dq, first_dk, first_dv) = both_passes_and_check(q, k, v, causal=causal)
+    options = {"causal": causal, "softcap": softcap}
+    arguments, (first_dq, first_dk, first_dv) = both_passes_and_check(q, k, v, **options)
     different = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(50):
-        dq, dk, dv = flash_attn_ext.backward(*arguments, causal=causal)
+        dq, dk, dv = flash_attn_ext.backward(*arguments, **options)
         different += (dk != first_dk).sum() + (dv != first_dv).sum()
     assert different.item() == 0
     assert same_but_for_order(dq, first_dq)
@@ -589,9 +629,10 @@ def one_multiprocessor():
 
 GROUPED = [case for case in BACKWARD if case.heads != case.kv_heads and max(case.seqlen_q, case.seqlen_k) < 5000]
 GROUPED += [
-    Case(d, "bf16", 700, 700, True, 2, heads, kv_heads)
+    Case(d, "bf16", 700, 700, True, 2, heads, kv_heads, softcap=softcap)
     for d in TRAINING_HEAD_DIMS
     for heads, kv_heads in ((10, 1), (13, 1), (64, 2))
+    for softcap in (0.0, 30.0)
 ]
 
 

@@ -173,13 +173,7 @@ WRONG_ON_CUDA = {
         [f"k has shape (2, {2**30}, 2, {D})", f"sizes up to {2**30 - 1}", "Split the batch or the heads"],
     ),
 }
-ASKS = {"window_size": (128, 0), "softcap": 30.0, "sinks": torch.ones(4)}  # for an option that not all kernels have
-
-
-def lacking(which):
-    """(head dim, option): what the kernels of a pass do not have."""
-    head_dims = flash_attn_ext.supported()[which]
-    return [(d, option) for option in ASKS for d in head_dims if not limits.has_option(option, which, d)]
+ASKS = {"window_size": (128, 0), "softcap": 30.0, "sinks": torch.ones(4)}  # for an option that kernels may lack
 
 
 each = pytest.mark.parametrize
@@ -437,23 +431,28 @@ def assert_names_where_it_is_had(text, option, which):
     assert all(f" {d}" in text for d in dims) if dims else "do not have that yet" in text
 
 
-@each("head_dim, option", lacking("forward"))
-def test_option_that_the_forward_does_not_have(head_dim, option):
+had_at = each("dims", [(), (D + 64,)], ids=["nowhere", "elsewhere"])
+
+
+@had_at
+@each("option", ASKS)
+def test_option_that_the_forward_does_not_have(monkeypatch, option, dims):
+    monkeypatch.setitem(limits.OPTIONS, option, {"forward": dims, "backward": dims})
     value = ASKS[option]
     words = [f"{option} is {'given' if option == 'sinks' else value}; the forward", "Ways out", "CPU tensors"]
     with FakeTensorMode() as mode:
         asked = {option: mode.from_tensor(value).to("cuda") if option == "sinks" else value}
-        text = assert_refused(lambda: operator(**of_operator(good("cuda", head_dim) | asked)), ValueError, words)
+        text = assert_refused(lambda: operator(**of_operator(good("cuda") | asked)), ValueError, words)
     assert_names_where_it_is_had(text, option, "forward")
-    assert explain(**good("cpu", head_dim), **{option: value}, target="hopper") == text
-    assert explain(**good("cpu", head_dim), **{option: value}) is None
+    assert explain(**good("cpu"), **{option: value}, target="hopper") == text
+    assert explain(**good("cpu"), **{option: value}) is None
 
 
-@each("head_dim, option", lacking("backward"))
-def test_option_that_the_backward_does_not_have(head_dim, option):
-    arguments = good("meta", head_dim) | {option: ASKS[option].to("meta") if option == "sinks" else ASKS[option]}
-    if (head_dim, option) in lacking("forward"):
-        pytest.skip("the forward refuses it already")
+@had_at
+@each("option", ASKS)
+def test_option_that_the_backward_does_not_have(monkeypatch, option, dims):
+    monkeypatch.setitem(limits.OPTIONS, option, {"forward": limits.EVERY, "backward": dims})
+    arguments = good("meta") | {option: ASKS[option].to("meta") if option == "sinks" else ASKS[option]}
     assert explain(**arguments, target="hopper") is None
     arguments["k"].requires_grad_()
     text = explain(**arguments, target="hopper")

@@ -25,7 +25,8 @@ def sanitizer():
 
 
 def watched():
-    """Per row, full and causal: ragged calls, and where causal, rows that see nothing; forth and back.
+    """Per row, full and causal, with softcap and without: ragged calls, and where causal, rows that see nothing; forth
+    and back.
 
     With GQA dk and dv are summed in memory here, since so few blocks leave every query head to an item of its own. With
     a KV head for each head they are stored by TMA.
@@ -39,16 +40,18 @@ def watched():
 
     for row in ROWS:
         plan = row["backward"] or row["forward"]
-        for (causal, dtype), heads in itertools.product(((False, "fp16"), (True, "bf16")), (4, 2)):
+        kinds = itertools.product(((False, "fp16"), (True, "bf16")), (4, 2), (0.0, 2.0))
+        for (causal, dtype), heads, softcap in kinds:
+            options = {"causal": causal, "softcap": softcap}
             seqlen_q, seqlen_k = 2 * row["forward"]["block_q"] + 3, plan["block_kv"] + 5
             inputs = Case(row["head_dim"], dtype, seqlen_q, seqlen_k, causal, 1, heads, 2).inputs("cpu")
             q, k, v, dout = (x.cuda() for x in (*inputs, torch.ones_like(inputs[0])))
-            out, lse = flash_attn_ext.forward(q, k, v, causal=causal)
+            out, lse = flash_attn_ext.forward(q, k, v, **options)
             results = [out]
             if row["backward"]:
-                results += flash_attn_ext.backward(dout, q, k, v, out, lse, causal=causal)
+                results += flash_attn_ext.backward(dout, q, k, v, out, lse, **options)
                 for needs in ([True, False, False], [False, True, True]):
-                    torch.ops.flash_attn_ext.backward(dout, q, k, v, out, lse, causal=causal, needs=needs)
+                    torch.ops.flash_attn_ext.backward(dout, q, k, v, out, lse, **options, needs=needs)
             assert all(x.cpu().isfinite().all() for x in results) and not lse.cpu().isnan().any()
     lengths_that_make_no_sense()
     print("all calls made")

@@ -19,30 +19,25 @@ import nvcc  # noqa: E402 (the build's own reader of ptxas output)
 
 KERNEL = re.compile(
     r"(?P<direction>forward|backward)_kernel.*?(?:Forward|Backward)ConfigILi(?P<row>\d+)E"
-    r"(?:13__nv_(?P<bf16>bfloat16)|6__half)(?:Lb(?P<softcap>[01])E)?E(?:EL\w*?9GradientsE(?P<gradients>\d))?"
+    r"(?:13__nv_(?P<bf16>bfloat16)|6__half)Lb(?P<softcap>[01])EE(?:EL\w*?9GradientsE(?P<gradients>\d))?"
 )
 GRADIENTS = ("all", "dq", "dkv")  # csrc/backward.cu's enum class Gradients
 DTYPES = ("fp16", "bf16")
-SOFTCAP = ("", "softcap")  # of the forward: kernels without and with it
+SOFTCAP = ("", "softcap")  # kernels without and with it
 KERNELS = [
-    ("forward", index, dtype, softcap)
+    (direction, index, dtype, softcap, gradients)
+    for direction, each_gradients in (("forward", [""]), ("backward", GRADIENTS))
     for index, row in enumerate(TABLE)
-    if row["forward"]
+    if row[direction]
     for dtype in DTYPES
     for softcap in SOFTCAP
-]
-KERNELS += [
-    ("backward", index, dtype, gradients)
-    for index, row in enumerate(TABLE)
-    if row["backward"]
-    for dtype in DTYPES
-    for gradients in GRADIENTS
+    for gradients in each_gradients
 ]
 
 
 def kernel_id(kernel):
-    direction, row, dtype, gradients = kernel
-    return "-".join(filter(None, (direction, f"d{TABLE[row]['head_dim']}", dtype, gradients)))
+    direction, row, dtype, *variant = kernel
+    return "-".join(filter(None, (direction, f"d{TABLE[row]['head_dim']}", dtype, *variant)))
 
 
 each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=kernel_id)
@@ -67,13 +62,14 @@ def cuobjdump(*arguments):
 
 
 def by_kernel(output):
-    """Splits what follows each function's name; keys are (direction, row of the table, dtype, gradients or softcap)."""
+    """Splits what follows each function's name; keys are those of KERNELS."""
     parts = re.split(r"^\s*Function\s*:?\s*(\S+?):?$", output, flags=re.MULTILINE)
     found = {}
     for name, text in zip(parts[1::2], parts[2::2], strict=True):
         if match := KERNEL.search(name):
-            variant = GRADIENTS[int(match["gradients"])] if match["gradients"] else SOFTCAP[int(match["softcap"])]
-            found[match["direction"], int(match["row"]), "bf16" if match["bf16"] else "fp16", variant] = text
+            dtype, softcap = "bf16" if match["bf16"] else "fp16", SOFTCAP[int(match["softcap"])]
+            gradients = GRADIENTS[int(match["gradients"])] if match["gradients"] else ""
+            found[match["direction"], int(match["row"]), dtype, softcap, gradients] = text
     return found
 
 
@@ -97,7 +93,7 @@ def products(kernel):
 
     A form is N and the wrapper's name in csrc/ptx/wgmma.cuh. M is 64, K 16.
     """
-    direction, index, _, gradients = kernel
+    direction, index, _, _, gradients = kernel
     row = TABLE[index]
     head_dim, plan = row["head_dim"], row[direction]
     if direction == "forward":
@@ -143,12 +139,13 @@ def test_products_are_wgmma(sass, kernel):
 def test_the_backward_multiplies_no_more_than_it_needs(sass, kernel):
     """ptxas dropped and duplicated no product.
 
-    What the source has twice: S, before the loop over steps and in it; dP too, where it is as far ahead; and dQ, for
-    steps that both consumers see, and for either of them alone.
+    What the source has twice: S, before the loop over steps and in it; dP too, where it is as far ahead, which it is
+    not with softcap; and dQ, for steps that both consumers see, and for either of them alone.
     """
-    if kernel[0] == "backward":
+    direction, index, _, softcap, _ = kernel
+    if direction == "backward":
         step = products(kernel)
-        twice = {"S", "dQ"} | ({"dP"} if TABLE[kernel[1]]["head_dim"] == 64 else set())
+        twice = {"S", "dQ"} | ({"dP"} if TABLE[index]["head_dim"] == 64 and not softcap else set())
         issued = Counter(filter(None, (form(text) for _, text in instructions(sass[kernel]))))
         assert issued == added([*step.values(), *(step[name] for name in twice & step.keys())])
 
@@ -207,12 +204,12 @@ def test_documents_count_the_instructions_of_the_main_loop(sass, kernel):
     """For one compiler: others may need more or fewer. In the backward also those of dQ's warpgroup."""
     from flash_attn_ext._build_info import BUILD
 
-    direction, index, _, gradients = kernel
+    direction, index, _, softcap, gradients = kernel
     document = (ROOT / "docs" / f"{direction}.md").read_text()
     compiler = re.search(r"\bnvcc (\d+\.\d+)", document)[1]
     if BUILD["cuda"] != compiler:
         pytest.skip(f"docs/{direction}.md counts what nvcc {compiler} makes, and this binary is nvcc {BUILD['cuda']}'s")
-    if gradients not in ("", "all"):
+    if softcap or gradients not in ("", "all"):
         pytest.skip("only kernels of all gradients, and without softcap, are in the table")
     row = TABLE[index]
     step = products(kernel)
@@ -230,8 +227,9 @@ def test_documents_count_the_instructions_of_the_main_loop(sass, kernel):
 @each_kernel
 def test_tiles_move_by_tma(sass, kernel):
     assert re.search(r"\bUTMALDG\b", sass[kernel])
-    assert bool(re.search(r"\bUTMASTG\b", sass[kernel])) == (kernel[3] != "dq")  # dQ is added from registers
-    assert bool(re.search(r"\bREDG\..*F32x4\b", sass[kernel])) == (kernel[3] in ("all", "dq"))
+    gradients = kernel[-1]
+    assert bool(re.search(r"\bUTMASTG\b", sass[kernel])) == (gradients != "dq")  # dQ is added from registers
+    assert bool(re.search(r"\bREDG\..*F32x4\b", sass[kernel])) == (gradients in ("all", "dq"))
 
 
 @needs_kernels
