@@ -60,6 +60,7 @@ struct alignas(16) Step {
 };
 
 // A work item, a block of keys with query heads of its KV head: what the scheduler finds out about it for all others.
+// Its size is a power of two: with another one, the consumers lack a register.
 struct alignas(128) Item {
   static constexpr int kNone = -1;
 
@@ -200,7 +201,7 @@ __device__ __forceinline__ int claim_item(const BackwardArguments<Config>& args)
   return __shfl_sync(~0u, claimed, 0);
 }
 
-// The scheduler, one thread. The first item is the thread block's own number, the others are claimed: each when the one
+// The scheduler, one warp. The first item is the thread block's own number, the others are claimed: each when the one
 // before has come to its last step, as late as the latency of claiming and finding stays hidden.
 template <class Config>
 __device__ __forceinline__ void find_items(const BackwardArguments<Config>& args, BackwardSmem<Config>& smem) {

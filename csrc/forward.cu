@@ -1,9 +1,9 @@
 // Attention forward for Hopper: O = softmax(scale * Q K^T) V and its log-sum-exp.
 //
 // FlashAttention-3 (Shah et al. 2024), sections 3.1 and 3.2. A thread block keeps 64 query rows per consumer warpgroup
-// and walks the KV blocks that they see from the last to the first. Roles: of warpgroup 0, the producer, one thread
-// finds work items, one copies their K and V blocks into two rings, and one copies Q; each other warpgroup, a consumer,
-// multiplies and does the softmax of its own rows. Thread blocks are persistent: they take item after item
+// and walks the KV blocks that they see from the last to the first. Roles: of warpgroup 0, the producer, one warp finds
+// work items, one thread copies their K and V blocks into two rings, and one copies Q; each other warpgroup, a
+// consumer, multiplies and does the softmax of its own rows. Thread blocks are persistent: they take item after item
 // (tile/schedule.h), and the producer is already at the next item while the consumers finish this one. docs/forward.md
 // has the barriers, the layout of shared memory and the cycle budget.
 
@@ -95,8 +95,7 @@ struct Item {
   int kv_head;
   int block_count;
   bool claims_next;  // at its last K the next items are claimed
-  // Consumers take turns: not where they work on several sequences, each at another time.
-  bool has_turns;
+  bool has_turns;    // consumers take turns: not where they work on several sequences, each at another time
   struct Segment {
     Origin kv;
     Range blocks;
@@ -123,7 +122,8 @@ struct ForwardSmem {
   KvRing k_ring;
   KvRing v_ring;
   Ring<1> q_ring[kConsumers];       // of each consumer; empty: its last Q K^T of the item is done
-  static constexpr int kItems = 8;  // as many as are claimed at once, those before them, and those at work
+  static constexpr int kItems = 8;  // those claimed at once, and as many before them, down to those at work
+  static_assert(2 * kMostClaims <= kItems && kMostClaims * kConsumers <= 32, "a lane of the scheduler finds a tile");
   using ItemPosition = RingPosition<kItems>;
   using Item = flash_attn_ext::Item<kConsumers>;
   Ring<kItems> item_ring;  // scheduler -> loaders and consumers; empty: the item is done

@@ -33,11 +33,12 @@ inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan
 }
 
 // How many items a thread block claims at once. Items of short packed sequences are done before the next one is found.
+inline constexpr int kMostClaims = 4;
+
 inline int most_claims(const Problem& problem, const ForwardPlan& plan) {
-  constexpr int kMost = 4;
   if (!problem.lengths.cu_seqlens_q) return 1;
-  const int64_t rows = problem.seqlen_q / problem.batch + 1, claims = kMost * plan.block_q / rows;
-  return claims < 1 ? 1 : claims < kMost ? static_cast<int>(claims) : kMost;
+  const int64_t rows = problem.seqlen_q / problem.batch + 1, claims = kMostClaims * plan.block_q / rows;
+  return claims < 1 ? 1 : claims < kMostClaims ? static_cast<int>(claims) : kMostClaims;
 }
 
 // Without rows that see nothing: what dO has there, NaN too, must not reach dK and dV.
