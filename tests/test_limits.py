@@ -127,6 +127,6 @@ def test_documents_have_the_shared_memory(row):
             assert total == 0
             continue
         texts, sizes = zip(*parts(row), strict=True)
-        assert 0 < total - sum(sizes) <= 2048, "the barriers and records, up to the next whole KB"
+        assert 0 < total - sum(sizes) <= 3072, "the barriers and records, up to the next whole KB"
         line = f"| {row['head_dim']} | {' | '.join(texts)} | {kilobytes(total - sum(sizes))} | {kilobytes(total)} |"
         assert line in (ROOT / "docs" / f"{which}.md").read_text()
