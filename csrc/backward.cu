@@ -4,7 +4,7 @@
 //   S = Q K^T,  dP = dO V^T,  dV = P^T dO,  dS = P * (dP - delta),  dQ = scale * dS K,  dK = scale * dS^T Q.
 // With a softcap, in kernels of its own, P = exp(softcap * t - lse) and dS = P * (1 - t^2) * (dP - delta), where
 // t = tanh(scale * S / softcap).
-// Three kernels run one after the other, overlapped at their edges:
+// Three kernels run one after the other, overlapped at their edges, and a small fourth one where sinks have a gradient:
 //   prepare   (backward_rows.cu) delta and lse of every row, and zeros where dQ will be summed
 //   backward  thread blocks take item after item. An item has 128 keys, and walks the query blocks that see them. Each
 //             of two consumer warpgroups owns 64 of the keys. S and dP are computed transposed (keys x queries), so

@@ -54,10 +54,10 @@ struct ForwardConfig {
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 
-  // With a buffer of its own, O leaves while V of the next item arrives. Where it does not fit beside Q, K, V and 1 KB
-  // of barriers, O leaves through V's.
+  // With a buffer of its own, O leaves while V of the next item arrives. Where it does not fit beside Q, K, V and 3 KB
+  // of barriers and items, O leaves through V's.
   static constexpr bool kOwnOutBuffer =
-      (2 * kBlockQ + 2 * kStages * kBlockKv) * kHeadDim * sizeof(T) + 1024 < kSharedMemoryBytes;
+      (2 * kBlockQ + 2 * kStages * kBlockKv) * kHeadDim * sizeof(T) + 3072 < kSharedMemoryBytes;
 
   // Where the first block's later half is masked for all rows of a consumer, it is not computed. At head dim 128 this
   // was measured to cost more than it saves, since the consumers then fall into step (docs/tuning.md).

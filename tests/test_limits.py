@@ -89,7 +89,7 @@ def forward_shared_memory(row):
     plan, element = row["forward"], 2
     q, kv = (plan[block] * row["head_dim"] * element for block in ("block_q", "block_kv"))
     rings = 2 * plan["stages"] * kv
-    has_out_buffer = 2 * q + rings + 1024 < 227 * 1024  # beside the barriers, in what a thread block can have
+    has_out_buffer = 2 * q + rings + 3072 < 227 * 1024  # beside barriers and items, in what a thread block can have
     yield f"{plan['block_q']} x {plan['block_kv']}", 0
     yield kilobytes(q), q
     yield f"{plan['stages']} x 2 x {kilobytes(kv)}", rings

@@ -1,10 +1,10 @@
 // The order in which work is handed out.
 //
-// A work item is one block of rows of one head of one sequence: query rows in the forward, keys in the backward. All
-// items of a (sequence, head) pair read the same memory, so pairs are taken in sections that find theirs in L2
-// together. Under a causal mask some blocks cost more than others: a section hands out its costliest blocks first, so
-// that what is left for the end, when some multiprocessors have run dry, is short (longest processing time first,
-// Graham 1969).
+// A work item is one block of rows of one head of one sequence: query rows in the forward, keys in the backward. Packed
+// sequences count as one here. All items of a (sequence, head) pair read the same memory, so pairs are taken in
+// sections that find theirs in L2 together. Under a causal mask some blocks cost more than others: a section hands out
+// its costliest blocks first, so that what is left for the end, when some multiprocessors have run dry, is short
+// (longest processing time first, Graham 1969).
 #pragma once
 
 #include <cstdint>

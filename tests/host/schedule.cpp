@@ -269,8 +269,8 @@ static void check_window(const HeadDimLimits& row, int64_t batch, int64_t seqlen
   if (window > 128) check_balance(name, costs);  // else items of few steps each, as whole as they are
 }
 
-// Packed sequences: every tile of 64 rows once, and the work of causal packings shared out evenly though the launch does
-// not know the lengths. An item costs what its tiles see, sequence by sequence.
+// Packed sequences: every tile of 64 rows once, and the work of causal packings shared out evenly though the launch
+// does not know the lengths. An item costs what its tiles see, sequence by sequence.
 static void check_packing(const std::string& what, const std::vector<int>& sizes) {
   std::vector<int> cu_seqlens{0};
   for (int size : sizes) cu_seqlens.push_back(cu_seqlens.back() + size);
