@@ -169,18 +169,17 @@ __device__ __forceinline__ Block locate_tile(const ForwardArguments& args, int n
                                     : Block{work.sequence, work.head, index};
 }
 
-// Whether there are rows in the tile. There are none in holes among those of packed sequences.
+// Whether there are rows in the tile. There are none behind a sequence's last one, and in holes among packed sequences.
 __device__ __forceinline__ bool has_rows(const ForwardArguments& args, const Block& tile) {
   const int stored = args.sequences.stored_rows(tile.sequence);
   return tile.index >= 0 && stored > 0 && tile.index <= (stored - 1) / 64;
 }
 
 template <class Config>
-__device__ __forceinline__ void describe_tile(const ForwardArguments& args, const Block& at, bool has_rows,
-                                              Tile& tile) {
+__device__ __forceinline__ void describe_tile(const ForwardArguments& args, const Block& at, bool is_tile, Tile& tile) {
   const Sequences& sequences = args.sequences;
   const Sequence sequence = sequences.at(at.sequence);
-  const int stored = sequences.stored_rows(at.sequence), first_row = has_rows ? at.index * 64 : stored;
+  const int stored = sequences.stored_rows(at.sequence), first_row = is_tile ? at.index * 64 : stored;
   tile.sequence = at.sequence;
   tile.rows = sequence.rows;
   tile.keys = sequence.keys;
@@ -234,8 +233,8 @@ __device__ __forceinline__ void find_items(const ForwardArguments& args, Forward
     const int number = first + claim;
     const bool is_claimed = claim < claims && number < items;
     const Block tile = is_claimed ? locate_tile<Config>(args, number, consumer) : Block{0, 0, -1};
-    const bool rows = is_claimed && has_rows(args, tile);
-    const bool found = __ballot_sync(~0u, rows) >> first_lane & ((1u << kTiles) - 1);
+    const bool is_tile = is_claimed && has_rows(args, tile);
+    const bool found = __ballot_sync(~0u, is_tile) >> first_lane & ((1u << kTiles) - 1);
     const uint32_t all_found = __ballot_sync(~0u, found && consumer == 0);
     const int count = __popc(all_found), rank = __popc(all_found & ((1u << first_lane) - 1));
     auto own = at;
@@ -243,7 +242,7 @@ __device__ __forceinline__ void find_items(const ForwardArguments& args, Forward
     typename ForwardSmem<Config>::Item& item = smem.items[own.stage];
     if (found) {
       smem.item_ring.wait_empty(own);
-      describe_tile<Config>(args, tile, rows, item.tiles[consumer]);
+      describe_tile<Config>(args, tile, is_tile, item.tiles[consumer]);
     }
     __syncwarp();
     if (found && consumer == 0) {

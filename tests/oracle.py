@@ -74,15 +74,15 @@ def cancelled_sums(dout, q, k, v, out, lse, options, _=None):
 
     dP and delta are sums over head_dim of nearly the same products there, each within 2^-20 of their magnitudes: the
     rounding that lse is allowed too. Rows' errors are independent of each other, so their squares add up in dk.
+    Measured on an H100, in 2 of 60 draws of one fp16 row for each of 4 heads, softmax_scale 3: the mean of dq is off by
+    2.0e-6 and 5.0e-6, where 1.2e-6 and 2.8e-6 are allowed without this.
     """
     if options.has_lengths():
         return packed.backward(cancelled_sums, dout, q, k, v, out, lse, options)
     (seqlen_q, heads, head_dim), (seqlen_k, kv_heads) = q.shape[1:], k.shape[1:3]
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     if seqlen_q > 0 and seqlen_k > 0:
-        scores, _ = reference.scores_and_slopes(
-            q, k, options
-        )  # (batch, kv_heads, heads // kv_heads, seqlen_q, seqlen_k)
+        scores, _ = reference.scores_and_slopes(q, k, options)
         log_weight, key = (scores - lse.view(scores.shape[:-1]).unsqueeze(-1)).max(-1)
         dominated = log_weight > math.log1p(-(2.0**-10))
         dout, q = (x.unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4) for x in (dout, q))

@@ -315,6 +315,28 @@ static void check_packing(const std::string& what, const std::vector<int>& sizes
   }
 }
 
+// A thread block claims several items at once where packed sequences are short.
+static void check_claims() {
+  constexpr ForwardPlan kPlan = {.block_q = 128, .block_kv = 128, .stages = 2};
+  const int cu_seqlens[1] = {};
+  const auto claims = [&](int64_t sequences, int64_t rows, const int* starts) {
+    return most_claims({sequences,
+                        sequences * rows,
+                        sequences * rows,
+                        4,
+                        4,
+                        128,
+                        DType::kBFloat16,
+                        {},
+                        {.cu_seqlens_q = starts, .cu_seqlens_k = starts}},
+                       kPlan);
+  };
+  for (int64_t rows : {1, 64, 127}) test::check(claims(1000, rows, cu_seqlens) == kMostClaims, "short sequences");
+  for (int64_t rows : {128, 256}) test::check(claims(10, rows, cu_seqlens) < kMostClaims, "longer sequences");
+  for (int64_t rows : {512, 100000}) test::check(claims(3, rows, cu_seqlens) == 1, "long sequences");
+  test::check(claims(1000, 1, nullptr) == 1, "dense sequences");
+}
+
 static void check_packings() {
   for (int total : {16384, 65536}) {
     check_packing("equal sequences", std::vector<int>(total / 2048, 2048));
@@ -368,6 +390,7 @@ int main() {
   check_small_sizes();
   check_small_key_schedules();
   check_real_shapes();
+  check_claims();
   check_packings();
   check_sharing_is_bounded();
   check_directions();
