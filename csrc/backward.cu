@@ -21,20 +21,17 @@
 #include <cuda/ptx>
 #include <type_traits>
 
-#include "backward.cuh"
+#include "backward_products.cuh"
 #include "ptx/reduce.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
 #include "ptx/wgmma.cuh"
-#include "tensor_map.h"
 #include "tile/copy.cuh"
 #include "tile/fragment.cuh"
-#include "tile/mask.cuh"
 #include "tile/product.cuh"
 #include "tile/ring.cuh"
 #include "tile/schedule.h"
 #include "tile/smem.cuh"
-#include "tile/softmax.cuh"
 
 namespace flash_attn_ext {
 namespace {
@@ -57,24 +54,6 @@ struct alignas(16) Step {
 
   static __device__ __forceinline__ bool is_seen(uint32_t flags, int consumer) { return flags >> consumer & kSeen; }
   static __device__ __forceinline__ bool is_shared(uint32_t flags) { return (flags & 3 * kSeen) == 3 * kSeen; }
-};
-
-// A work item, a block of keys with query heads of its KV head: what the scheduler finds out about it for all others.
-// Its size is a power of two: with another one, the consumers lack a register.
-struct alignas(128) Item {
-  static constexpr int kNone = -1;
-
-  int first_head, end_head;        // kNone: there is no item any more
-  int first_block, last_block;     // of each head's walk over Q blocks, up or down
-  Range ranges[4];                 // Q blocks that keys of each consumer see, and those that all of its keys see whole
-  int first_q_block, head_blocks;  // in the workspace: of the first head, and from head to head
-  int first_key;                   // in its sequence
-  int rows, keys;                  // of the sequence: those that are used
-  int kv_head;
-  Origin q, kv, out;  // of rows and keys, and of dk and dv
-  bool complete;      // the item has all of the KV head's query heads; otherwise:
-  bool coarse;        // which sums
-  int copy, kv_block;
 };
 
 template <class Config>
@@ -131,67 +110,7 @@ struct BackwardSmem {
 constexpr int kTurnBarrier = 1;   // + consumer: the other one has issued its products
 constexpr int kStoreBarrier = 3;  // + consumer: my four warps agree on the state of my dK and dV in shared memory
 
-template <class Config>
-struct BackwardArguments {
-  CUtensorMap q, k, v, dout, dk, dv;
-  const RowStats<Config::kBlockQ>* stats;
-  SumPatch* dq_sums;
-  KvSums coarse_sums, fine_sums;
-  int* item_counter;
-  KeySchedule schedule;
-  Sequences sequences;
-  struct Reach {
-    int left, right;
-  } reach;  // of all sequences
-  int heads;
-  float scale, scale_log2;  // scale_log2, with softcap: of the capped scores, which are at most 1
-  bool needs_dk, needs_dv;
-  float cap_log2;  // softmax_scale / softcap * 2 * log2(e)
-};
-
 // --------------------------------------------------------------------------------------------------------- producer
-
-// Finds the item with this number; false if that is a hole among the blocks of packed sequences. All lanes of the warp
-// find the same, but for the ranges: each of the first four works out one of them.
-template <class Config>
-__device__ __forceinline__ bool find_item(const BackwardArguments<Config>& args, int number, Item& item) {
-  constexpr int kBlockQ = Config::kBlockQ, kBlockKv = Config::kBlockKv;
-  const Sequences &of_rows = args.sequences, of_keys = of_rows.transposed();
-  const KeyItem work = args.schedule.item(number);
-  item.first_head = work.first_head;
-  item.end_head = work.end_head;
-  item.kv_head = work.kv_head;
-  item.complete = work.coarse && args.schedule.copies == 1;
-  item.coarse = work.coarse;
-  item.copy = work.copy;
-  item.kv_block = args.schedule.kv_block(work);
-
-  const Block at =
-      of_keys.is_packed() ? of_keys.locate_packed(work.block, 0, kBlockKv) : Block{work.sequence, 0, work.block};
-  const int stored = of_keys.stored_rows(at.sequence), first_key = at.index * kBlockKv;
-  if (at.index < 0 || stored == 0 || at.index > (stored - 1) / kBlockKv) return false;
-  item.first_key = first_key;
-  item.first_q_block = of_rows.first_block(at.sequence, work.first_head, args.heads, kBlockQ);
-  item.head_blocks = of_rows.blocks_each(kBlockQ);
-
-  ptx::forget_memory();  // what is read again below takes no registers above
-  const Sequence keys = of_rows.at(at.sequence).transposed();
-  item.rows = keys.keys;
-  item.keys = keys.rows;
-  Range blocks = keys.blocks(first_key, kBlockKv, kBlockQ);
-  if (blocks.begin >= blocks.end) blocks = {0, 1};  // nobody sees the keys: one step, for the zeros in dK and dV
-  item.first_block = work.direction > 0 ? blocks.begin : blocks.end - 1;
-  item.last_block = work.direction > 0 ? blocks.end - 1 : blocks.begin;
-  const int lane = threadIdx.x % 32, own_key = first_key + 64 * (lane % 2);
-  item.ranges[lane % 4] =
-      lane / 2 % 2 == 0 ? keys.blocks(own_key, 64, kBlockQ) : keys.full_blocks(own_key, 64, kBlockQ);
-
-  ptx::forget_memory();
-  item.q = of_rows.origin_of_used(at.sequence);
-  item.kv = of_keys.origin_of_used(at.sequence);
-  item.out = of_keys.origin_of_stored(at.sequence);
-  return true;
-}
 
 template <class Config>
 __device__ __forceinline__ int claim_item(const BackwardArguments<Config>& args) {
@@ -299,7 +218,6 @@ struct Consumer {
   static constexpr bool kNeedsDq = kGradients != Gradients::kDkv, kNeedsDkv = kGradients != Gradients::kDq;
   static constexpr bool kKvInRegisters = Config::kKvInRegisters, kSoftcap = Config::kSoftcap;
   static constexpr bool kTwoAhead = kKvInRegisters && !kSoftcap;  // elsewhere it needs more registers than there are
-  static constexpr int kPastEnd = INT_MAX;
 
   const BackwardArguments<Config>& args;
   Smem& smem;
@@ -391,55 +309,11 @@ struct Consumer {
 
   // ---- P and dS
 
-  // The values of the queries that are the columns of the thread's fragment: of every 8, two neighbours.
-  __device__ __forceinline__ void load_queries(float2 (&to)[kBlockQ / 8], const float (&of_row)[kBlockQ]) {
-#pragma unroll
-    for (int j = 0; j < kBlockQ / 8; ++j) to[j] = reinterpret_cast<const float2*>(of_row)[4 * j + thread % 4];
-  }
-
   // Scores of queries that do not see the thread's keys become -inf.
   __device__ __forceinline__ void mask(float (&scores)[kBlockQ / 2]) {
     if (!(flags & whole_bit)) [[unlikely]] {
-      const int first_row = smem.steps[at.stage].first_row, rows = smem.items[item_count % Smem::kItems].rows;
-      const auto [left, right] = args.reach;
-      int first[2], end[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        first[r] = diagonal[r] - right - first_row;
-        end[r] = min(static_cast<int>(diagonal[r] + 1u + left), rows) - first_row;  // kPastEnd wraps around: none
-      }
-      mask_before(scores, first);
-      mask_from(scores, end);
-    }
-  }
-
-  // P = exp(scale * S - lse), in place.
-  __device__ __forceinline__ void exponentiate(float (&scores)[kBlockQ / 2], const float2 (&lse_log2)[kBlockQ / 8]) {
-    mask(scores);
-#pragma unroll
-    for (int i = 0; i < kBlockQ / 2; i += 2) {
-      const float2 lse = lse_log2[i / 4];
-      scores[i] = ptx::ex2(fmaf(scores[i], args.scale_log2, -lse.x));
-      scores[i + 1] = ptx::ex2(fmaf(scores[i + 1], args.scale_log2, -lse.y));
-    }
-  }
-
-  // With softcap: P = exp(softcap * t - lse) where t = tanh(scale * S / softcap), and P times t's slope, 1 - t^2, which
-  // takes the place of P in dS. Both rounded, as operands: t cannot be had back from P.
-  __device__ __forceinline__ void exponentiate_capped(uint32_t (&p)[kBlockQ / 16][4],
-                                                      uint32_t (&sloped_p)[kBlockQ / 16][4],
-                                                      float (&scores)[kBlockQ / 2],
-                                                      const float2 (&lse_log2)[kBlockQ / 8]) {
-    cap(scores, args.cap_log2);
-    mask(scores);
-    const auto slope = [](float t) { return fmaxf(fmaf(-t, t, 1.f), 0.f); };  // 0 for a masked t of -inf
-#pragma unroll
-    for (int i = 0; i < kBlockQ / 2; i += 2) {
-      const float2 t = make_float2(scores[i], scores[i + 1]), lse = lse_log2[i / 4];
-      const float2 x =
-          make_float2(ptx::ex2(fmaf(t.x, args.scale_log2, -lse.x)), ptx::ex2(fmaf(t.y, args.scale_log2, -lse.y)));
-      p[i / 8][i % 8 / 2] = pack<T>(x.x, x.y);
-      sloped_p[i / 8][i % 8 / 2] = pack<T>(x.x * slope(t.x), x.y * slope(t.y));
+      mask_queries(scores, diagonal, args.reach, smem.steps[at.stage].first_row,
+                   smem.items[item_count % Smem::kItems].rows);
     }
   }
 
@@ -447,11 +321,7 @@ struct Consumer {
   template <class P>
   __device__ __forceinline__ void make_ds(uint32_t (&ds)[kBlockQ / 16][4], const P& p, const float (&dp)[kBlockQ / 2],
                                           const float2 (&deltas)[kBlockQ / 8]) {
-#pragma unroll
-    for (int i = 0; i < kBlockQ / 2; i += 2) {
-      const float2 delta = deltas[i / 4], x = p(i);
-      ds[i / 8][i % 8 / 2] = pack<T>(x.x * (dp[i] - delta.x), x.y * (dp[i + 1] - delta.y));
-    }
+    subtract_delta<T>(ds, p, dp, deltas);
     if constexpr (kNeedsDq) {
       const uint32_t address = own_columns_address(smem.ds[ds_at.stage][index]);
 #pragma unroll
@@ -481,14 +351,15 @@ struct Consumer {
     float scores[kBlockQ / 2], dp[kBlockQ / 2];
     float2 lse_log2[kBlockQ / 8], delta[kBlockQ / 8];
 
-    load_queries(lse_log2, smem.stats[at.stage].lse_log2);
+    load_queries(lse_log2, smem.stats[at.stage].lse_log2, thread);
     issue_scores(scores);
     smem.dout_ring.wait_full(at);
     issue_dp(dp);
     ptx::wgmma_wait_group<1>(scores);
-    exponentiate(scores, lse_log2);
+    mask(scores);
+    exponentiate(scores, args.scale_log2, lse_log2);
     if constexpr (kNeedsDq) wait_for_ds_stage();
-    load_queries(delta, smem.stats[at.stage].delta);
+    load_queries(delta, smem.stats[at.stage].delta, thread);
     ptx::wgmma_wait_group<0>(dp);
     for (;;) {
       uint32_t p[kBlockQ / 16][4], ds[kBlockQ / 16][4];
@@ -509,7 +380,8 @@ struct Consumer {
         smem.q_ring.release(done);
         break;
       }
-      load_queries(lse_log2, smem.stats[at.stage].lse_log2);  // later, and ptxas puts it between products' instructions
+      load_queries(lse_log2, smem.stats[at.stage].lse_log2,
+                   thread);  // later, and ptxas puts it between products' instructions
       issue_scores(scores);
       if constexpr (kNeedsDkv) ptx::wgmma_wait_group<1>(dv, dk);
       smem.dout_ring.release(done);
@@ -517,11 +389,12 @@ struct Consumer {
       smem.dout_ring.wait_full(at);
       issue_dp(dp);
       ptx::wgmma_wait_group<1>(scores);
-      exponentiate(scores, lse_log2);
+      mask(scores);
+      exponentiate(scores, args.scale_log2, lse_log2);
       if constexpr (kNeedsDq) wait_for_ds_stage();
-      if constexpr (kNeedsDq) load_queries(delta, smem.stats[at.stage].delta);
+      if constexpr (kNeedsDq) load_queries(delta, smem.stats[at.stage].delta, thread);
       ptx::wgmma_wait_group<0>(dp);
-      if constexpr (!kNeedsDq) load_queries(delta, smem.stats[at.stage].delta);  // earlier, and ptxas spills
+      if constexpr (!kNeedsDq) load_queries(delta, smem.stats[at.stage].delta, thread);  // earlier, and ptxas spills
     }
   }
 
@@ -531,9 +404,12 @@ struct Consumer {
     uint32_t p[kBlockQ / 16][4], sloped_p[kBlockQ / 16][4];  // sloped_p: with softcap
     const auto make_p = [&](float (&scores)[kBlockQ / 2], const float2(&lse_log2)[kBlockQ / 8]) {
       if constexpr (kSoftcap) {
-        exponentiate_capped(p, sloped_p, scores, lse_log2);
+        cap(scores, args.cap_log2);
+        mask(scores);
+        exponentiate_capped<T>(p, sloped_p, scores, args.scale_log2, lse_log2);
       } else {
-        exponentiate(scores, lse_log2);
+        mask(scores);
+        exponentiate(scores, args.scale_log2, lse_log2);
         to_operand<T>(p, scores);
       }
     };
@@ -541,7 +417,7 @@ struct Consumer {
       float scores[kBlockQ / 2];
       float2 lse_log2[kBlockQ / 8];
       issue_scores(scores);
-      load_queries(lse_log2, smem.stats[at.stage].lse_log2);
+      load_queries(lse_log2, smem.stats[at.stage].lse_log2, thread);
       ptx::wgmma_wait_group<0>(scores);
       make_p(scores, lse_log2);
     }
@@ -557,14 +433,14 @@ struct Consumer {
         issue_dp(dp);
         pass_turn(shared);
         if constexpr (!kSoftcap) {
-          load_queries(delta, smem.stats[at.stage].delta);
+          load_queries(delta, smem.stats[at.stage].delta, thread);
           if constexpr (kNeedsDq) wait_for_ds_stage();
         }
         ptx::wgmma_wait_group<0>(dp, dv);
         smem.dout_ring.release(at);
         if constexpr (kSoftcap) {  // earlier, and ptxas spills
           if constexpr (kNeedsDq) wait_for_ds_stage();
-          load_queries(delta, smem.stats[at.stage].delta);
+          load_queries(delta, smem.stats[at.stage].delta, thread);
         }
         const auto& of_ds = kSoftcap ? sloped_p : p;
         make_ds(ds, [&](int i) { return unpack<T>(of_ds[i / 8][i % 8 / 2]); }, dp, delta);
@@ -587,7 +463,7 @@ struct Consumer {
       float2 lse_log2[kBlockQ / 8];
       issue_scores(scores);
       pass_turn(shared);
-      load_queries(lse_log2, smem.stats[at.stage].lse_log2);
+      load_queries(lse_log2, smem.stats[at.stage].lse_log2, thread);
       ptx::wgmma_wait_group<0>(scores, dk);
       smem.q_ring.release(done);
       make_p(scores, lse_log2);
@@ -617,22 +493,12 @@ struct Consumer {
     __syncwarp();
   }
 
-  // Writes my 64 rows of dK or dV to the item's sums in global memory.
-  __device__ __forceinline__ void write_sums(const float (&rows)[kHeadDim / 2], const Sums& to, const Item& item) {
-    const int64_t number = int64_t{item.copy} * to.blocks + item.kv_block - to.first_block;
-    SumPatch* const sums = to.patches + number * Workspace<Config>::kKvPatches + index * (kHeadDim / 64);
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 8; ++i) {
-      sums[i / SumPatch::kQuads].quad[i % SumPatch::kQuads][threadIdx.x % 128] =
-          make_float4(rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]);
-    }
-  }
-
   // Where other items share the KV head, dK and dV go to this item's copy of the float32 sums.
   __device__ __forceinline__ void store_share(const Item& item) {
     const KvSums& sums = item.coarse ? args.coarse_sums : args.fine_sums;
-    if (args.needs_dv) write_sums(dv, sums.dv, item);
-    if (args.needs_dk) write_sums(dk, sums.dk, item);
+    const int first_patch = index * (kHeadDim / 64);
+    if (args.needs_dv) write_sums<Config>(dv, sums.dv, item, first_patch);
+    if (args.needs_dk) write_sums<Config>(dk, sums.dk, item, first_patch);
   }
 
   __device__ __forceinline__ void run_item() {
@@ -640,11 +506,7 @@ struct Consumer {
     smem.k_ring.wait_full(item_at);
     {
       const Item& item = smem.items[item_count % Smem::kItems];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int key = item.first_key + 64 * index + own_row() + 8 * r;
-        diagonal[r] = key < item.keys ? key + item.rows - item.keys : kPastEnd;
-      }
+      find_diagonal(diagonal, item, item.first_key + 64 * index);
     }
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.f;
@@ -815,38 +677,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
 // ----------------------------------------------------------------------------------------------------------- launch
 
-template <class Config>
-BackwardArguments<Config> make_arguments(const BackwardParams& params, const Workspace<Config>& workspace) {
-  using Smem = BackwardSmem<Config>;
-  const Problem& problem = params.problem;
-  const Shape q_shape = problem.q_shape(), k_shape = problem.k_shape();
-
-  BackwardArguments<Config> args;
-  const bool ragged_q = workspace.sequences.is_ragged(), ragged_k = workspace.sequences.transposed().is_ragged();
-  args.q = make_sequence_map<typename Smem::QTile>("q", params.q, q_shape, ragged_q);
-  args.dout = make_sequence_map<typename Smem::QTile>("dout", params.dout, q_shape, ragged_q);
-  args.k = make_sequence_map<typename Smem::KvTile>("k", params.k, k_shape, ragged_k);
-  args.v = make_sequence_map<typename Smem::KvTile>("v", params.v, k_shape, ragged_k);
-  args.needs_dk = params.dk.data != nullptr;
-  args.needs_dv = params.dv.data != nullptr;
-  if (args.needs_dk) args.dk = make_sequence_map<typename Smem::KvTile>("dk", params.dk, k_shape, ragged_k);
-  if (args.needs_dv) args.dv = make_sequence_map<typename Smem::KvTile>("dv", params.dv, k_shape, ragged_k);
-  args.stats = workspace.stats;
-  args.dq_sums = workspace.dq.patches;
-  args.coarse_sums = workspace.coarse;
-  args.fine_sums = workspace.fine;
-  args.item_counter = workspace.item_counter;
-  args.schedule = workspace.schedule;
-  args.sequences = workspace.sequences;
-  args.reach = {workspace.sequences.each.left, workspace.sequences.each.right};
-  args.heads = static_cast<int>(problem.heads);
-  const auto softcap = static_cast<float>(problem.options.softcap);
-  args.scale = problem.softmax_scale();
-  args.scale_log2 = (Config::kSoftcap ? softcap : problem.softmax_scale()) * kLog2E;
-  args.cap_log2 = Config::kSoftcap ? problem.softmax_scale() / softcap * 2 * kLog2E : 0.f;
-  return args;
-}
-
 template <class Config, Gradients kGradients>
 void launch_products(const BackwardArguments<Config>& args, int thread_blocks, cudaStream_t stream) {
   constexpr int kBytes = sizeof(BackwardSmem<Config>);
@@ -863,14 +693,18 @@ void launch(const BackwardParams& params, cudaStream_t stream) {
   // Before the tensor maps are encoded: the driver asks for a current context there, and a thread whose first call to
   // CUDA this is, such as autograd's, has one only after a call of the runtime.
   launch_prepare(params, stream);
-  const Workspace<Config> workspace(params);
-  const BackwardArguments<Config> args = make_arguments(params, workspace);
-  if (needs_dq && needs_dkv) {
-    launch_products<Config, Gradients::kAll>(args, workspace.thread_blocks, stream);
-  } else if (needs_dq) {
-    launch_products<Config, Gradients::kDq>(args, workspace.thread_blocks, stream);
-  } else if (needs_dkv) {
-    launch_products<Config, Gradients::kDkv>(args, workspace.thread_blocks, stream);
+  if constexpr (Config::kByPairs) {
+    if (needs_dq || needs_dkv) launch_wide_products(params, stream);
+  } else {
+    const Workspace<Config> workspace(params);
+    const BackwardArguments<Config> args = make_arguments(params, workspace);
+    if (needs_dq && needs_dkv) {
+      launch_products<Config, Gradients::kAll>(args, workspace.thread_blocks, stream);
+    } else if (needs_dq) {
+      launch_products<Config, Gradients::kDq>(args, workspace.thread_blocks, stream);
+    } else if (needs_dkv) {
+      launch_products<Config, Gradients::kDkv>(args, workspace.thread_blocks, stream);
+    }
   }
   launch_convert(params, stream);
 }
@@ -894,9 +728,10 @@ int64_t backward_workspace_bytes(const BackwardParams& params) {
 }
 
 int backward_shared_memory(int head_dim) {
-  int bytes = 0;
+  int bytes = wide_shared_memory(head_dim);
   with_limits(head_dim, [&]<std::size_t row>() {
-    if constexpr (kLimits[row].backward.built()) bytes = sizeof(BackwardSmem<BackwardConfig<row, __half>>);
+    constexpr BackwardPlan plan = kLimits[row].backward;
+    if constexpr (plan.built() && !plan.by_pairs) bytes = sizeof(BackwardSmem<BackwardConfig<row, __half>>);
   });
   return bytes;
 }

@@ -34,6 +34,7 @@ struct BackwardConfig {
   static constexpr int kStages = kPlan.stages;
   static constexpr int kDsStages = kPlan.ds_stages;
   static constexpr bool kKvInRegisters = kPlan.kv_in_registers;
+  static constexpr bool kByPairs = kPlan.by_pairs;
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (2 + kConsumers);
 
@@ -46,7 +47,7 @@ struct BackwardConfig {
 
   static_assert(kPlan.built() && kBlockQ == 64 && kBlockKv == 64 * kConsumers && kHeadDim % kSlabColumns == 0);
   static_assert(!kKvInRegisters || kHeadDim == 64, "K^T is one 64-row operand");
-  static_assert(kStages > 2,
+  static_assert(kByPairs || kStages > 2,
                 "a consumer passes over a step that sees none of its keys while it still holds the last one");
 };
 
@@ -102,6 +103,12 @@ inline int multiprocessors_to_fill() {
   return injected > 0 ? injected : multiprocessors(current_device());
 }
 
+// How many items are worked on at a time.
+template <class Config>
+int workers() {
+  return Config::kByPairs ? std::max(multiprocessors_to_fill() / 2, 1) : multiprocessors_to_fill();
+}
+
 template <class Config>
 struct Workspace {
   static constexpr int kQPatches = Config::kBlockQ / 64 * Config::kHeadDim / 64;    // patches of a Q block
@@ -120,8 +127,8 @@ struct Workspace {
 
   explicit Workspace(const BackwardParams& p)
       : sequences(backward_sequences(p.problem)),
-        schedule(backward_schedule(p.problem, Config::kPlan, multiprocessors_to_fill())),
-        thread_blocks(std::min(schedule.items(), multiprocessors_to_fill())),
+        schedule(backward_schedule(p.problem, Config::kPlan, workers<Config>())),
+        thread_blocks(std::min(schedule.items(), workers<Config>())),
         q_blocks(static_cast<int>(sequences.block_count(static_cast<int>(p.problem.heads), Config::kBlockQ))) {
     bytes = 0;
     const auto take = [&](int64_t size) -> void* {  // null while only the bytes are asked for
@@ -148,7 +155,11 @@ struct Workspace {
   }
 };
 
-// --------------------------------------------------------------------------------------- before and after the products
+// ----------------------------------------------------------------------------- the products, and before and after them
+
+// The products where a pair of thread blocks shares out the head dim, and a thread block's bytes of shared memory.
+void launch_wide_products(const BackwardParams& params, cudaStream_t stream);
+int wide_shared_memory(int head_dim);
 
 // delta and lse of every row into the workspace, and zeros where dQ will be summed.
 void launch_prepare(const BackwardParams& params, cudaStream_t stream);

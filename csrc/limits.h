@@ -3,8 +3,8 @@
 // One row per head dimension. Everything that needs to know a limit reads it from here: the kernels' dispatch and
 // static_asserts, _C.limits() and through it Python's checks and every refusal's text, the test cases, and the support
 // table in README.md. A head dimension that the kernels' structure fits is added by its row (and a wgmma wrapper in
-// ptx/wgmma.cuh if its shape is new). The structure does not fit all of them: the backward of 256 needs another kernel,
-// since dK and dV of a consumer's 64 keys alone would take 256 registers a thread.
+// ptx/wgmma.cuh if its shape is new). The structure does not fit all of them: where dK and dV of a consumer's 64 keys
+// would not fit its registers, another kernel has the backward (backward_wide.cu).
 #pragma once
 
 #include <cstddef>
@@ -31,6 +31,7 @@ struct BackwardPlan {
   int ds_stages = 0;  // dS blocks in flight, from the consumers to the warpgroup that computes dQ
   // K and V stay in registers as the left operands of S, dP and dQ^T. Otherwise they are read from shared memory.
   bool kv_in_registers = false;
+  bool by_pairs = false;  // a pair of thread blocks shares out the head dim (backward_wide.cu)
   constexpr bool built() const { return block_q > 0; }
 };
 
@@ -53,7 +54,10 @@ inline constexpr HeadDimLimits kLimits[] = {
      .backward = {.block_q = 64, .block_kv = 128, .stages = 3, .ds_stages = 2}},
     // O takes 128 registers a thread, so that there are two warpgroups, and beside Q's 64 KB shared memory holds two
     // blocks of 80 keys of K and of V.
-    {.head_dim = 256, .forward = {.block_q = 128, .block_kv = 80, .stages = 2, .turns = true}, .backward = {}},
+    // Backward: dK and dV of 64 keys alone would take 256 registers a thread.
+    {.head_dim = 256,
+     .forward = {.block_q = 128, .block_kv = 80, .stages = 2, .turns = true},
+     .backward = {.block_q = 64, .block_kv = 128, .stages = 2, .ds_stages = 2, .by_pairs = true}},
 };
 
 // Calls f.template operator()<row>() for the row of kLimits with this head dim; false if there is none.

@@ -34,21 +34,22 @@ __device__ __forceinline__ void store_tile(const CUtensorMap& to, Tile& from, in
 }
 
 // The same by a map of sequences (tensor_map.h): rows past the end of the sequence that begins at `from` or `to` arrive
-// as zeros, and are not written.
+// as zeros, and are not written. A tile may have a part of the columns.
 template <class Tile>
 __device__ __forceinline__ void load_tile(Tile& to, const CUtensorMap& map, Origin from, int row, int head,
-                                          uint64_t* full) {
+                                          uint64_t* full, int first_column = 0) {
 #pragma unroll
   for (int slab = 0; slab < Tile::kSlabs; ++slab) {
-    const int32_t at[5] = {slab * kSlabColumns, from.row + row, head, from.batch, from.wrap};
+    const int32_t at[5] = {first_column + slab * kSlabColumns, from.row + row, head, from.batch, from.wrap};
     cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, to.slab(slab), &map, at, full);
   }
 }
 template <class Tile>
-__device__ __forceinline__ void store_tile(const CUtensorMap& map, Tile& from, Origin to, int row, int head) {
+__device__ __forceinline__ void store_tile(const CUtensorMap& map, Tile& from, Origin to, int row, int head,
+                                           int first_column = 0) {
 #pragma unroll
   for (int slab = 0; slab < Tile::kSlabs; ++slab) {
-    const int32_t at[5] = {slab * kSlabColumns, to.row + row, head, to.batch, to.wrap};
+    const int32_t at[5] = {first_column + slab * kSlabColumns, to.row + row, head, to.batch, to.wrap};
     cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_global, cuda::ptx::space_shared, &map, at, from.slab(slab));
   }
 }

@@ -18,6 +18,10 @@ __device__ __forceinline__ uint64_t make_descriptor(uint32_t address, uint32_t l
          kSwizzle128B << 62;
 }
 
+// The bits of a shared-memory address that count in a descriptor. Those above number the thread block in its cluster:
+// kernels that have clusters must leave them out, others need no instruction for it.
+constexpr uint32_t kAllBits = ~0u, kBitsInCluster = 0x3ffff;
+
 // What an offset in bytes adds to a descriptor.
 __device__ __forceinline__ constexpr uint32_t descriptor_offset(int bytes) { return bytes >> 4; }
 
@@ -30,11 +34,14 @@ struct KMajor {
 
   uint64_t descriptor;
 
-  __device__ __forceinline__ explicit KMajor(const Tile& tile)
-      : descriptor(make_descriptor(smem_address(tile.data), 0)) {}
+  __device__ __forceinline__ explicit KMajor(const Tile& tile, uint32_t address_bits = kAllBits)
+      : descriptor(make_descriptor(smem_address(tile.data) & address_bits, 0)) {}
 
   // The operand of the i-th tile behind this one.
   __device__ __forceinline__ KMajor at(int i) const { return KMajor(descriptor + i * descriptor_offset(Tile::kBytes)); }
+
+  // The operand of another tile, where `own` is this one's: a constant apart, so that it takes no registers.
+  __device__ __forceinline__ KMajor of(const Tile& other, const Tile& own) const { return at(&other - &own); }
 
   // The descriptor of the k-th 16 columns: 32 bytes within a slab, then the next slab.
   __device__ __forceinline__ uint64_t step(int k) const {
@@ -55,13 +62,14 @@ struct MnMajor {
   uint64_t descriptor;
 
   // From the tile's column 64 * slab on.
-  __device__ __forceinline__ explicit MnMajor(const Tile& tile, int slab = 0)
-      : descriptor(make_descriptor(smem_address(tile.data), Tile::kSlabBytes) +
+  __device__ __forceinline__ explicit MnMajor(const Tile& tile, int slab = 0, uint32_t address_bits = kAllBits)
+      : descriptor(make_descriptor(smem_address(tile.data) & address_bits, Tile::kSlabBytes) +
                    slab * descriptor_offset(Tile::kSlabBytes)) {}
 
   __device__ __forceinline__ MnMajor at(int i) const {
     return MnMajor(descriptor + i * descriptor_offset(Tile::kBytes));
   }
+  __device__ __forceinline__ MnMajor of(const Tile& other, const Tile& own) const { return at(&other - &own); }
 
   // The descriptor of the k-th 16 rows.
   __device__ __forceinline__ uint64_t step(int k) const { return descriptor + descriptor_offset(k * 16 * kRowBytes); }
@@ -74,12 +82,14 @@ struct MnMajor {
 template <class A, class B, int kRegisters>
 __device__ __forceinline__ void product_ss(float (&acc)[kRegisters], const A& a, const B& b, bool accumulate = false) {
   using Product = ptx::Wgmma<2 * kRegisters>;
-  static_assert(A::kMnMajor == B::kMnMajor);
+  static_assert(B::kMnMajor || !A::kMnMajor);
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < A::kSteps; ++k) {
     if constexpr (A::kMnMajor) {
       Product::template ss_mn<typename A::Element>(acc, a.step(k), b.step(k), k > 0 || accumulate);
+    } else if constexpr (B::kMnMajor) {
+      Product::template ss_b_mn<typename A::Element>(acc, a.step(k), b.step(k), k > 0 || accumulate);
     } else {
       Product::template ss<typename A::Element>(acc, a.step(k), b.step(k), k > 0 || accumulate);
     }

@@ -1,0 +1,530 @@
+// The backward's products for head dims whose dK and dV no warpgroup could hold: the same algorithm as backward.cu's,
+// by pairs of thread blocks (clusters of two) that share out the head dim.
+//
+// A pair takes an item of 128 keys and walks the query blocks that see them, 64 rows a step. Of its two thread blocks
+// each has
+//   64 of the keys,           for which it computes S, P, dP and dS, over the whole head dim: these are its own keys;
+//   half of the head dim,     for which it sums dK and dV of all 128 keys, and dQ: these are its own columns.
+// Own keys' P and dS are what the products with own columns need of the other thread block, its peer: each step they go
+// to the peer's shared memory, 8 KB each. In a thread block two warpgroups multiply:
+//   OwnKeys   S, P, dP and dS of own keys; own columns of their dV and dK, with P^T and dS^T from registers
+//   PeerKeys  own columns of the peer's keys' dV and dK, with P^T and dS^T as they arrive in shared memory; then own
+//             columns of dQ, of all keys, which it adds to float32 sums in global memory
+// Each accumulates 64 keys x 128 columns of dK and dV in registers. Four warps load, each its own ring: the halves of
+// the columns of Q and of dO. Own columns live until dK or dV has been summed; the others only until S or dP.
+// docs/backward.md has the order of work, the barriers, the layout of shared memory and the cycle budget.
+
+#include <cuda/ptx>
+
+#include "backward_products.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/reduce.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/warpgroup.cuh"
+#include "ptx/wgmma.cuh"
+#include "tile/copy.cuh"
+#include "tile/product.cuh"
+#include "tile/ring.cuh"
+#include "tile/smem.cuh"
+
+namespace flash_attn_ext {
+namespace {
+
+constexpr int kWideThreads = 128 * 3;
+// The SM's 65536 registers, shared out by setmaxnreg in multiples of 8: together at most 504 for three warpgroups.
+constexpr int kLoaderRegisters = 40, kOwnKeysRegisters = 240, kPeerKeysRegisters = 224;
+
+// ---------------------------------------------------------------------------------------------------- shared memory
+
+template <class Config>
+struct WideSmem {
+  using T = typename Config::T;
+  static constexpr int kOwnColumns = Config::kHeadDim / 2;
+  static constexpr int kStages = Config::kStages;
+  using HalfTile = SmemTile<T, 64, kOwnColumns>;    // 64 rows or keys, half of the head dim
+  using DsTile = SmemTile<T, 64, Config::kBlockQ>;  // transposed: a row is a key
+  using Stats = RowStats<Config::kBlockQ>;
+
+  // Own keys: own columns, and the others. At an item's end dV and dK of own keys leave through V's place, those of the
+  // peer's keys through K's.
+  HalfTile k[2], v[2];
+  HalfTile peer_k;                     // own columns of the peer's keys, for dQ
+  HalfTile q[kStages], dout[kStages];  // own columns
+  HalfTile other_q, other_dout;        // the other columns
+  DsTile ds[kStages];                  // of own keys: P on its way to the peer, then dS
+  DsTile peer_p[kStages], peer_ds[kStages];
+  Stats stats[kStages];
+  Item item;
+
+  Ring<kStages> q_ring;  // with stats
+  Ring<kStages> dout_ring;
+  Ring<1> other_q_ring, other_dout_ring;
+  uint64_t k_full, v_full;
+  uint64_t ds_full[kStages];       // own keys' dS is in shared memory
+  uint64_t peer_p_full[kStages];   // the peer's P has arrived
+  uint64_t peer_ds_full[kStages];  // and its dS
+  uint64_t ds_empty[kStages];      // neither here nor at the peer does anybody read what own keys' P and dS left
+};
+
+constexpr int kStoreBarrier = 1;  // + 0, 1: OwnKeys', PeerKeys' warps agree on the state of dK and dV in shared memory
+
+// The other thread block of the pair: where it has what stands at an address here.
+struct Peer {
+  uint32_t distance;
+
+  __device__ __forceinline__ explicit Peer(const void* here)
+      : distance(ptx::mapa(smem_address(here), ptx::cluster_rank() ^ 1) - smem_address(here)) {}
+  __device__ __forceinline__ uint32_t operator()(uint32_t address) const { return address + distance; }
+};
+
+// --------------------------------------------------------------------------------------------------------------- walk
+
+// The steps of an item: the query heads one after the other, and of each the same Q blocks, up or down.
+struct Walk {
+  const Item& item;
+  int block, last_block;
+  int head = 0;  // counted from the item's first
+
+  __device__ __forceinline__ explicit Walk(const Item& item)
+      : item(item), block(uniform(item.first_block)), last_block(uniform(item.last_block)) {}
+
+  // To the next step; false if there is none.
+  __device__ __forceinline__ bool next() {
+    if (block != last_block) {
+      block += block < last_block ? 1 : -1;
+      return true;
+    }
+    block = uniform(item.first_block);
+    return ++head < uniform(item.end_head - item.first_head);
+  }
+
+ private:
+  static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }  // as the compiler sees
+};
+
+// ------------------------------------------------------------------------------------------------------------ loaders
+
+// One of four warps, each with a ring of its own: 0 the other columns of Q, 1 those of dO, 2 own columns of Q, 3 of dO.
+// The first two load keys before.
+template <class Config>
+__device__ __forceinline__ void load(const BackwardArguments<Config>& args, WideSmem<Config>& smem, int warp,
+                                     int rank) {
+  using Smem = WideSmem<Config>;
+  using HalfTile = typename Smem::HalfTile;
+  const Item& item = smem.item;
+  const bool leads = threadIdx.x % 32 == 0;
+  const int own_column = rank * Smem::kOwnColumns, other_column = Smem::kOwnColumns - own_column;
+  const int own_key = item.first_key + 64 * rank;
+
+  const auto load_steps = [&]<int kStages>(HalfTile* tiles, Ring<kStages>& ring, const CUtensorMap& map, int column,
+                                           bool with_stats) {
+    RingPosition<kStages> at;
+    Walk walk(item);
+    bool prepared = false;
+    do {
+      ring.wait_empty(at);
+      if (leads) {
+        uint64_t* full = &ring.full[at.stage];
+        expect_bytes(full, HalfTile::kBytes + (with_stats ? sizeof(typename Smem::Stats) : 0));
+        load_tile(tiles[at.stage], map, item.q, walk.block * Config::kBlockQ, item.first_head + walk.head, full,
+                  column);
+        if (with_stats) {
+          if (!prepared) cudaGridDependencySynchronize();  // `prepare` has left the stats
+          prepared = true;
+          const int q_block = item.first_q_block + walk.head * item.head_blocks + walk.block;
+          cuda::ptx::cp_async_bulk(cuda::ptx::space_cluster, cuda::ptx::space_global, &smem.stats[at.stage],
+                                   args.stats + q_block, sizeof(typename Smem::Stats), full);
+        }
+      }
+      __syncwarp();
+      at.next();
+    } while (walk.next());
+  };
+
+  if (warp == 0) {
+    if (leads) {
+      expect_bytes(&smem.k_full, 2 * HalfTile::kBytes);
+      load_tile(smem.k[0], args.k, item.kv, own_key, item.kv_head, &smem.k_full, own_column);
+      load_tile(smem.k[1], args.k, item.kv, own_key, item.kv_head, &smem.k_full, other_column);
+    }
+    load_steps(&smem.other_q, smem.other_q_ring, args.q, other_column, false);
+  } else if (warp == 1) {
+    if (leads) {
+      expect_bytes(&smem.v_full, 3 * HalfTile::kBytes);
+      load_tile(smem.v[0], args.v, item.kv, own_key, item.kv_head, &smem.v_full, own_column);
+      load_tile(smem.v[1], args.v, item.kv, own_key, item.kv_head, &smem.v_full, other_column);
+      load_tile(smem.peer_k, args.k, item.kv, own_key ^ 64, item.kv_head, &smem.v_full, own_column);
+    }
+    load_steps(&smem.other_dout, smem.other_dout_ring, args.dout, other_column, false);
+  } else if (warp == 2) {
+    load_steps(smem.q, smem.q_ring, args.q, own_column, true);
+  } else {
+    load_steps(smem.dout, smem.dout_ring, args.dout, own_column, false);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------- dK and dV leave
+
+// Own columns of dK and dV of 64 keys, which are half `half` of the item's: as 16-bit gradients through shared memory
+// by TMA, which clips the keys past the end, or, where other items share the KV head, as float32 sums.
+template <class Config>
+__device__ __forceinline__ void store_keys(const BackwardArguments<Config>& args, const Item& item,
+                                           typename WideSmem<Config>::HalfTile (&out)[2], const float (&dk)[64],
+                                           const float (&dv)[64], int rank, int half, int barrier) {
+  using T = typename Config::T;
+  constexpr int kOwnColumns = WideSmem<Config>::kOwnColumns;
+  if (!item.complete) {
+    const KvSums& sums = item.coarse ? args.coarse_sums : args.fine_sums;
+    const int first_patch = half * (Config::kHeadDim / 64) + rank * (kOwnColumns / 64);
+    if (args.needs_dv) write_sums<Config>(dv, sums.dv, item, first_patch);
+    if (args.needs_dk) write_sums<Config>(dk, sums.dk, item, first_patch);
+    return;
+  }
+  const float dk_scale[2] = {args.scale, args.scale}, dv_scale[2] = {1.f, 1.f};
+  ptx::bar_sync(barrier, 128);  // the warpgroup's products have read what stood there
+  store_fragment<T, kOwnColumns>(out[0], dv, dv_scale);
+  store_fragment<T, kOwnColumns>(out[1], dk, dk_scale);
+  cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+  ptx::bar_sync(barrier, 128);
+  if (threadIdx.x % 128 == 0) {
+    const int row = item.first_key + 64 * half, column = rank * kOwnColumns;
+    if (args.needs_dv) store_tile(args.dv, out[0], item.out, row, item.kv_head, column);
+    if (args.needs_dk) store_tile(args.dk, out[1], item.out, row, item.kv_head, column);
+    cuda::ptx::cp_async_bulk_commit_group();
+    cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------- own keys
+
+template <class Config>
+struct OwnKeys {
+  using T = typename Config::T;
+  using Smem = WideSmem<Config>;
+  using HalfTile = typename Smem::HalfTile;
+  static constexpr int kBlockQ = Config::kBlockQ, kOwnColumns = Smem::kOwnColumns, kStages = Smem::kStages;
+  static constexpr uint32_t kWarpBytes = 16 * kRowBytes;  // of a warp's rows of P or dS
+  using Operand = uint32_t[kBlockQ / 16][4];
+
+  const BackwardArguments<Config>& args;
+  Smem& smem;
+  const int rank;
+  const Peer peer;
+  const KMajor<HalfTile> columns;
+  const MnMajor<HalfTile> rows;
+  Walk walk;
+  RingPosition<kStages> at;  // of the step at hand. Its stage is the phase of the rings of one stage
+  int diagonal[2];
+  float dk[kOwnColumns / 2], dv[kOwnColumns / 2];
+  bool accumulate = false;  // not in the first step
+  Operand p, sloped_p;      // sloped_p: with softcap
+
+  __device__ __forceinline__ OwnKeys(const BackwardArguments<Config>& args, Smem& smem, int rank)
+      : args(args),
+        smem(smem),
+        rank(rank),
+        peer(&smem),
+        columns(smem.k[0], kBitsInCluster),
+        rows(smem.k[0], 0, kBitsInCluster),
+        walk(smem.item) {
+    static_assert(kStages == 2);
+  }
+
+  // Operands that sum over the head dim, for S and dP; over queries, for dK and dV.
+  __device__ __forceinline__ KMajor<HalfTile> over_columns(const HalfTile& tile) const {
+    return columns.of(tile, smem.k[0]);
+  }
+  __device__ __forceinline__ MnMajor<HalfTile> over_rows(const HalfTile& tile) const {
+    return rows.of(tile, smem.k[0]);
+  }
+
+  __device__ __forceinline__ RingPosition<1> other_at(RingPosition<kStages> at) const {
+    return {0, static_cast<uint32_t>(at.stage)};
+  }
+
+  __device__ __forceinline__ void issue_scores(float (&scores)[kBlockQ / 2], RingPosition<kStages> at) {
+    smem.other_q_ring.wait_full(other_at(at));
+    product_ss(scores, over_columns(smem.k[1]), over_columns(smem.other_q));
+    smem.q_ring.wait_full(at);
+    product_ss(scores, over_columns(smem.k[0]), over_columns(smem.q[0]).at(at.stage), true);
+  }
+  __device__ __forceinline__ void issue_dp(float (&dp)[kBlockQ / 2]) {
+    smem.other_dout_ring.wait_full(other_at(at));
+    product_ss(dp, over_columns(smem.v[1]), over_columns(smem.other_dout));
+    smem.dout_ring.wait_full(at);
+    product_ss(dp, over_columns(smem.v[0]), over_columns(smem.dout[0]).at(at.stage), true);
+  }
+
+  // P of the step at hand, in registers and in shared memory.
+  __device__ __forceinline__ void make_p(float (&scores)[kBlockQ / 2], const float2 (&lse_log2)[kBlockQ / 8]) {
+    if constexpr (Config::kSoftcap) cap(scores, args.cap_log2);
+    const Range whole = smem.item.ranges[2 + rank];
+    if (walk.block < whole.begin || walk.block >= whole.end) [[unlikely]] {
+      mask_queries(scores, diagonal, args.reach, walk.block * kBlockQ, smem.item.rows);
+    }
+    if constexpr (Config::kSoftcap) {
+      exponentiate_capped<T>(p, sloped_p, scores, args.scale_log2, lse_log2);
+    } else {
+      exponentiate(scores, args.scale_log2, lse_log2);
+      to_operand<T>(p, scores);
+    }
+    wait_phase(&smem.ds_empty[at.stage], at.phase ^ 1);
+    store_ds(p);
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void store_ds(const Operand& x) {
+    const uint32_t address = own_columns_address(smem.ds[at.stage]);
+#pragma unroll
+    for (int j = 0; j < kBlockQ / 16; ++j) store_columns(address, j, x[j]);
+  }
+
+  // P leaves from where dS will be, so it is read before.
+  __device__ __forceinline__ void send_p() {
+    const uint32_t offset = threadIdx.x / 32 % 4 * kWarpBytes + threadIdx.x % 32 * sizeof(uint4);
+    const uint32_t from = smem_address(smem.ds[at.stage].data) + offset;
+    const uint32_t to = peer(smem_address(smem.peer_p[at.stage].data) + offset);
+    const uint32_t full = peer(smem_address(&smem.peer_p_full[at.stage]));
+#pragma unroll
+    for (int i = 0; i < kWarpBytes / 512; ++i) ptx::st_async_v4(to + 512 * i, ptx::ld_shared_v4(from + 512 * i), full);
+    __syncwarp();
+  }
+
+  // dS goes to PeerKeys here and there.
+  __device__ __forceinline__ void send_ds() {
+    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      cuda::ptx::mbarrier_arrive(&smem.ds_full[at.stage]);
+      const uint32_t offset = threadIdx.x / 32 % 4 * kWarpBytes;
+      ptx::cp_async_bulk_remote(peer(smem_address(smem.peer_ds[at.stage].data) + offset),
+                                smem_address(smem.ds[at.stage].data) + offset, kWarpBytes,
+                                peer(smem_address(&smem.peer_ds_full[at.stage])));
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void run() {
+    find_diagonal(diagonal, smem.item, smem.item.first_key + 64 * rank);
+    wait_phase(&smem.k_full, 0);
+    {
+      float scores[kBlockQ / 2];
+      float2 lse_log2[kBlockQ / 8];
+      issue_scores(scores, at);
+      load_queries(lse_log2, smem.stats[at.stage].lse_log2);
+      ptx::wgmma_wait_group<0>(scores);
+      smem.other_q_ring.release({});
+      make_p(scores, lse_log2);
+    }
+    wait_phase(&smem.v_full, 0);
+    for (;;) {
+      Operand ds;
+      {
+        float dp[kBlockQ / 2];
+        float2 delta[kBlockQ / 8];
+        issue_dp(dp);
+        product_rs(dv, p, over_rows(smem.dout[0]).at(at.stage), accumulate);
+        send_p();
+        if constexpr (!Config::kSoftcap) load_queries(delta, smem.stats[at.stage].delta);
+        ptx::wgmma_wait_group<0>(dp, dv);
+        if constexpr (Config::kSoftcap) load_queries(delta, smem.stats[at.stage].delta);  // earlier, and ptxas spills
+        smem.other_dout_ring.release({});
+        smem.dout_ring.release(at);
+        const Operand& of_ds = Config::kSoftcap ? sloped_p : p;
+        subtract_delta<T>(ds, [&](int i) { return unpack<T>(of_ds[i / 8][i % 8 / 2]); }, dp, delta);
+        store_ds(ds);
+      }
+      product_rs(dk, ds, over_rows(smem.q[0]).at(at.stage), accumulate);
+      send_ds();
+      accumulate = true;
+      const RingPosition<kStages> done = at;
+      at.next();
+      if (!walk.next()) {
+        ptx::wgmma_wait_group<0>(dk);
+        smem.q_ring.release(done);
+        break;
+      }
+      float scores[kBlockQ / 2];
+      float2 lse_log2[kBlockQ / 8];
+      issue_scores(scores, at);
+      load_queries(lse_log2, smem.stats[at.stage].lse_log2);
+      ptx::wgmma_wait_group<0>(scores, dk);
+      smem.other_q_ring.release({});
+      smem.q_ring.release(done);
+      make_p(scores, lse_log2);
+    }
+    store_keys<Config>(args, smem.item, smem.v, dk, dv, rank, rank, kStoreBarrier);
+  }
+};
+
+// ----------------------------------------------------------------------------------------------- the peer's keys, and
+// dQ
+
+template <class Config>
+__device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& args, WideSmem<Config>& smem, int rank) {
+  using Smem = WideSmem<Config>;
+  using HalfTile = typename Smem::HalfTile;
+  using DsTile = typename Smem::DsTile;
+  constexpr int kOwnColumns = Smem::kOwnColumns, kSlabs = kOwnColumns / 64, kQPatches = Workspace<Config>::kQPatches;
+  const Item& item = smem.item;
+  const Peer peer(&smem);
+  const KMajor<DsTile> peer_p(smem.peer_p[0], kBitsInCluster), peer_ds(smem.peer_ds[0], kBitsInCluster);
+  const MnMajor<DsTile> ds_rows(smem.ds[0], 0, kBitsInCluster), peer_ds_rows(smem.peer_ds[0], 0, kBitsInCluster);
+  const MnMajor<HalfTile> q(smem.q[0], 0, kBitsInCluster), dout(smem.dout[0], 0, kBitsInCluster);
+  const MnMajor<HalfTile> k[kSlabs] = {MnMajor<HalfTile>(smem.k[0], 0, kBitsInCluster),
+                                       MnMajor<HalfTile>(smem.k[0], 1, kBitsInCluster)};
+  const MnMajor<HalfTile> peer_k[kSlabs] = {MnMajor<HalfTile>(smem.peer_k, 0, kBitsInCluster),
+                                            MnMajor<HalfTile>(smem.peer_k, 1, kBitsInCluster)};
+  const bool leads = threadIdx.x % 32 == 0;
+  float dk[kOwnColumns / 2], dv[kOwnColumns / 2];
+
+  // Neither P nor dS arrives before its barrier expects it: the peer waits for `ds_empty`, which is told after this.
+  const auto expect_peer = [&](int stage) {
+    if (threadIdx.x % 128 == 0) {
+      expect_bytes(&smem.peer_p_full[stage], DsTile::kBytes);
+      expect_bytes(&smem.peer_ds_full[stage], DsTile::kBytes);
+    }
+    __syncwarp();
+  };
+
+  RingPosition<Smem::kStages> at;
+  Walk walk(item);
+  const bool needs_dq = args.dq_sums != nullptr;
+  SumPatch* const first_sums = args.dq_sums + int64_t{item.first_q_block} * kQPatches + rank * kSlabs;
+  const int64_t head_patches = int64_t{item.head_blocks} * kQPatches;
+  bool accumulate = false;
+  wait_phase(&smem.k_full, 0);
+  wait_phase(&smem.v_full, 0);  // with the peer's K
+  do {
+    smem.dout_ring.wait_full(at);
+    wait_phase(&smem.peer_p_full[at.stage], at.phase);
+    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);  // P came by ordinary stores
+    product_ss(dv, peer_p.at(at.stage), dout.at(at.stage), accumulate);
+    smem.q_ring.wait_full(at);
+    wait_phase(&smem.peer_ds_full[at.stage], at.phase);
+    expect_peer(at.stage);
+    product_ss(dk, peer_ds.at(at.stage), q.at(at.stage), accumulate);
+    accumulate = true;
+
+    float dq[kSlabs][32];
+    static_assert(kSlabs == 2);
+    product_ss(dq[0], peer_ds_rows.at(at.stage), peer_k[0]);
+    wait_phase(&smem.ds_full[at.stage], at.phase);
+    product_ss(dq[0], ds_rows.at(at.stage), k[0], true);
+    product_ss(dq[1], peer_ds_rows.at(at.stage), peer_k[1]);
+    product_ss(dq[1], ds_rows.at(at.stage), k[1], true);
+    ptx::wgmma_wait_group<5>(dv);
+    smem.dout_ring.release(at);
+    ptx::wgmma_wait_group<4>(dk);
+    smem.q_ring.release(at);
+
+    SumPatch* const sums = first_sums + walk.head * head_patches + walk.block * kQPatches;
+    const auto add = [&](int slab) {
+      if (!needs_dq) return;
+      float4* to = &sums[slab].quad[0][threadIdx.x % 128];
+#pragma unroll
+      for (int i = 0; i < SumPatch::kQuads; ++i) {
+        ptx::red_add_v4(reinterpret_cast<float*>(to + 128 * i), dq[slab][4 * i], dq[slab][4 * i + 1],
+                        dq[slab][4 * i + 2], dq[slab][4 * i + 3]);
+      }
+    };
+    ptx::wgmma_wait_group<2>(dq[0]);
+    add(0);
+    ptx::wgmma_wait_group<0>(dq[1]);
+    if (leads) {
+      cuda::ptx::mbarrier_arrive(&smem.ds_empty[at.stage]);
+      ptx::mbarrier_arrive_remote(peer(smem_address(&smem.ds_empty[at.stage])));
+    }
+    __syncwarp();
+    add(1);
+    at.next();
+  } while (walk.next());
+  store_keys<Config>(args, item, smem.k, dk, dv, rank, 1 - rank, kStoreBarrier + 1);
+}
+
+// ----------------------------------------------------------------------------------------------------------- kernel
+
+template <class Config>
+__cluster_dims__(2, 1, 1) __global__ void __launch_bounds__(kWideThreads, 1)
+    backward_wide_kernel(const __grid_constant__ BackwardArguments<Config> args) {
+  extern __shared__ __align__(1024) unsigned char dynamic_smem[];
+  using Smem = WideSmem<Config>;
+  auto& smem = *reinterpret_cast<Smem*>(dynamic_smem);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const int rank = blockIdx.x % 2;
+  cudaTriggerProgrammaticLaunchCompletion();
+
+  if (warp == 0) {
+    const bool found = find_item<Config>(args, blockIdx.x / 2, smem.item);
+    if (!found) smem.item.first_head = Item::kNone;
+  } else if (threadIdx.x == 32) {
+    smem.q_ring.init(8);
+    smem.dout_ring.init(8);
+    smem.other_q_ring.init(4);
+    smem.other_dout_ring.init(4);
+    cuda::ptx::mbarrier_init(&smem.k_full, 1);
+    cuda::ptx::mbarrier_init(&smem.v_full, 1);
+    for (int i = 0; i < Smem::kStages; ++i) {
+      cuda::ptx::mbarrier_init(&smem.ds_full[i], 4);
+      cuda::ptx::mbarrier_init(&smem.peer_p_full[i], 1);
+      cuda::ptx::mbarrier_init(&smem.peer_ds_full[i], 1);
+      cuda::ptx::mbarrier_init(&smem.ds_empty[i], 8);
+    }
+    cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
+    for (int i = 0; i < Smem::kStages; ++i) {
+      expect_bytes(&smem.peer_p_full[i], Smem::DsTile::kBytes);
+      expect_bytes(&smem.peer_ds_full[i], Smem::DsTile::kBytes);
+    }
+  }
+  __syncwarp();
+  ptx::cluster_sync();
+  if (smem.item.first_head == Item::kNone) return;  // a hole among the blocks of packed sequences, for both
+  if (warp < 4) {
+    ptx::setmaxnreg_dec<kLoaderRegisters>();
+    load(args, smem, warp, rank);
+  } else if (warp < 8) {
+    ptx::setmaxnreg_inc<kOwnKeysRegisters>();
+    OwnKeys<Config>(args, smem, rank).run();
+  } else {
+    ptx::setmaxnreg_inc<kPeerKeysRegisters>();
+    cudaGridDependencySynchronize();  // `prepare` has left zeros in dQ's sums
+    sum_peer_keys(args, smem, rank);
+  }
+  __syncwarp();
+  ptx::cluster_sync_relaxed();  // until then the peer may send to this thread block
+}
+
+}  // namespace
+
+// ----------------------------------------------------------------------------------------------------------- launch
+
+template <class Config>
+void launch_wide(const BackwardParams& params, cudaStream_t stream) {
+  constexpr int kBytes = sizeof(WideSmem<Config>);
+  allow_shared_memory<backward_wide_kernel<Config>, kBytes>(current_device());
+  const Workspace<Config> workspace(params);
+  launch_overlapped(backward_wide_kernel<Config>, 2 * workspace.schedule.items(), kWideThreads, kBytes, stream,
+                    make_arguments(params, workspace), "launching the wide backward kernel");
+}
+
+void launch_wide_products(const BackwardParams& params, cudaStream_t stream) {
+  with_backward_config(params.problem, [&]<class Config>() {
+    if constexpr (Config::kByPairs) {
+      if (params.problem.options.softcap == 0) {
+        launch_wide<Config>(params, stream);
+      } else {
+        launch_wide<typename Config::Capped>(params, stream);
+      }
+    }
+  });
+}
+
+int wide_shared_memory(int head_dim) {
+  int bytes = 0;
+  with_limits(head_dim, [&]<std::size_t row>() {
+    if constexpr (kLimits[row].backward.by_pairs) bytes = sizeof(WideSmem<BackwardConfig<row, __half>>);
+  });
+  return bytes;
+}
+
+}  // namespace flash_attn_ext
