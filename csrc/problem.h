@@ -26,6 +26,7 @@ struct Options {
   int64_t window_left = -1;             // how many keys a query sees left of the diagonal; -1: all
   int64_t window_right = -1;            // and right of it; causal: none
   double softcap = 0;                   // scores become softcap * tanh(score / softcap) before the mask; 0: they do not
+  bool deterministic = false;           // gradients are the same in every run, bit for bit; nothing to the forward
 
   using Types = std::tuple<std::optional<double>, bool, int64_t, int64_t, double>;
 
