@@ -11,7 +11,7 @@
 namespace flash_attn_ext {
 namespace {
 
-constexpr int kRowThreads = 256;  // of a thread block, which handles one block of rows
+constexpr int kRowThreads = 256;  // of a thread block, which handles one block of rows, or 64 of them
 
 // Which block of rows is the thread block's: the last one first. What `prepare` touches last is what the products begin
 // with, and what they add to last is what `convert` begins with: L2 still has it.
@@ -91,43 +91,48 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_const
 
 // ---------------------------------------------------------------------------------------------------------- convert
 
-struct ConvertArguments {
+constexpr int kStripRows = 64;  // of a strip, a row of a block's patches: what a thread block converts
+
+struct ConvertPart {
   Sums from;
   Tensor to;
-  Sequences sequences;  // whose rows are the gradient's
-  int heads;
   float scale;
+  int strips;  // 0: there are no such sums
 };
 
-// 8 columns of two rows of a block of sums. Pieces of neighbouring numbers have neighbouring columns, so that rows are
-// written whole.
-template <bool kTransposed, int kHeadDim>
+struct ConvertArguments {
+  ConvertPart dq;
+  ConvertPart dkv[4];  // dk and dv of coarse sums, and of fine ones
+  Sequences queries, keys;
+  int heads, kv_heads;
+};
+
+// 8 columns of two rows of a strip. Pieces of neighbouring numbers have neighbouring columns, so that rows are written
+// whole.
+template <bool kTransposed>
 struct SumPiece {
-  static constexpr int kColumnPatches = kHeadDim / 64;
   static constexpr int kRowDistance = kTransposed ? 1 : 8;
 
   unsigned patch, quad, thread;  // of the first four sums
   unsigned half;                 // transposed: which two of each four
-  int row, column;               // in the block; the other row is kRowDistance further
+  int row, column;               // in the strip; the other row is kRowDistance further
 
   __device__ __forceinline__ explicit SumPiece(unsigned number) {
     patch = number / (SumPatch::kQuads * 32);
-    row = 64 * (patch / kColumnPatches);
     if constexpr (kTransposed) {  // a patch's rows are columns: 8 threads that are 4 apart hold 8 of them, of two rows
-      static_assert(kColumnPatches == 1);
       const unsigned chunk = number % 8, row_pair = number / 8 % 4;
       quad = number / 32 % 8;
       thread = 32 * (chunk / 2) + row_pair;
       half = chunk % 2;
-      row += 8 * quad + 2 * row_pair;
-      column = 8 * chunk;
+      row = 8 * quad + 2 * row_pair;
+      column = 64 * patch + 8 * chunk;
     } else {  // four neighbouring threads hold 8 columns of two rows
       const unsigned group = number / SumPatch::kQuads % 32;
       quad = number % SumPatch::kQuads;
       thread = 4 * group;
       half = 0;
-      row += group / 8 * 16 + group % 8;
-      column = 64 * (patch % kColumnPatches) + 8 * quad;
+      row = group / 8 * 16 + group % 8;
+      column = 64 * patch + 8 * quad;
     }
   }
 
@@ -143,9 +148,9 @@ struct SumPiece {
     }
   }
 
-  // Writes them, scaled, to a block of `rows` rows. sum(i) are the i-th two columns.
+  // Writes them, scaled, to a strip of `rows` rows. sum(i) are the i-th two columns.
   template <class T, class Sum>
-  __device__ __forceinline__ void write(T* block, int64_t row_stride, int rows, const Sum& sum, float scale) const {
+  __device__ __forceinline__ void write(T* strip, int64_t row_stride, int rows, const Sum& sum, float scale) const {
     uint32_t bits[2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -156,31 +161,33 @@ struct SumPiece {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (row + kRowDistance * r < rows) {
-        *reinterpret_cast<uint4*>(block + (row + kRowDistance * r) * row_stride + column) =
+        *reinterpret_cast<uint4*>(strip + (row + kRowDistance * r) * row_stride + column) =
             make_uint4(bits[r][0], bits[r][1], bits[r][2], bits[r][3]);
       }
     }
   }
 };
 
-// How many thread blocks of a multiprocessor have registers for all their loads, and spill none.
-constexpr int convert_blocks(int elements) { return elements > 8192 ? 2 : elements > 4096 ? 3 : 4; }
-
+// The part's last strip but `number`, as in own_block. Its blocks have kBlockRows rows.
 template <class T, int kHeadDim, int kBlockRows, bool kTransposed>
-__global__ void __launch_bounds__(kRowThreads, convert_blocks(kBlockRows* kHeadDim))
-    convert_kernel(const __grid_constant__ ConvertArguments args) {
-  cudaGridDependencySynchronize();
-  using Piece = SumPiece<kTransposed, kHeadDim>;
-  constexpr int kPatches = kBlockRows / 64 * (kHeadDim / 64);
+__device__ __forceinline__ void convert_strip(const ConvertPart& part, int number, const Sequences& sequences,
+                                              int heads) {
+  using Piece = SumPiece<kTransposed>;
+  constexpr int kPatches = kHeadDim / 64;
   constexpr int kPieces = kPatches * SumPatch::kQuads * 32 / kRowThreads;  // of a thread
-  const int number = own_block();
-  const Block block = args.sequences.locate(args.from.first_block + number, args.heads, kBlockRows);
-  const Place place = args.sequences.place(block.sequence);
-  const int first_row = block.index * kBlockRows;
-  const int rows = args.sequences.stored_rows(block.sequence) - first_row;
-  if (block.index < 0 || rows <= 0) return;  // a hole
-  const SumPatch* patches = args.from.patches + int64_t{number} * kPatches;
+  constexpr int kStrips = kBlockRows / kStripRows;                         // of a block
+  const Sums& from = part.from;
+  const int strip = part.strips - 1 - number;
+  const Block block = sequences.locate(from.first_block + strip / kStrips, heads, kBlockRows);
+  const Place place = sequences.place(block.sequence);
+  const int first_row = block.index * kBlockRows + strip % kStrips * kStripRows;
+  const int rows = sequences.stored_rows(block.sequence) - first_row;
+  const SumPatch* patches = from.patches + int64_t{strip} * kPatches;
   const auto own = [](int piece) { return Piece(piece * kRowThreads + threadIdx.x); };
+
+  cudaGridDependencySynchronize();  // what is above goes beside the end of the products
+
+  if (block.index < 0 || rows <= 0) return;  // a hole, or past the end
 
   float4 sums[kPieces][4];  // all loads are under way before the first is needed
 #pragma unroll
@@ -188,8 +195,10 @@ __global__ void __launch_bounds__(kRowThreads, convert_blocks(kBlockRows* kHeadD
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[piece][i] = own(piece).load(patches, i);
   }
-  for (int copy = 1; copy < args.from.copies; ++copy) {  // in this order, so that the sum is the same in every run
-    patches += int64_t{args.from.blocks} * kPatches;
+  // In this order, so that the sum is the same in every run. Unrolled, the loads of head dim 64 would spill.
+#pragma unroll 1
+  for (int copy = 1; copy < from.copies; ++copy) {
+    patches += int64_t{part.strips} * kPatches;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
 #pragma unroll
@@ -201,20 +210,31 @@ __global__ void __launch_bounds__(kRowThreads, convert_blocks(kBlockRows* kHeadD
     }
   }
 
-  T* to = element<T>(args.to, place.batch, place.row + first_row, block.head, 0);
+  T* to = element<T>(part.to, place.batch, place.row + first_row, block.head, 0);
 #pragma unroll
   for (int piece = 0; piece < kPieces; ++piece) {
-    own(piece).write(to, args.to.strides.row, rows, [&](int i) { return sums[piece][i]; }, args.scale);
+    own(piece).write(to, part.to.strides.row, rows, [&](int i) { return sums[piece][i]; }, part.scale);
   }
 }
 
-template <class T, int kHeadDim, int kBlockRows, bool kTransposed = false>
-void convert(const Sums& from, const Tensor& to, const Sequences& sequences, int64_t heads, float scale,
-             cudaStream_t stream) {
-  if (from.patches == nullptr) return;
-  launch_overlapped(convert_kernel<T, kHeadDim, kBlockRows, kTransposed>, from.blocks, kRowThreads, 0, stream,
-                    ConvertArguments{from, to, sequences, static_cast<int>(heads), scale},
-                    "launching the kernel after the backward's");
+// How many thread blocks of a multiprocessor have registers for all their loads, and spill none.
+constexpr int convert_blocks(int elements) { return elements > 8192 ? 2 : elements > 4096 ? 3 : 4; }
+
+// All gradients that have sums, in one launch: in a short call, launches take longer than the work.
+template <class Config>
+__global__ void __launch_bounds__(kRowThreads, convert_blocks(kStripRows* Config::kHeadDim))
+    convert_kernel(const __grid_constant__ ConvertArguments args) {
+  using T = typename Config::T;
+  int number = static_cast<int>(blockIdx.x);
+  if (number < args.dq.strips) {
+    convert_strip<T, Config::kHeadDim, Config::kBlockQ, Config::kKvInRegisters>(args.dq, number, args.queries,
+                                                                                args.heads);
+    return;
+  }
+  number -= args.dq.strips;
+  const ConvertPart* part = args.dkv;
+  for (; number >= part->strips; ++part) number -= part->strips;
+  convert_strip<T, Config::kHeadDim, Config::kBlockKv, false>(*part, number, args.keys, args.kv_heads);
 }
 
 // ------------------------------------------------------------------------------------------------------ rows left out
@@ -320,20 +340,32 @@ void convert_all(const BackwardParams& params, cudaStream_t stream) {
   const Workspace<Config> workspace(params);
   const Problem& problem = params.problem;
   const float scale = problem.softmax_scale();
-  const Sequences queries = workspace.sequences, keys = queries.transposed();
-  convert<T, Config::kHeadDim, Config::kBlockQ, Config::kKvInRegisters>(workspace.dq, params.dq, queries, problem.heads,
-                                                                        scale, stream);
+  const int heads = static_cast<int>(problem.heads);
+  const Sequences queries = workspace.sequences;
+  const auto part = [](const Sums& from, const Tensor& to, float scale, int block_rows) -> ConvertPart {
+    return {from, to, scale, from.blocks * (block_rows / kStripRows)};
+  };
+  const KvSums &coarse = workspace.coarse, &fine = workspace.fine;
+  const ConvertArguments args{
+      .dq = part(workspace.dq, params.dq, scale, Config::kBlockQ),
+      .dkv = {part(coarse.dk, params.dk, scale, Config::kBlockKv), part(coarse.dv, params.dv, 1.f, Config::kBlockKv),
+              part(fine.dk, params.dk, scale, Config::kBlockKv), part(fine.dv, params.dv, 1.f, Config::kBlockKv)},
+      .queries = queries,
+      .keys = queries.transposed(),
+      .heads = heads,
+      .kv_heads = static_cast<int>(problem.kv_heads)};
+  int strips = args.dq.strips;
+  for (const ConvertPart& dkv : args.dkv) strips += dkv.strips;
+  if (strips > 0) {
+    launch_overlapped(convert_kernel<Config>, strips, kRowThreads, 0, stream, args,
+                      "launching the kernel after the backward's");
+  }
   if (params.dq.data != nullptr && queries.left_out > 0) {
-    zero_kernel<T><<<1024, kRowThreads, 0, stream>>>(params.dq, queries.count, queries.left_out,
-                                                     static_cast<int>(problem.heads), Config::kHeadDim);
+    zero_kernel<T>
+        <<<1024, kRowThreads, 0, stream>>>(params.dq, queries.count, queries.left_out, heads, Config::kHeadDim);
     check_cuda(cudaGetLastError(), "launching the kernel for rows that see nothing");
   }
-  for (const KvSums* sums : {&workspace.coarse, &workspace.fine}) {
-    convert<T, Config::kHeadDim, Config::kBlockKv>(sums->dk, params.dk, keys, problem.kv_heads, scale, stream);
-    convert<T, Config::kHeadDim, Config::kBlockKv>(sums->dv, params.dv, keys, problem.kv_heads, 1.f, stream);
-  }
   if (params.dsinks != nullptr) {  // last: between `prepare` and the products it would keep them from overlapping
-    const int heads = static_cast<int>(problem.heads);
     launch_overlapped(sinks_kernel<Config::kBlockQ>, heads, kSinksThreads, 0, stream,
                       SinksArguments<Config::kBlockQ>{.stats = workspace.stats,
                                                       .sinks = params.sinks,

@@ -88,6 +88,16 @@ def test_every_kernel_of_the_table_is_there_and_no_other(sass, usage):
     assert sorted(sass) == sorted(usage) == sorted(KERNELS)
 
 
+@needs_kernels
+def test_gradients_out_of_float32_sums_are_stored_16_bytes_at_a_time():
+    """The compiler can turn such a store into four of 4 bytes each, and has done so."""
+    _, *parts = re.split(r"^\s*Function : (\S+)$", cuobjdump("-sass"), flags=re.MULTILINE)
+    named = zip(parts[::2], parts[1::2], strict=True)
+    stores = [re.findall(r"\bSTG\S*", text) for name, text in named if "convert_kernel" in name]
+    assert len(stores) == sum(bool(row["backward"]) for row in TABLE) * len(DTYPES)
+    assert all(set(found) == {"STG.E.128"} for found in stores)
+
+
 def products(kernel):
     """The products of one step of the main loop: by name, how many wgmma of which form.
 
