@@ -22,6 +22,7 @@
 #include <type_traits>
 
 #include "backward_products.cuh"
+#include "backward_turns.cuh"
 #include "ptx/reduce.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
@@ -88,6 +89,7 @@ struct BackwardSmem {
   // The item at hand, those before and behind it, and one more so that numbers are taken modulo 4.
   static constexpr int kItems = 4;
   Item items[kItems];
+  TurnRing turns;
 
   QRing q_ring;  // Q, stats and step
   QRing dout_ring;
@@ -149,7 +151,7 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
   const int lane = threadIdx.x % 32;
   const bool leads = lane == 0;
 
-  int step_count = 0;
+  unsigned step_count = 0;
   RingPosition<Config::kStages> at;
   for (int count = 0;; ++count) {
     wait_phase(&smem.item_found, count % 2);
@@ -183,7 +185,7 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
         if (leads) {
           const Step step = {flags, block * kBlockQ, first_q_block + block};
           smem.steps[at.stage] = step;
-          smem.dq_steps[step_count] = step;
+          smem.dq_steps[step_count % Smem::kDqSteps] = step;
           uint64_t* full = smem.q_ring.begin_fill(at, Smem::QTile::kBytes + sizeof(Stats));
           load_tile(smem.q[at.stage], args.q, item.q, block * kBlockQ, head, full);
           cuda::ptx::cp_async_bulk(cuda::ptx::space_cluster, cuda::ptx::space_global, &smem.stats[at.stage],
@@ -191,17 +193,22 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
           full = smem.dout_ring.begin_fill(at, Smem::QTile::kBytes);
           load_tile(smem.dout[at.stage], args.dout, item.q, block * kBlockQ, head, full);
         }
+        if (args.turns != nullptr) {
+          const auto turn_at = TurnRing::Position::of(step_count);
+          if (leads) smem.turns.put(turn_at, first_q_block + block, block, count % Smem::kItems);
+        }
         __syncwarp();
         at.next();
-        step_count = (step_count + 1) % Smem::kDqSteps;
+        ++step_count;
         if (block == last_block) break;
       }
     }
   }
   smem.q_ring.wait_empty(at);
   if (leads) {
-    smem.steps[at.stage] = smem.dq_steps[step_count] = {.flags = Step::kEnd};
+    smem.steps[at.stage] = smem.dq_steps[step_count % Smem::kDqSteps] = {.flags = Step::kEnd};
     smem.q_ring.end_fill(at);
+    if (args.turns != nullptr) smem.turns.put_end(TurnRing::Position::of(step_count));
   }
 }
 
@@ -380,8 +387,8 @@ struct Consumer {
         smem.q_ring.release(done);
         break;
       }
-      load_queries(lse_log2, smem.stats[at.stage].lse_log2,
-                   thread);  // later, and ptxas puts it between products' instructions
+      // Later, and ptxas puts it between products' instructions.
+      load_queries(lse_log2, smem.stats[at.stage].lse_log2, thread);
       issue_scores(scores);
       if constexpr (kNeedsDkv) ptx::wgmma_wait_group<1>(dv, dk);
       smem.dout_ring.release(done);
@@ -569,6 +576,8 @@ __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, Ba
   RingPosition<Config::kDsStages> at;
   int count = 0, q_block;
   uint32_t flags;
+  const bool in_turn = args.turns != nullptr;
+  TurnRing::Position turn_at;
   const auto await_step = [&] {
     wait_phase(&smem.ds_full[at.stage][0], at.phase);
     const Step step = smem.dq_steps[count];
@@ -623,11 +632,16 @@ __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, Ba
         at.next();
         await_step();  // before the last sums leave, which takes long: the next product is behind them
       }
+      if (in_turn && slab == 0) smem.turns.wait(turn_at);
 #pragma unroll
       for (int i = 0; i < SumPatch::kQuads; ++i) {
         ptx::red_add_v4(reinterpret_cast<float*>(sums + 128 * i), dq[4 * i], dq[4 * i + 1], dq[4 * i + 2],
                         dq[4 * i + 3]);
       }
+    }
+    if (in_turn) {
+      smem.turns.finish(turn_at);
+      turn_at.next();
     }
   }
 }
@@ -651,6 +665,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     smem.v_ring.init(kConsumerWarps);
     cuda::ptx::mbarrier_init(&smem.item_found, 1);
     cuda::ptx::mbarrier_init(&smem.next_item, 1);
+    smem.turns.init();
     for (int i = 0; i < Config::kDsStages; ++i) {
       for (uint64_t& full : smem.ds_full[i]) cuda::ptx::mbarrier_init(&full, 4);
       cuda::ptx::mbarrier_init(&smem.ds_empty[i], 4);
@@ -664,6 +679,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     if (threadIdx.x < 32) load(args, smem);
     if (threadIdx.x / 32 == 1) find_items(args, smem);
+    if (args.turns != nullptr) {
+      if (threadIdx.x == 2 * 32) grant_turns(args, smem.turns, smem.items);
+      if (threadIdx.x == 3 * 32) announce_turns(args, smem.turns);
+    }
   } else if (warpgroup <= Config::kConsumers) {
     ptx::setmaxnreg_inc<Config::consumer_registers(kNeedsDq)>();
     Consumer<Config, kGradients>(args, smem, warpgroup - 1).run();

@@ -113,6 +113,7 @@ template <class Config>
 struct Workspace {
   static constexpr int kQPatches = Config::kBlockQ / 64 * Config::kHeadDim / 64;    // patches of a Q block
   static constexpr int kKvPatches = Config::kBlockKv / 64 * Config::kHeadDim / 64;  // of a KV block
+  static constexpr int kTurns = Config::kByPairs ? 2 : 1;                           // of a Q block
   using Stats = RowStats<Config::kBlockQ>;
 
   Sequences sequences;
@@ -123,6 +124,8 @@ struct Workspace {
   KvSums coarse, fine;  // of dK and dV, where several items share a KV head's query heads: a copy for each
   Stats* stats;         // of every Q block
   int* item_counter;
+  int* turns;  // of every Q block, for each thread block of a pair (backward_turns.cuh); null: sums are added to in any
+               // order
   int64_t bytes;
 
   explicit Workspace(const BackwardParams& p)
@@ -146,12 +149,14 @@ struct Workspace {
       return {take_sums(p.dk, sums, kKvPatches), take_sums(p.dv, sums, kKvPatches)};
     };
     const int coarse_blocks = schedule.copies == 1 ? 0 : schedule.coarse.items() / schedule.copies;
-    const int fine_blocks = schedule.fine.items() / schedule.group;
+    const int fine_blocks = schedule.group == 1 ? 0 : schedule.fine.items() / schedule.group;
     dq = take_sums(p.dq, {nullptr, 0, q_blocks, 1}, kQPatches);
     coarse = take_kv_sums({nullptr, 0, coarse_blocks, schedule.copies});
     fine = take_kv_sums({nullptr, schedule.coarse.items() / schedule.copies, fine_blocks, schedule.group});
     stats = static_cast<Stats*>(take(int64_t{q_blocks} * sizeof(Stats)));
     item_counter = static_cast<int*>(take(sizeof(int)));
+    const bool in_turn = p.problem.options.deterministic && p.dq.data != nullptr;
+    turns = in_turn ? static_cast<int*>(take(int64_t{q_blocks} * kTurns * sizeof(int))) : nullptr;
   }
 };
 

@@ -23,6 +23,7 @@ struct BackwardArguments {
   SumPatch* dq_sums;
   KvSums coarse_sums, fine_sums;
   int* item_counter;
+  int* turns;
   KeySchedule schedule;
   Sequences sequences;
   struct Reach {
@@ -57,6 +58,7 @@ BackwardArguments<Config> make_arguments(const BackwardParams& params, const Wor
   args.coarse_sums = workspace.coarse;
   args.fine_sums = workspace.fine;
   args.item_counter = workspace.item_counter;
+  args.turns = workspace.turns;
   args.schedule = workspace.schedule;
   args.sequences = workspace.sequences;
   args.reach = {workspace.sequences.each.left, workspace.sequences.each.right};
@@ -85,6 +87,7 @@ struct alignas(128) Item {
   Origin q, kv, out;  // of rows and keys, and of dk and dv
   bool complete;      // the item has all of the KV head's query heads; otherwise:
   bool coarse;        // which sums
+  bool ascends;       // the sequence's first keys were handed out first
   int copy, kv_block;
 };
 
@@ -98,8 +101,9 @@ __device__ __forceinline__ bool find_item(const BackwardArguments<Config>& args,
   item.first_head = work.first_head;
   item.end_head = work.end_head;
   item.kv_head = work.kv_head;
-  item.complete = work.coarse && args.schedule.copies == 1;
+  item.complete = work.end_head - work.first_head == args.schedule.group;
   item.coarse = work.coarse;
+  item.ascends = work.ascends;
   item.copy = work.copy;
   item.kv_block = args.schedule.kv_block(work);
 

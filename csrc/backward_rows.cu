@@ -33,6 +33,7 @@ struct PrepareArguments {
   RowStats<Config::kBlockQ>* stats;
   SumPatch* dq;  // null: dq is not needed
   int* item_counter;
+  int* turns;
   int thread_blocks;  // of the products
   Sequences sequences;
   int heads;
@@ -86,6 +87,8 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_const
     auto* quads = reinterpret_cast<float4*>(args.dq + int64_t{number} * kDqPatches);
     constexpr int kQuads = kDqPatches * sizeof(SumPatch) / sizeof(float4);
     for (int i = threadIdx.x; i < kQuads; i += kRowThreads) quads[i] = float4{};
+    constexpr int kTurns = Workspace<Config>::kTurns;
+    if (args.turns != nullptr && threadIdx.x < kTurns) args.turns[number * kTurns + threadIdx.x] = 0;
   }
 }
 
@@ -328,6 +331,7 @@ void prepare(const BackwardParams& params, cudaStream_t stream) {
                                                         .stats = workspace.stats,
                                                         .dq = workspace.dq.patches,
                                                         .item_counter = workspace.item_counter,
+                                                        .turns = workspace.turns,
                                                         .thread_blocks = workspace.thread_blocks,
                                                         .sequences = workspace.sequences,
                                                         .heads = static_cast<int>(params.problem.heads)});

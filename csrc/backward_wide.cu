@@ -10,13 +10,14 @@
 //   OwnKeys   S, P, dP and dS of own keys; own columns of their dV and dK, with P^T and dS^T from registers
 //   PeerKeys  own columns of the peer's keys' dV and dK, with P^T and dS^T as they arrive in shared memory; then own
 //             columns of dQ, of all keys, which it adds to float32 sums in global memory
-// Each accumulates 64 keys x 128 columns of dK and dV in registers. Four warps load, each its own ring: the halves of
-// the columns of Q and of dO. Own columns live until dK or dV has been summed; the others only until S or dP.
-// docs/backward.md has the order of work, the barriers, the layout of shared memory and the cycle budget.
+// Each accumulates 64 keys x 128 columns of dK and dV in registers. Two warps load, one Q and the other dO. Of both,
+// own columns live until dK or dV has been summed; the other columns only until S or dP. docs/backward.md has the order
+// of work, the barriers, the layout of shared memory and the cycle budget.
 
 #include <cuda/ptx>
 
 #include "backward_products.cuh"
+#include "backward_turns.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/reduce.cuh"
 #include "ptx/tma.cuh"
@@ -55,6 +56,7 @@ struct WideSmem {
   DsTile peer_p[kStages], peer_ds[kStages];
   Stats stats[kStages];
   Item item;
+  TurnRing turns;
 
   Ring<kStages> q_ring;  // with stats
   Ring<kStages> dout_ring;
@@ -104,63 +106,67 @@ struct Walk {
 
 // ------------------------------------------------------------------------------------------------------------ loaders
 
-// One of four warps, each with a ring of its own: 0 the other columns of Q, 1 those of dO, 2 own columns of Q, 3 of dO.
-// The first two load keys before.
-template <class Config>
-__device__ __forceinline__ void load(const BackwardArguments<Config>& args, WideSmem<Config>& smem, int warp,
-                                     int rank) {
+// One of two warps: the first loads own keys' K, then Q with its stats; the second V, the peer's K, then dO. Of each
+// step the other columns come first: they have one stage, and S and dP begin with them.
+template <bool kLoadsQ, class Config>
+__device__ __forceinline__ void load(const BackwardArguments<Config>& args, WideSmem<Config>& smem, int rank) {
   using Smem = WideSmem<Config>;
   using HalfTile = typename Smem::HalfTile;
+  using Stats = typename Smem::Stats;
   const Item& item = smem.item;
   const bool leads = threadIdx.x % 32 == 0;
   const int own_column = rank * Smem::kOwnColumns, other_column = Smem::kOwnColumns - own_column;
-  const int own_key = item.first_key + 64 * rank;
-
-  const auto load_steps = [&]<int kStages>(HalfTile* tiles, Ring<kStages>& ring, const CUtensorMap& map, int column,
-                                           bool with_stats) {
-    RingPosition<kStages> at;
-    Walk walk(item);
-    bool prepared = false;
-    do {
-      ring.wait_empty(at);
-      if (leads) {
-        uint64_t* full = &ring.full[at.stage];
-        expect_bytes(full, HalfTile::kBytes + (with_stats ? sizeof(typename Smem::Stats) : 0));
-        load_tile(tiles[at.stage], map, item.q, walk.block * Config::kBlockQ, item.first_head + walk.head, full,
-                  column);
-        if (with_stats) {
-          if (!prepared) cudaGridDependencySynchronize();  // `prepare` has left the stats
-          prepared = true;
-          const int q_block = item.first_q_block + walk.head * item.head_blocks + walk.block;
-          cuda::ptx::cp_async_bulk(cuda::ptx::space_cluster, cuda::ptx::space_global, &smem.stats[at.stage],
-                                   args.stats + q_block, sizeof(typename Smem::Stats), full);
-        }
-      }
-      __syncwarp();
-      at.next();
-    } while (walk.next());
-  };
-
-  if (warp == 0) {
-    if (leads) {
-      expect_bytes(&smem.k_full, 2 * HalfTile::kBytes);
-      load_tile(smem.k[0], args.k, item.kv, own_key, item.kv_head, &smem.k_full, own_column);
-      load_tile(smem.k[1], args.k, item.kv, own_key, item.kv_head, &smem.k_full, other_column);
-    }
-    load_steps(&smem.other_q, smem.other_q_ring, args.q, other_column, false);
-  } else if (warp == 1) {
-    if (leads) {
-      expect_bytes(&smem.v_full, 3 * HalfTile::kBytes);
-      load_tile(smem.v[0], args.v, item.kv, own_key, item.kv_head, &smem.v_full, own_column);
-      load_tile(smem.v[1], args.v, item.kv, own_key, item.kv_head, &smem.v_full, other_column);
-      load_tile(smem.peer_k, args.k, item.kv, own_key ^ 64, item.kv_head, &smem.v_full, own_column);
-    }
-    load_steps(&smem.other_dout, smem.other_dout_ring, args.dout, other_column, false);
-  } else if (warp == 2) {
-    load_steps(smem.q, smem.q_ring, args.q, own_column, true);
-  } else {
-    load_steps(smem.dout, smem.dout_ring, args.dout, own_column, false);
+  if (leads) {
+    uint64_t* full = kLoadsQ ? &smem.k_full : &smem.v_full;
+    const CUtensorMap& map = kLoadsQ ? args.k : args.v;
+    HalfTile(&to)[2] = kLoadsQ ? smem.k : smem.v;
+    const int own_key = item.first_key + 64 * rank;
+    expect_bytes(full, (kLoadsQ ? 2 : 3) * HalfTile::kBytes);
+    load_tile(to[1], map, item.kv, own_key, item.kv_head, full, other_column);
+    load_tile(to[0], map, item.kv, own_key, item.kv_head, full, own_column);
+    if (!kLoadsQ) load_tile(smem.peer_k, args.k, item.kv, own_key ^ 64, item.kv_head, full, own_column);
   }
+
+  Ring<1>& other_ring = kLoadsQ ? smem.other_q_ring : smem.other_dout_ring;
+  Ring<Smem::kStages>& ring = kLoadsQ ? smem.q_ring : smem.dout_ring;
+  HalfTile& other_tile = kLoadsQ ? smem.other_q : smem.other_dout;
+  HalfTile(&tiles)[Smem::kStages] = kLoadsQ ? smem.q : smem.dout;
+  const CUtensorMap& map = kLoadsQ ? args.q : args.dout;
+  const bool in_turn = kLoadsQ && args.turns != nullptr;
+
+  RingPosition<1> other_at;
+  RingPosition<Smem::kStages> at;
+  TurnRing::Position turn_at;
+  Walk walk(item);
+  bool prepared = false;
+  do {
+    const int row = walk.block * Config::kBlockQ, head = item.first_head + walk.head;
+    const int q_block = item.first_q_block + walk.head * item.head_blocks + walk.block;
+    other_ring.wait_empty(other_at);
+    if (leads) {
+      uint64_t* full = other_ring.begin_fill(other_at, HalfTile::kBytes);
+      load_tile(other_tile, map, item.q, row, head, full, other_column);
+    }
+    ring.wait_empty(at);
+    if (leads) {
+      uint64_t* full = ring.begin_fill(at, HalfTile::kBytes + (kLoadsQ ? sizeof(Stats) : 0));
+      load_tile(tiles[at.stage], map, item.q, row, head, full, own_column);
+      if constexpr (kLoadsQ) {
+        if (!prepared) cudaGridDependencySynchronize();  // `prepare` has left the stats
+        prepared = true;
+        cuda::ptx::cp_async_bulk(cuda::ptx::space_cluster, cuda::ptx::space_global, &smem.stats[at.stage],
+                                 args.stats + q_block, sizeof(Stats), full);
+      }
+      if (in_turn) {
+        smem.turns.put(turn_at, Workspace<Config>::kTurns * q_block + rank, walk.block, 0);
+      }
+    }
+    __syncwarp();
+    other_at.next();
+    at.next();
+    turn_at.next();
+  } while (walk.next());
+  if (in_turn && leads) smem.turns.put_end(turn_at);
 }
 
 // ----------------------------------------------------------------------------------------------------- dK and dV leave
@@ -232,7 +238,8 @@ struct OwnKeys {
 
   // Operands that sum over the head dim, for S and dP; over queries, for dK and dV.
   __device__ __forceinline__ KMajor<HalfTile> over_columns(const HalfTile& tile) const {
-    return columns.of(tile, smem.k[0]);
+    const KMajor<HalfTile> operand = columns.of(tile, smem.k[0]);
+    return Config::kSoftcap ? operand.anew() : operand;
   }
   __device__ __forceinline__ MnMajor<HalfTile> over_rows(const HalfTile& tile) const {
     return rows.of(tile, smem.k[0]);
@@ -390,6 +397,8 @@ __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& a
   RingPosition<Smem::kStages> at;
   Walk walk(item);
   const bool needs_dq = args.dq_sums != nullptr;
+  const bool in_turn = args.turns != nullptr;
+  TurnRing::Position turn_at;
   SumPatch* const first_sums = args.dq_sums + int64_t{item.first_q_block} * kQPatches + rank * kSlabs;
   const int64_t head_patches = int64_t{item.head_blocks} * kQPatches;
   bool accumulate = false;
@@ -429,6 +438,7 @@ __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& a
       }
     };
     ptx::wgmma_wait_group<2>(dq[0]);
+    if (in_turn) smem.turns.wait(turn_at);
     add(0);
     ptx::wgmma_wait_group<0>(dq[1]);
     if (leads) {
@@ -437,6 +447,10 @@ __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& a
     }
     __syncwarp();
     add(1);
+    if (in_turn) {
+      smem.turns.finish(turn_at);
+      turn_at.next();
+    }
     at.next();
   } while (walk.next());
   store_keys<Config>(args, item, smem.k, dk, dv, rank, 1 - rank, kStoreBarrier + 1);
@@ -462,6 +476,7 @@ __cluster_dims__(2, 1, 1) __global__ void __launch_bounds__(kWideThreads, 1)
     smem.dout_ring.init(8);
     smem.other_q_ring.init(4);
     smem.other_dout_ring.init(4);
+    smem.turns.init();
     cuda::ptx::mbarrier_init(&smem.k_full, 1);
     cuda::ptx::mbarrier_init(&smem.v_full, 1);
     for (int i = 0; i < Smem::kStages; ++i) {
@@ -481,7 +496,12 @@ __cluster_dims__(2, 1, 1) __global__ void __launch_bounds__(kWideThreads, 1)
   if (smem.item.first_head == Item::kNone) return;  // a hole among the blocks of packed sequences, for both
   if (warp < 4) {
     ptx::setmaxnreg_dec<kLoaderRegisters>();
-    load(args, smem, warp, rank);
+    if (warp == 0) load<true>(args, smem, rank);
+    if (warp == 1) load<false>(args, smem, rank);
+    if (args.turns != nullptr) {
+      if (threadIdx.x == 2 * 32) grant_turns(args, smem.turns, &smem.item);
+      if (threadIdx.x == 3 * 32) announce_turns(args, smem.turns);
+    }
   } else if (warp < 8) {
     ptx::setmaxnreg_inc<kOwnKeysRegisters>();
     OwnKeys<Config>(args, smem, rank).run();

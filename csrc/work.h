@@ -63,6 +63,7 @@ inline KeySchedule backward_schedule(const Problem& problem, const BackwardPlan&
                             .steps = quotient(rows < reach ? rows - 1 : static_cast<int>(reach), plan.block_q) + 1,
                             .by_cost = is_causal || keys.is_packed(),
                             .falls = is_causal && each.keys <= 2 * each.rows,
+                            .ordered = problem.options.deterministic,
                             .head_bytes = int64_t{each.rows} * problem.head_dim * kBytesPerElement,
                             .l2_bytes = heads == kv_heads ? kL2Bytes / 2 : kL2Bytes,
                             .multiprocessors = multiprocessors});

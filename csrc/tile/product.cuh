@@ -43,6 +43,13 @@ struct KMajor {
   // The operand of another tile, where `own` is this one's: a constant apart, so that it takes no registers.
   __device__ __forceinline__ KMajor of(const Tile& other, const Tile& own) const { return at(&other - &own); }
 
+  // The same, but worked out anew wherever it is used: where registers run short, the compiler must not keep it in one.
+  __device__ __forceinline__ KMajor anew() const {
+    uint64_t same = descriptor;
+    asm volatile("" : "+l"(same));
+    return KMajor(same);
+  }
+
   // The descriptor of the k-th 16 columns: 32 bytes within a slab, then the next slab.
   __device__ __forceinline__ uint64_t step(int k) const {
     return descriptor + descriptor_offset(k / 4 * Tile::kSlabBytes + k % 4 * 32);

@@ -54,6 +54,7 @@ struct KeyItem {
   bool coarse;
   int copy;       // which of the items that share the KV head's query heads
   int direction;  // 1: query rows are walked from the first to the last; -1: from the last to the first
+  bool ascends;   // blocks of a head are handed out from the first to the last; otherwise from the last to the first
 };
 
 // The backward's order of work. An item walks its query heads one after the other, so that dK and dV are summed in
@@ -61,6 +62,13 @@ struct KeyItem {
 // head drift apart with every head, until L2 no longer holds what they share. Where there are few of them beside the
 // multiprocessors, the last KV heads' query heads are shared out, an item a query head: the fine items, which fill what
 // would be idle at the end. Sharing costs float32 sums of dK and dV, so that it needs items that are long enough.
+//
+// In an ordered schedule the blocks of a head add to the sums of a Q block in turn, in the order in which they are
+// handed out: whoever waits then waits for work that has begun, and there is always some that goes on. So that they
+// hardly wait, blocks of many heads are handed out alternately, from the last one to the first, and walk up: under a
+// causal mask a block's neighbour, which begins further up, is always ahead of it. But then the longest items come
+// last. The last pairs, about one item for each multiprocessor, are fine items for this reason, which are handed out by
+// cost after all, from the first block to the last. These walk down, from the rows that all of them meet first.
 struct KeySchedule {
   static constexpr int kMostHeads = 4;
   static constexpr int kMostHeadsOfLong = 2;
@@ -77,14 +85,16 @@ struct KeySchedule {
   int copies;       // coarse items that share them
   int most_heads;   // of a coarse item
   bool alternates;  // items of every other wave of multiprocessors walk down
+  bool ordered, falls;
   int multiprocessors;
 
   struct Call {
     int blocks, kv_heads, sequences;
-    int group;           // query heads of a KV head
-    int steps;           // of a block that all rows of a head see
-    bool by_cost;        // the first keys cost most
-    bool falls;          // and the last ones next to nothing
+    int group;     // query heads of a KV head
+    int steps;     // of a block that all rows of a head see
+    bool by_cost;  // the first keys cost most
+    bool falls;    // and the last ones next to nothing
+    bool ordered;
     int64_t head_bytes;  // of a query head's rows and of what is added to for them
     int64_t l2_bytes;
     int multiprocessors;
@@ -95,18 +105,22 @@ struct KeySchedule {
     const bool shares = group > 1 && call.steps > kFewSteps;
     const int most = call.steps < kLongSteps ? kMostHeads : kMostHeadsOfLong;
     const int copies = shares && call.falls ? (group - 1) / most + 1 : 1, most_heads = (group - 1) / copies + 1;
-    const int fine = shares ? fine_pairs(call, copies, most_heads) : 0;
-    const int coarse_section = Schedule::section_pairs(most_heads * call.head_bytes, 1, call.l2_bytes);
-    // Sections of one width, so that the last one is no smaller than the others.
-    const int fine_sections = quotient(fine * group, Schedule::section_pairs(call.head_bytes, 1, call.l2_bytes));
-    const int fine_section = fine_sections > 1 ? quotient(fine * group - 1, fine_sections) + 1 : fine * group;
-    return {.coarse = {blocks, call.kv_heads * copies, 0, (pairs - fine) * copies, coarse_section, call.by_cost},
-            .fine = {blocks, call.kv_heads * group, (pairs - fine) * group, fine * group, fine_section, call.by_cost},
+    const bool splits = shares || (call.ordered && call.falls && group == 1);
+    const int fine = splits ? pairs_to_split(call, copies, most_heads) : 0;
+    const int coarse_pairs = (pairs - fine) * copies, fine_pairs = fine * group;
+    const int coarse_section = section(call, coarse_pairs, most_heads, call.ordered);
+    const int fine_section = section(call, fine_pairs, 1, true);
+    const bool by_block = call.by_cost || call.ordered;
+    return {.coarse = {blocks, call.kv_heads * copies, 0, coarse_pairs, coarse_section, by_block},
+            .fine = {blocks, call.kv_heads * group, (pairs - fine) * group, fine_pairs, fine_section, by_block},
             .kv_heads = call.kv_heads,
             .group = group,
             .copies = copies,
             .most_heads = most_heads,
-            .alternates = call.falls && blocks >= kTogether && kTogether * coarse_section <= call.multiprocessors,
+            .alternates = !call.ordered && call.falls && blocks >= kTogether &&
+                          kTogether * coarse_section <= call.multiprocessors,
+            .ordered = call.ordered,
+            .falls = call.falls,
             .multiprocessors = call.multiprocessors};
   }
 
@@ -124,29 +138,46 @@ struct KeySchedule {
     const int shares = is_coarse ? copies : group, heads = is_coarse ? most_heads : 1;
     const int kv_head = shares == 1 ? at.head : quotient(at.head, shares), copy = at.head - kv_head * shares;
     const int first_head = kv_head * group + copy * heads, end_head = first_head + heads, end = (kv_head + 1) * group;
-    const bool walks_down = alternates && quotient(index, multiprocessors) % 2 == 0;
-    // A Schedule takes later blocks for the costlier ones; here the first keys are those that most queries see.
-    return {.block = schedule.blocks - 1 - at.block,
+    const bool ascends = ordered ? falls && !is_coarse : schedule.by_cost;
+    const bool walks_down = ordered ? ascends : alternates && quotient(index, multiprocessors) % 2 == 0;
+    // A Schedule takes later blocks for the costlier ones, and hands them out first.
+    return {.block = ordered && !ascends ? at.block : schedule.blocks - 1 - at.block,
             .sequence = at.sequence,
             .kv_head = kv_head,
             .first_head = first_head,
             .end_head = end_head < end ? end_head : end,
             .coarse = is_coarse,
             .copy = copy,
-            .direction = walks_down ? -1 : 1};
+            .direction = walks_down ? -1 : 1,
+            .ascends = ascends};
   }
 
  private:
+  // How many pairs make a section, of items of so many query heads; all of one width, so that the last is no smaller
+  // than the others, or as wide as L2 allows.
+  static HOST_DEVICE int section(const Call& call, int pairs, int heads, bool one_width) {
+    int width = Schedule::section_pairs(heads * call.head_bytes, 1, call.l2_bytes);
+    if (call.ordered && heads == 1) {  // two items for each multiprocessor: neighbours begin far enough from each other
+      const int enough = quotient(2 * call.multiprocessors, call.blocks) + 1;
+      if (width < enough) width = enough;
+    }
+    if (!one_width) return width;
+    const int sections = quotient(pairs, width);
+    return sections > 1 ? quotient(pairs - 1, sections) + 1 : pairs;
+  }
+
   // How many of the last (sequence, KV head) pairs are shared out.
-  static HOST_DEVICE int fine_pairs(const Call& call, int copies, int most_heads) {
+  static HOST_DEVICE int pairs_to_split(const Call& call, int copies, int most_heads) {
     const int64_t pairs = int64_t{call.sequences} * call.kv_heads, fine_items = int64_t{call.blocks} * call.group;
     const int64_t items = pairs * copies * call.blocks, many = int64_t{kManyItems} * call.multiprocessors;
-    if (items > many) return 0;  // what is lost at the end is little beside so many
+    if (items > many && !call.ordered) return 0;  // what is lost at the end is little beside so many
     int64_t wanted;
     if (call.falls) {
       // The longest items of the last coarse pairs end while multiprocessors that took the short ones are idle: about
-      // as much as one coarse item each. So many pairs become fine items, rounded up from a fifth, and at least one.
-      wanted = (int64_t{5} * call.multiprocessors * most_heads + 4 * fine_items) / (5 * fine_items);
+      // as much as one coarse item each. So many pairs become fine items, rounded up, from a fifth where the coarse
+      // items that come last are not the longest, and at least one.
+      const int64_t items_to_split = int64_t{call.multiprocessors} * most_heads;
+      wanted = (5 * items_to_split + (call.ordered ? 5 * fine_items - 1 : 4 * fine_items)) / (5 * fine_items);
       if (wanted == 0) wanted = 1;
     } else {
       // Items cost about the same: a last round that leaves a tenth of the multiprocessors idle.

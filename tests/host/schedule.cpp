@@ -17,6 +17,9 @@ using namespace flash_attn_ext;
 
 constexpr int kMultiprocessors = 132;
 
+// How many items of the backward are worked on at a time.
+static int workers(const BackwardPlan& plan) { return plan.by_pairs ? kMultiprocessors / 2 : kMultiprocessors; }
+
 // ------------------------------------------------------------------------------------------------------- small sizes
 
 static void check_every_item_once(const Schedule& schedule, int sequences, const std::string& name) {
@@ -166,9 +169,9 @@ static Costs backward_costs(const Problem& problem, const BackwardPlan& plan, co
 }
 
 // The time until all is done, when each multiprocessor takes the next item as soon as it is done with one.
-static int64_t makespan(const Costs& costs) {
+static int64_t makespan(const Costs& costs, int workers) {
   std::priority_queue<int64_t, Costs, std::greater<>> busy_until;
-  for (int i = 0; i < kMultiprocessors; ++i) busy_until.push(0);
+  for (int i = 0; i < workers; ++i) busy_until.push(0);
   int64_t end = 0;
   for (int64_t cost : costs) {
     const int64_t done = busy_until.top() + cost;
@@ -180,20 +183,21 @@ static int64_t makespan(const Costs& costs) {
 }
 
 // No order is done before all multiprocessors have done their share, nor before the longest item is.
-static double ideal(const Costs& costs) {
-  const double share = static_cast<double>(std::accumulate(costs.begin(), costs.end(), int64_t{0})) / kMultiprocessors;
+static double ideal(const Costs& costs, int workers) {
+  const double share = static_cast<double>(std::accumulate(costs.begin(), costs.end(), int64_t{0})) / workers;
   return std::max(share, static_cast<double>(*std::ranges::max_element(costs)));
 }
 
-static void check_balance(const std::string& name, const Costs& costs) {
+static void check_balance(const std::string& name, const Costs& costs, int workers = kMultiprocessors) {
   const auto [shortest, longest] = std::ranges::minmax(costs);
   if (shortest == longest) return;  // items that all cost the same take as many rounds in any order
   // Items are whole, and so are steps: few items a multiprocessor, or few steps an item, are a few percent by
   // themselves. When the last item, the shortest, is taken, all multiprocessors still do the others.
   const int64_t others = std::accumulate(costs.begin(), costs.end(), int64_t{0}) - shortest;
-  const int64_t limit = std::max(static_cast<int64_t>(1.03 * ideal(costs)), others / kMultiprocessors + shortest);
-  const int64_t time = makespan(costs);
-  test::check(time <= limit, name + ": takes " + std::to_string(time) + " steps of " + std::to_string(ideal(costs)));
+  const int64_t limit = std::max(static_cast<int64_t>(1.03 * ideal(costs, workers)), others / workers + shortest);
+  const int64_t time = makespan(costs, workers);
+  test::check(time <= limit,
+              name + ": takes " + std::to_string(time) + " steps of " + std::to_string(ideal(costs, workers)));
 }
 
 // What sharing costs in memory: the float32 sums of dK and dV beside those of dQ, in bytes.
@@ -247,8 +251,8 @@ static void check_shape(int64_t heads, int64_t kv_heads, int head_dim, int64_t b
     constexpr BackwardPlan kBackward = kLimits[row].backward;
     check_balance(name + ", forward", forward_costs(problem, kForward, forward_schedule(problem, kForward)));
     if constexpr (kBackward.built()) {
-      const KeySchedule backward = backward_schedule(problem, kBackward, kMultiprocessors);
-      check_balance(name + ", backward", backward_costs(problem, kBackward, backward));
+      const KeySchedule backward = backward_schedule(problem, kBackward, workers(kBackward));
+      check_balance(name + ", backward", backward_costs(problem, kBackward, backward), workers(kBackward));
       test::check(heads != kv_heads || backward.fine.items() == 0, name + ": nothing to share out");
     }
   });
