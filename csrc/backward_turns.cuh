@@ -73,11 +73,10 @@ __device__ __forceinline__ void grant_turns(const BackwardArguments<Config>& arg
     const bool is_end = turn.count == Turn::kEnd;
     if (!is_end) {
       const Item& item = items[turn.item];
-      const Sequence rows = {item.rows, item.keys, args.reach.left, args.reach.right};
-      const Range blocks = rows.blocks(turn.q_block * Config::kBlockQ, Config::kBlockQ, Config::kBlockKv);
-      const int own = quotient(item.first_key, Config::kBlockKv);
-      turn.counts = own >= blocks.begin && own < blocks.end;
-      const int before = item.ascends ? own - blocks.begin : blocks.end - 1 - own;
+      const Sequence sequence = {item.rows, item.keys, args.reach.left, args.reach.right};
+      const int before = find_turn(sequence, turn.q_block * Config::kBlockQ, Config::kBlockQ,
+                                   quotient(item.first_key, Config::kBlockKv), Config::kBlockKv, item.ascends);
+      turn.counts = before >= 0;
       while (turn.counts && TurnCount(args.turns[turn.count]).load(cuda::memory_order_acquire) != before) {
       }
     }

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "host_device.h"
+#include "sequence.h"
 
 namespace flash_attn_ext {
 
@@ -56,6 +57,14 @@ struct KeyItem {
   int direction;  // 1: query rows are walked from the first to the last; -1: from the last to the first
   bool ascends;   // blocks of a head are handed out from the first to the last; otherwise from the last to the first
 };
+
+// Where blocks of keys add in turn to the sums of rows: how many do before this one, the `own`-th, of those that some
+// of the rows row <= i < row + n see; -1 if it is none of them.
+HOST_DEVICE int find_turn(const Sequence& sequence, int row, int n, int own, int block, bool ascends) {
+  const Range blocks = sequence.blocks(row, n, block);
+  if (own < blocks.begin || own >= blocks.end) return -1;
+  return ascends ? own - blocks.begin : blocks.end - 1 - own;
+}
 
 // The backward's order of work. An item walks its query heads one after the other, so that dK and dV are summed in
 // registers. These are the coarse items. Under a causal mask they have at most kMostHeads, since the blocks of a KV

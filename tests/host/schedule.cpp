@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <numeric>
 #include <queue>
 #include <vector>
@@ -240,6 +241,144 @@ static void check_directions() {
   }
 }
 
+// ------------------------------------------------------------------------------------------------- deterministic calls
+
+// A step of an item: which rows of which head it adds to, and which item must have added to them before; -1: none.
+struct OrderedStep {
+  int sums, before;
+};
+
+// The steps of every item of a dense call, walked as the kernels walk them. Whoever is waited for must have been handed
+// out before, or the thread blocks could wait for each other forever.
+static std::vector<std::vector<OrderedStep>> ordered_steps(const Problem& problem, const BackwardPlan& plan,
+                                                           const KeySchedule& schedule, const std::string& name) {
+  const Sequences rows = backward_sequences(problem), keys = rows.transposed();
+  const int heads = static_cast<int>(problem.heads);
+  std::vector<std::vector<int>> added(rows.block_count(heads, plan.block_q));  // by whom, turn by turn
+  std::vector<std::vector<OrderedStep>> steps;
+  for (int index = 0; index < schedule.items(); ++index) {
+    const KeyItem item = schedule.item(index);
+    const Range blocks = keys.at(item.sequence).blocks(item.block * plan.block_kv, plan.block_kv, plan.block_q);
+    auto& of_item = steps.emplace_back();
+    for (int head = item.first_head; head < item.end_head; ++head) {
+      for (int i = 0; i < blocks.end - blocks.begin; ++i) {
+        const int block = item.direction > 0 ? blocks.begin + i : blocks.end - 1 - i;
+        const int turn = find_turn(rows.at(item.sequence), block * plan.block_q, plan.block_q, item.block,
+                                   plan.block_kv, item.ascends);
+        const int sums = rows.first_block(item.sequence, head, heads, plan.block_q) + block;
+        const int turns = static_cast<int>(added[sums].size());
+        test::check(turn == turns, name + ": an item is handed out before one that it must wait for");
+        of_item.push_back({sums, turns > 0 ? added[sums].back() : -1});
+        added[sums].push_back(index);
+      }
+    }
+  }
+  return steps;
+}
+
+// The time until all is done, where an item that adds sees what another has added so many steps later.
+static double ordered_makespan(const std::vector<std::vector<OrderedStep>>& items, int workers, double delay) {
+  struct Event {
+    double time;
+    int item, step;
+    bool operator>(const Event& other) const { return time > other.time; }
+  };
+  std::priority_queue<Event, std::vector<Event>, std::greater<>> events;
+  std::map<std::pair<int, int>, double> added;  // when, by item and sums
+  std::map<std::pair<int, int>, Event> waiting;
+  double end = 0;
+  int next = 0;
+  const auto start = [&](double time) {  // one more step for the item's beginning and end
+    while (next < static_cast<int>(items.size()) && items[next].empty()) ++next;
+    if (next < static_cast<int>(items.size())) events.push({time + 2, next++, 0});
+  };
+  for (int i = 0; i < workers; ++i) start(0);
+  while (!events.empty()) {
+    Event event = events.top();
+    events.pop();
+    const auto [sums, before] = items[event.item][event.step];
+    if (before >= 0) {
+      const auto seen = added.find({before, sums});
+      if (seen == added.end()) {
+        waiting.insert({{before, sums}, event});
+        continue;
+      }
+      if (seen->second + delay > event.time) {
+        events.push({seen->second + delay, event.item, event.step});
+        continue;
+      }
+    }
+    added[{event.item, sums}] = end = event.time;
+    if (const auto waiter = waiting.find({event.item, sums}); waiter != waiting.end()) {
+      events.push(waiter->second);
+      waiting.erase(waiter);
+    }
+    if (event.step + 1 < static_cast<int>(items[event.item].size())) {
+      events.push({event.time + 1, event.item, event.step + 1});
+    } else {
+      start(event.time);
+    }
+  }
+  test::check(waiting.empty(), "thread blocks wait for each other");
+  return end;
+}
+
+static void check_ordered(int64_t heads, int64_t kv_heads, int head_dim, int64_t batch, int64_t seqlen, bool causal,
+                          double limit) {
+  const std::string name = std::to_string(heads) + "/" + std::to_string(kv_heads) + " heads of " +
+                           std::to_string(head_dim) + ", " + std::to_string(batch) + " x " + std::to_string(seqlen) +
+                           (causal ? ", causal" : ", full") + ", deterministic";
+  Problem problem{batch,    seqlen,   seqlen,           heads,
+                  kv_heads, head_dim, DType::kBFloat16, {.softmax_scale = {}, .causal = causal}};
+  with_limits(head_dim, [&]<std::size_t row>() {
+    constexpr BackwardPlan kPlan = kLimits[row].backward;
+    const Costs costs = backward_costs(problem, kPlan, backward_schedule(problem, kPlan, workers(kPlan)));
+    problem.options.deterministic = true;
+    const KeySchedule schedule = backward_schedule(problem, kPlan, workers(kPlan));
+    const double time = ordered_makespan(ordered_steps(problem, kPlan, schedule, name), workers(kPlan), 1.5);
+    const auto usual = static_cast<double>(makespan(costs, workers(kPlan)));
+    test::check(time <= limit * usual, name + ": takes " + std::to_string(time / usual) + " of the usual time");
+  });
+}
+
+static void check_ordered_schedules() {
+  for (const HeadDimLimits& row : kLimits) {
+    const int64_t heads = 2048 / row.head_dim;
+    for (bool causal : {false, true}) {
+      for (int64_t seqlen : {4096, 16384}) {
+        check_ordered(heads, heads, row.head_dim, 16384 / seqlen, seqlen, causal, 1.06);
+      }
+    }
+    check_ordered(2 * heads, heads / 2, row.head_dim, 1, 8192, true, 1.1);
+  }
+  // Lengths, masks and groups of all kinds: only the order matters.
+  for (int64_t seqlen_q : {1, 64, 65, 300, 1000}) {
+    for (int64_t seqlen_k : {1, 128, 129, 500, 1000}) {
+      for (int64_t kv_heads : {1, 2, 6}) {
+        for (int64_t window : {-1, 0, 100, 300}) {
+          for (bool causal : {false, true}) {
+            const Problem problem{
+                2,
+                seqlen_q,
+                seqlen_k,
+                6,
+                kv_heads,
+                128,
+                DType::kBFloat16,
+                {.softmax_scale = {}, .causal = causal, .window_left = window, .deterministic = true}};
+            const BackwardPlan plan = kLimits[1].backward;
+            for (int multiprocessors : {1, 7, 132}) {
+              const KeySchedule schedule = backward_schedule(problem, plan, multiprocessors);
+              const auto steps = ordered_steps(problem, plan, schedule, "a small call");
+              ordered_makespan(steps, multiprocessors, 1);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 static void check_shape(int64_t heads, int64_t kv_heads, int head_dim, int64_t batch, int64_t seqlen, bool causal) {
   const Problem problem{batch,    seqlen,   seqlen,           heads,
                         kv_heads, head_dim, DType::kBFloat16, {.softmax_scale = {}, .causal = causal}};
@@ -398,5 +537,6 @@ int main() {
   check_packings();
   check_sharing_is_bounded();
   check_directions();
+  check_ordered_schedules();
   return test::finish("schedule");
 }
