@@ -16,8 +16,8 @@ POSITIONS = {  # of the functions that look at them
 }
 BY_NAME = {
     "flash_attn_func": "window_size, softcap, sinks, deterministic, return_lse",
-    "flash_attn_varlen_func": "seqused_q, seqused_k, softmax_scale, causal, window_size, softcap, sinks, deterministic, "
-    "return_lse",
+    "flash_attn_varlen_func": "seqused_q, seqused_k, softmax_scale, causal, window_size, softcap, sinks, "
+    "deterministic, return_lse",
 }
 LAYOUT = "SDPA's tensors are (batch, heads, seqlen, head_dim), and these must be (batch, seqlen, heads, head_dim)"
 
