@@ -43,9 +43,9 @@ def flash_attn_func(
         softcap: scores become softcap * tanh(score / softcap) before the mask, where it is not 0.
         sinks: (heads,), of any floating-point type: a logit for each head that joins the sum of the softmax, and no
             value: it takes weight from the keys that a query sees.
-        deterministic: the gradients are the same in every run of a call, bit for bit, which on a GPU takes memory and
-            time. Without it the last bits of q's gradient vary there. torch.use_deterministic_algorithms(True) asks for
-            it too. out and lse are the same in every run anyway.
+        deterministic: the gradients are the same in every run of a call, bit for bit. Without it the last bits of q's
+            vary on a GPU, where the backward is faster then. torch.use_deterministic_algorithms(True) asks for it too.
+            out and lse are the same in every run anyway.
         return_lse: also return lse.
         others, others_by_name: arguments that only FlashAttention-2, FlashAttention-3 or SDPA have. What asks for
             nothing passes, as dropout_p=0.0 and num_splits=1; the rest is refused by name. return_attn_probs=True is
