@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Speed of attention on one GPU beside its peers: the grid of the FlashAttention papers, shapes of models, packed
-sequences, sliding windows; and what options of a call cost.
+sequences, sliding windows, deterministic gradients; and what options of a call cost.
 
     python benchmarks/attention.py --dry-run                      the cells, without a GPU
     python benchmarks/attention.py --name h100 --plots            the papers' grid, both passes, every peer
@@ -105,6 +105,7 @@ WAIT_CYCLES = round(2 * MEASURE_MS * 2e6)
 # 64 rows of a gradient, since a single row of dq or dk can be all cancellation, and so all rounding.
 MAX_ERROR = 0.03
 COMPARED_ROWS = {"forward": 1, "backward": 64}
+REPEATS = 10  # of a deterministic call, which have to agree bit for bit
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,19 @@ def listed_grid(
     ]
 
 
+def deterministic_grid(
+    pass_name: str,
+    dtype: str,
+    head_dims: Iterable[int] | None = None,
+    seqlens: Iterable[int] | None = None,
+    masks: Iterable[str] = tuple(MASKS),
+) -> list[Cell]:
+    """The papers' shapes, where many thread blocks add to each row. Every forward is deterministic by itself."""
+    return paper_grid(pass_name, dtype, head_dims, seqlens or (4096, 8192, 16384), masks) * (pass_name == "backward")
+
+
 GRIDS = {"paper": paper_grid} | {grid: partial(listed_grid, grid) for grid in LISTS}
+GRIDS["deterministic"] = deterministic_grid
 assert list(GRIDS) == list(GRID_NAMES)
 
 
@@ -243,6 +256,14 @@ def worst_error(result: torch.Tensor, expected: torch.Tensor, rows: int) -> floa
     return (norms(result.float() - expected) / norms(expected)).max().item()
 
 
+def check_every_run(call: Call) -> None:
+    """Raises if results differ from run to run: some versions of FA3 take `deterministic` and ignore it."""
+    first = [x.clone() for x in call()]
+    for _ in range(REPEATS):
+        if not all(map(torch.equal, call(), first)):
+            raise ArithmeticError("its results are not the same in every run")
+
+
 class Ceiling:
     """cuBLAS on 8192^3, measured now and again through the run: what this chip gives at the run's temperature."""
 
@@ -270,7 +291,8 @@ class Ceiling:
 
 
 def measure_cell(cell: Cell, peers: list[str], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """TFLOP/s of each peer, round by round. Says why a peer is missing: it raised, or its results are wrong."""
+    """TFLOP/s of each peer, round by round. Says why a peer is missing: it raised, or its results are wrong or, of a
+    deterministic one, not the same in every run."""
     stop = time.monotonic() + seconds
     inputs, pattern = cell.inputs(), cell.pattern()
 
@@ -287,6 +309,8 @@ def measure_cell(cell: Cell, peers: list[str], rounds: int, seconds: float) -> d
             errors = [worst_error(a, b, rows) for a, b in zip(call(), expected, strict=True)]
             if not all(error <= MAX_ERROR for error in errors):  # NaN included
                 raise ArithmeticError(f"wrong results: relative errors {', '.join(f'{x:.3g}' for x in errors)}")
+            if peer.endswith("deterministic"):
+                check_every_run(call)
             counts[peer] = calls_per_measurement(call)
             calls[peer] = call
         except Exception as failure:  # a peer that cannot run this cell is a missing figure, not the end of the run
@@ -391,7 +415,8 @@ def show_speeds(cells: list[dict], spreads: list[dict[str, float]], peers: list[
         rows.append([cell["pass"], shape(cell), MASK_NAMES[cell["causal"]], *figures, beside])
     show(["pass", "shape", "mask", *(PEER_NAMES[peer] for peer in peers), "ours / FA3"], rows)
     for name, of_pass in by_pass(cells).items():
-        others = [line for peer in peers if peer not in ("fa3", *OURS) for line in summary(of_pass, peer)]
+        with_remarks = {"fa3", "fa3_deterministic", *OURS}
+        others = [line for peer in peers if peer not in with_remarks for line in summary(of_pass, peer)]
         for line in remarks(of_pass) + others:
             say(f"{name}, {line}")
 
@@ -408,8 +433,9 @@ def parse_args() -> argparse.Namespace:
         choices=list(GRIDS),
         default="paper",
         help="paper (default); models: shapes that people train; packed: packed sequences; windows: sliding windows; "
-        "options: what sinks and a loss that uses lse cost. On the papers' grid the next three may name other head "
-        "dims and lengths; elsewhere they only select cells",
+        "options: what sinks and a loss that uses lse cost; deterministic: gradients that are the same in every run. "
+        "On the first and the last the next three may name other head dims and lengths; elsewhere they only select "
+        "cells",
     )
     option("--head-dims", nargs="+", type=positive_int, metavar="D", help="default: those that ours has in the pass")
     option("--seqlens", nargs="+", type=positive_int, metavar="S", help="default: all of the grid")
@@ -418,7 +444,7 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         choices=list(MASKS),
         default=list(MASKS),
-        help="default: both; all but paper have causal only",
+        help="default: both; all but paper and deterministic have causal only",
     )
     option(
         "--peers",

@@ -82,10 +82,10 @@ def attend_ours(pattern: Pattern, q, k, v, sinks=None, return_lse: bool = False)
     return results if return_lse else (results,)
 
 
-def bind_ours_backward(q, k, v, dout, pattern: Pattern) -> Call:
+def bind_ours_backward(q, k, v, dout, pattern: Pattern, **asked) -> Call:
     from flash_attn_ext import backward, forward
 
-    options = our_options(pattern)
+    options = our_options(pattern) | asked
     out, lse = forward(q, k, v, **options)
     return partial(backward, dout, q, k, v, out, lse, **options)
 
@@ -118,10 +118,11 @@ def bind_fa3(q, k, v, dout, pattern: Pattern) -> Call:
     return lambda: forward()[:1]
 
 
-def bind_fa3_backward(q, k, v, dout, pattern: Pattern) -> Call:
+def bind_fa3_backward(q, k, v, dout, pattern: Pattern, **asked) -> Call:
     out, lse, *_ = fa3_forward(q, k, v, pattern)()
     gradients = tuple(torch.empty_like(x) for x in (q, k, v))
-    backward = partial(torch.ops.flash_attn_3.bwd, dout, q, k, v, out, lse, *gradients, **fa3_options(pattern))
+    options = fa3_options(pattern) | asked
+    backward = partial(torch.ops.flash_attn_3.bwd, dout, q, k, v, out, lse, *gradients, **options)
 
     def call():
         backward()
@@ -164,7 +165,9 @@ BINDERS = {
     "plain": PLAIN,
     "dlse": autograd_binders(partial(attend_ours, return_lse=True)),
     "sinks": autograd_binders(attend_ours, weightless_sinks),
+    "ours_deterministic": {"forward": PLAIN["forward"], "backward": partial(bind_ours_backward, deterministic=True)},
     "fa3": {"forward": bind_fa3, "backward": bind_fa3_backward},
+    "fa3_deterministic": {"forward": bind_fa3, "backward": partial(bind_fa3_backward, deterministic=True)},
     "cudnn": autograd_binders(partial(attend_torch, SDPBackend.CUDNN_ATTENTION)),
     "fa2": autograd_binders(partial(attend_torch, SDPBackend.FLASH_ATTENTION)),
 }
@@ -192,7 +195,7 @@ def usable_peers(names: list[str], library: Path | None) -> list[str]:
 
                 if why := why_unavailable():
                     raise RuntimeError(why)
-            elif name == "fa3":
+            elif name in ("fa3", "fa3_deterministic"):
                 load_fa3(library)
             usable.append(name)
         except Exception as error:  # whatever an import may raise: the other peers still run

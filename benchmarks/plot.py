@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Plots of a results file of benchmarks/attention.py.
 
-The papers' grid: a figure per pass, with a panel per head dim and mask. Other grids: one figure, a panel per pass.
+The papers' shapes: a figure per pass, with a panel per head dim and mask. Other grids: one figure, a panel per pass.
 `python benchmarks/plot.py benchmarks/results/h100-paper-bf16.json` writes into docs/images/.
 """
 
@@ -14,7 +14,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tables import GRID_NAMES, MASK_NAMES, PEER_NAMES, ROOT, by_pass, by_shape, grid_of, peers_of, plots, size_title
+from tables import (
+    GRID_NAMES,
+    MASK_NAMES,
+    PAPER_GRIDS,
+    PEER_NAMES,
+    ROOT,
+    by_pass,
+    by_shape,
+    grid_of,
+    peers_of,
+    plots,
+    size_title,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +37,9 @@ COLOURS = {
     "plain": ("#D55E00", "white"),
     "dlse": ("#E69F00", "black"),
     "sinks": ("#F0E442", "black"),
+    "ours_deterministic": ("#E69F00", "black"),
     "fa3": ("#0072B2", "white"),
+    "fa3_deterministic": ("#56B4E9", "black"),
     "cudnn": ("#56B4E9", "black"),
     "fa2": ("#BBBBBB", "black"),
 }
@@ -82,8 +96,8 @@ def finish(figure: Figure, title: str, peers: list[str], results: dict) -> None:
 
 
 def draw_pass(results: dict, name: str) -> Figure:
-    """The figure of one pass on the papers' grid."""
-    cells = by_pass(results["cells"])[name]
+    """The figure of one pass on the papers' shapes."""
+    grid, cells = grid_of(results), by_pass(results["cells"])[name]
     peers = peers_of(cells)
     rows = sorted({cell["causal"] for cell in cells})
     columns = sorted({cell["head_dim"] for cell in cells})
@@ -99,7 +113,7 @@ def draw_pass(results: dict, name: str) -> Figure:
         row[0].set_ylabel("TFLOP/s")
     for axis in axes[-1]:
         axis.set_xlabel("sequence length")
-    finish(figure, f"Attention {name}", peers, results)
+    finish(figure, f"Attention {name}" + ("" if grid == "paper" else f", {GRID_NAMES[grid]}"), peers, results)
     return figure
 
 
@@ -127,7 +141,7 @@ def plot(path: Path, folder: Path = ROOT / "docs" / "images") -> list[Path]:
     """Writes the figures of a results file; returns their paths."""
     results = json.loads(Path(path).read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    if grid_of(results) == "paper":
+    if grid_of(results) in PAPER_GRIDS:
         figures = [draw_pass(results, name) for name in by_pass(results["cells"])]
     else:
         figures = [draw_shapes(results)]

@@ -27,7 +27,9 @@ GRID_NAMES = {
     "packed": "packed sequences",
     "windows": "sliding windows",
     "options": "options of a call",
+    "deterministic": "deterministic gradients",
 }
+PAPER_GRIDS = ("paper", "deterministic")  # as many KV heads as heads: a row per head dim and mask, a column per length
 DTYPES = ("bf16", "fp16")
 TRAIN_STEP = RESULTS / "h100-train-step.json"
 PEER_NAMES = {
@@ -35,12 +37,14 @@ PEER_NAMES = {
     "plain": "no option",  # this and the next two are ours on the grid of options, through autograd
     "dlse": "a loss that uses lse",
     "sinks": "sinks",
+    "ours_deterministic": "flash_attn_ext deterministic",
     "fa3": "FA3",
+    "fa3_deterministic": "FA3 deterministic",
     "cudnn": "cuDNN",
     "fa2": "FA2",
 }
 OPTIONS = ("dlse", "sinks")
-OURS = {"ours", "plain", *OPTIONS}
+OURS = {"ours", "plain", *OPTIONS, "ours_deterministic"}
 MASK_NAMES = {False: "full", True: "causal"}
 NOT_MEASURED = "No figures are published for this version yet."
 
@@ -77,16 +81,18 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def ratio(cell: dict, peer: str = "fa3") -> float | None:
+def ratio(cell: dict, peer: str = "fa3", ours: str = "ours") -> float | None:
     """Our speed over the peer's in one cell; None where either did not run."""
-    ours, theirs = cell["tflops"].get("ours"), cell["tflops"].get(peer)
-    return ours / theirs if ours and theirs else None
+    speed, theirs = cell["tflops"].get(ours), cell["tflops"].get(peer)
+    return speed / theirs if speed and theirs else None
 
 
 def grid_peers(grid: str) -> list[str]:
     """The peers that are measured on a grid: cuDNN has, through torch, neither windows nor packed sequences."""
     if grid == "options":
         return ["plain", *OPTIONS]
+    if grid == "deterministic":
+        return ["ours", "ours_deterministic", "fa3", "fa3_deterministic"]
     return ["ours", "fa3", *(["cudnn"] if grid in ("paper", "models") else []), "fa2"]
 
 
@@ -108,7 +114,7 @@ def shape(cell: dict) -> str:
 
 
 def is_grouped(cell: dict) -> bool:
-    """Whether heads share KV heads: they do in every cell of every grid but the papers', and in none of that."""
+    """Whether heads share KV heads: they do in no cell of the papers' shapes, and in every cell of the other grids."""
     return cell["heads"] != cell["kv_heads"]
 
 
@@ -139,22 +145,23 @@ def by_shape(cells: list[dict]) -> dict[str, dict[str, dict]]:
     return shapes
 
 
-def mean_and_worst(cells: list[dict], peer: str) -> tuple[float, dict]:
+def mean_and_worst(cells: list[dict], peer: str, ours: str = "ours") -> tuple[float, dict]:
     """The geometric mean of our speed over the peer's, and the cell where it is least."""
-    return geometric_mean([ratio(cell, peer) for cell in cells]), min(cells, key=lambda cell: ratio(cell, peer))
+    ratios = [ratio(cell, peer, ours) for cell in cells]
+    return geometric_mean(ratios), cells[ratios.index(min(ratios))]
 
 
-def summary(cells: list[dict], peer: str = "fa3") -> list[str]:
+def summary(cells: list[dict], peer: str = "fa3", ours: str = "ours") -> list[str]:
     """Sentences that sum up our speed beside one peer: over all cells, then per head dim."""
-    known = [cell for cell in cells if ratio(cell, peer)]
+    known = [cell for cell in cells if ratio(cell, peer, ours)]
     if not known:
         return []
 
     def of(some: list[dict]) -> str:
-        mean, worst = mean_and_worst(some, peer)
-        return f"geometric mean {mean:.3f}, least {ratio(worst, peer):.3f} ({describe(worst)})"
+        mean, worst = mean_and_worst(some, peer, ours)
+        return f"geometric mean {mean:.3f}, least {ratio(worst, peer, ours):.3f} ({describe(worst)})"
 
-    lines = [f"{PEER_NAMES['ours']} / {PEER_NAMES[peer]}, {len(known)} cells: {of(known)}"]
+    lines = [f"{PEER_NAMES[ours]} / {PEER_NAMES[peer]}, {len(known)} cells: {of(known)}"]
     for head_dim in sorted({cell["head_dim"] for cell in known}):
         lines.append(f"head dim {head_dim}: {of([cell for cell in known if cell['head_dim'] == head_dim])}")
     return lines
@@ -185,9 +192,17 @@ def option_costs(cells: list[dict]) -> list[str]:
     return lines
 
 
+def deterministic_speeds(cells: list[dict]) -> list[str]:
+    """The deterministic ones beside each other, and each beside its own default."""
+    lines = summary(cells, "fa3_deterministic", "ours_deterministic")
+    for peer in ("ours", "fa3"):
+        lines += summary(cells, peer, f"{peer}_deterministic")
+    return lines
+
+
 def remarks(cells: list[dict]) -> list[str]:
     """What is said below a table about the cells of one pass."""
-    return [*summary(cells), *window_times(cells), *option_costs(cells)]
+    return [*summary(cells), *window_times(cells), *option_costs(cells), *deterministic_speeds(cells)]
 
 
 def peers_of(cells: list[dict]) -> list[str]:
@@ -204,7 +219,7 @@ def figures(cell: dict | None, peers: list[str]) -> str:
 
 
 def speed_grid(cells: list[dict], peers: list[str]) -> list[str]:
-    """Markdown of one pass on the papers' grid: a row per head dim and mask, a column per sequence length."""
+    """Markdown of one pass on the papers' shapes: a row per head dim and mask, a column per sequence length."""
     seqlens = sorted({cell["seqlen_q"] for cell in cells})
     by_place = {(cell["head_dim"], cell["causal"], cell["seqlen_q"]): cell for cell in cells}
     lines = [
@@ -234,17 +249,19 @@ def shape_table(cells: list[dict], peers: list[str], title: str) -> list[str]:
 
 
 def paper_tables(results: dict, wanted: list[str], sentences: int | None) -> list[str]:
-    lines = []
+    """Of the papers' shapes."""
+    lines, grid = [], grid_of(results)
     for name, cells in by_pass(results["cells"]).items():
         peers = [peer for peer in peers_of(cells) if peer in wanted]
         named = " / ".join(PEER_NAMES[peer] for peer in peers)
-        lines += [f"{name.capitalize()}, {cells[0]['dtype']}, TFLOP/s: {named}", "", *speed_grid(cells, peers), ""]
-        lines += [f"- {line}" for line in summary(cells)[:sentences]] + [""]
+        title = (name if grid == "paper" else f"{GRID_NAMES[grid]}, {name}").capitalize()
+        lines += [f"{title}, {cells[0]['dtype']}, TFLOP/s: {named}", "", *speed_grid(cells, peers), ""]
+        lines += [f"- {line}" for line in remarks(cells)[:sentences]] + [""]
     return lines
 
 
 def shapes_table(results: dict, wanted: list[str], sentences: int | None) -> list[str]:
-    """Of any grid but the papers'."""
+    """Of a grid with grouped heads."""
     grid, cells = grid_of(results), results["cells"]
     peers = [peer for peer in peers_of(cells) if peer in wanted]
     named = " / ".join(PEER_NAMES[peer] for peer in peers)
@@ -257,7 +274,7 @@ def shapes_table(results: dict, wanted: list[str], sentences: int | None) -> lis
 
 def speed_tables(results: dict, wanted: list[str], sentences: int | None = None) -> list[str]:
     """The tables of one results file, restricted to the wanted peers, with so many sentences on each pass below."""
-    write = paper_tables if grid_of(results) == "paper" else shapes_table
+    write = paper_tables if grid_of(results) in PAPER_GRIDS else shapes_table
     return write(results, wanted, sentences)
 
 
@@ -287,21 +304,23 @@ def overhead_lines(results: dict) -> list[str]:
 
 def plots(path: Path, results: dict) -> dict[str, str]:
     """The names of the plots of a results file, without folder, and what each shows."""
-    if grid_of(results) == "paper":
-        return {f"{path.stem}-{name}.png": f"{name} speed" for name in by_pass(results["cells"])}
-    return {f"{path.stem}.png": f"speed on {GRID_NAMES[grid_of(results)]}"}
+    grid = grid_of(results)
+    if grid in PAPER_GRIDS:
+        shown = "speed" if grid == "paper" else f"speed, {GRID_NAMES[grid]}"
+        return {f"{path.stem}-{name}.png": f"{name} {shown}" for name in by_pass(results["cells"])}
+    return {f"{path.stem}.png": f"speed on {GRID_NAMES[grid]}"}
 
 
 def standing_block() -> str:
     """Our speed over the peers' in a few figures: a row per grid and card, bf16."""
     peers, passes = ("fa3", "cudnn"), ("forward", "backward")
 
-    def figure(cells: list[dict], peer: str) -> str:
-        known = [cell for cell in cells if ratio(cell, peer)]
+    def figure(cells: list[dict], peer: str, ours: str) -> str:
+        known = [cell for cell in cells if ratio(cell, peer, ours)]
         if not known:
             return "–"
-        mean, worst = mean_and_worst(known, peer)
-        return f"{mean:.2f} ({ratio(worst, peer):.2f})"
+        mean, worst = mean_and_worst(known, peer, ours)
+        return f"{mean:.2f} ({ratio(worst, peer, ours):.2f})"
 
     columns = [f"{PEER_NAMES[peer]} {name}" for peer in peers for name in passes]
     lines = [f"| speed, ours / theirs | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
@@ -311,7 +330,8 @@ def standing_block() -> str:
         for path in measured(grid, "bf16"):
             results = json.loads(path.read_text())
             cells = by_pass(results["cells"])
-            row = [figure(cells.get(name, []), peer) for peer in peers for name in passes]
+            kind = "_deterministic" if grid == "deterministic" else ""  # of ours and of theirs
+            row = [figure(cells.get(name, []), peer + kind, "ours" + kind) for peer in peers for name in passes]
             lines.append(f"| {path.name.split('-')[0].upper()}, {shapes} | {' | '.join(row)} |")
     below = "bf16, geometric mean over all shapes, and in brackets the least: [Speed](#speed) has the figures."
     return "\n".join([*lines, "", below]) if len(lines) > 2 else NOT_MEASURED

@@ -28,7 +28,7 @@ struct Options {
   double softcap = 0;                   // scores become softcap * tanh(score / softcap) before the mask; 0: they do not
   bool deterministic = false;           // gradients are the same in every run, bit for bit; nothing to the forward
 
-  using Types = std::tuple<std::optional<double>, bool, int64_t, int64_t, double>;
+  using Types = std::tuple<std::optional<double>, bool, int64_t, int64_t, double, bool>;
 
   // Whether the kernels take these values as they are. NaN is in no range.
   bool are_in_range() const {

@@ -20,6 +20,7 @@ def flash_attn_func(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    deterministic: bool = False,
     return_lse: bool = False,
     **others_by_name,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -42,6 +43,9 @@ def flash_attn_func(
         softcap: scores become softcap * tanh(score / softcap) before the mask, where it is not 0.
         sinks: (heads,), of any floating-point type: a logit for each head that joins the sum of the softmax, and no
             value: it takes weight from the keys that a query sees.
+        deterministic: the gradients are the same in every run of a call, bit for bit. Without it the last bits of q's
+            vary on a GPU, where the backward is faster then. torch.use_deterministic_algorithms(True) asks for it too.
+            out and lse are the same in every run anyway.
         return_lse: also return lse.
         others, others_by_name: arguments that only FlashAttention-2, FlashAttention-3 or SDPA have. What asks for
             nothing passes, as dropout_p=0.0 and num_splits=1; the rest is refused by name. return_attn_probs=True is
@@ -68,14 +72,13 @@ def flash_attn_func(
             another function's argument asks for something. `explain` gives the text without making the call. In the
             backward on a GPU, if a loss uses lse and the kernel has no gradient of it.
         NotImplementedError: torch.func differentiates the call (grad, vjp, jvp).
-        RuntimeError: CUDA tensors on a GPU that is not a Hopper, or in an installation without the GPU kernels; in the
-            backward on a GPU, if q needs a gradient under torch.use_deterministic_algorithms(True).
+        RuntimeError: CUDA tensors on a GPU that is not a Hopper, or in an installation without the GPU kernels.
     """
     if others or others_by_name:
         if refusal := keywords.refusal(others, others_by_name):
             raise refusal
         return_lse = return_lse or others_by_name.get("return_attn_probs", False)
-    out, lse = _attend(q, k, v, Options.of(softmax_scale, causal, window_size, softcap, sinks))
+    out, lse = _attend(q, k, v, Options.of(softmax_scale, causal, window_size, softcap, sinks, deterministic))
     return (out, lse) if return_lse else out
 
 
@@ -95,6 +98,7 @@ def flash_attn_varlen_func(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    deterministic: bool = False,
     return_lse: bool = False,
     **others_by_name,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -113,6 +117,7 @@ def flash_attn_varlen_func(
             are used, from its first one on. Default: all.
         softmax_scale, causal, window_size, softcap, sinks: as in `flash_attn_func`, for each sequence by itself: masks
             are aligned to the bottom right of what is used of it.
+        deterministic: as in `flash_attn_func`.
         return_lse: also return lse.
         others, others_by_name: as in `flash_attn_func`.
 
@@ -134,7 +139,7 @@ def flash_attn_varlen_func(
             raise refusal
         return_lse = return_lse or others_by_name.get("return_attn_probs", False)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    out, lse = _attend(q, k, v, Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths))
+    out, lse = _attend(q, k, v, Options.of(softmax_scale, causal, window_size, softcap, sinks, deterministic, *lengths))
     return (out, lse) if return_lse else out
 
 
@@ -203,6 +208,7 @@ def forward(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    deterministic: bool = False,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     seqused_q: torch.Tensor | None = None,
@@ -210,7 +216,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`flash_attn_func` or, with lengths, `flash_attn_varlen_func`, with return_lse=True: returns (out, lse)."""
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    return _attend(q, k, v, Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths))
+    return _attend(q, k, v, Options.of(softmax_scale, causal, window_size, softcap, sinks, deterministic, *lengths))
 
 
 def backward(
@@ -226,6 +232,7 @@ def backward(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    deterministic: bool = False,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     seqused_q: torch.Tensor | None = None,
@@ -244,6 +251,7 @@ def backward(
     Args:
         dout: gradient of the loss with respect to out; shape, dtype and device of q. Any strides.
         q, k, v, softmax_scale, causal, window_size, softcap, lengths: as in `forward`. Autocast casts nothing here.
+        deterministic: as in `flash_attn_func`.
         out: shape, dtype and device of q.
         lse: (batch, heads, seqlen_q), packed (heads, total_q), float32, on q's device; natural logarithm, -inf for rows
             that see no key.
@@ -259,7 +267,7 @@ def backward(
             or the head_dim has no backward kernel.
     """
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths)
+    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, deterministic, *lengths)
     if not is_compiling():
         optional = {} if dlse is None else {"dlse": dlse}
         refusals.check_arguments(options, dout=dout, q=q, k=k, v=v, out=out, lse=lse, **optional)
@@ -277,6 +285,7 @@ def explain(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    deterministic: bool = False,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     seqused_q: torch.Tensor | None = None,
@@ -302,7 +311,7 @@ def explain(
         raise ValueError(f'target is {target!r}; it must be "hopper", or None for the device of q, k and v.')
     on_hopper = target == "hopper"
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths)
+    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, deterministic, *lengths)
     refusal = keywords.refusal(others, others_by_name)
     refusal = refusal or refusals.of_forward(q, k, v, options, on_hopper=on_hopper)
     if refusal is None and torch.is_grad_enabled():
@@ -320,6 +329,7 @@ def attention_reference(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    deterministic: bool = False,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     seqused_q: torch.Tensor | None = None,
@@ -337,6 +347,7 @@ def attention_reference(
             right (bottom-right aligned). -1 is unbounded; causal=True sets right to 0.
         softcap: scores become softcap * tanh(score / softcap) before the mask, where it is not 0.
         sinks: (heads,): a logit for each head that joins the sum of the softmax, and no value.
+        deterministic: accepted, and changes nothing.
         compute_dtype: default float64 for float64 inputs, else float32. The inputs' own low precision gives what plain
             PyTorch attention in that precision would, which is the yardstick for a kernel's error.
 
@@ -348,7 +359,7 @@ def attention_reference(
     Both are differentiable; the rows that are 0 contribute no gradient and no NaN.
     """
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths)
+    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, deterministic, *lengths)
     return reference.forward(q, k, v, options, compute_dtype)
 
 
@@ -365,6 +376,7 @@ def attention_reference_backward(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    deterministic: bool = False,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     seqused_q: torch.Tensor | None = None,
@@ -377,7 +389,7 @@ def attention_reference_backward(
 
     Args:
         dout, out: like q.
-        q, k, v, softmax_scale, causal, window_size, softcap, sinks, lengths: as in the forward.
+        q, k, v, softmax_scale, causal, window_size, softcap, sinks, deterministic, lengths: as in the forward.
         lse: (batch, heads, seqlen_q), natural logarithm. Rows of -inf saw nothing and contribute nothing.
         dlse: gradient of the loss with respect to lse; None: the loss does not use it.
 
@@ -386,7 +398,7 @@ def attention_reference_backward(
         float64 inputs, else in float32.
     """
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, *lengths)
+    options = Options.of(softmax_scale, causal, window_size, softcap, sinks, deterministic, *lengths)
     return reference.backward(dout, q, k, v, out, lse, options, dlse)
 
 

@@ -15,11 +15,11 @@ POSITIONS = {  # of the functions that look at them
     "flash_attn_varlen_func": "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k",
 }
 BY_NAME = {
-    "flash_attn_func": "window_size, softcap, sinks, return_lse",
-    "flash_attn_varlen_func": "seqused_q, seqused_k, softmax_scale, causal, window_size, softcap, sinks, return_lse",
+    "flash_attn_func": "window_size, softcap, sinks, deterministic, return_lse",
+    "flash_attn_varlen_func": "seqused_q, seqused_k, softmax_scale, causal, window_size, softcap, sinks, "
+    "deterministic, return_lse",
 }
 LAYOUT = "SDPA's tensors are (batch, heads, seqlen, head_dim), and these must be (batch, seqlen, heads, head_dim)"
-COMING = "A coming version will have it; until then use"
 
 
 class Keyword(NamedTuple):
@@ -40,9 +40,6 @@ KEYWORDS = {
     # FlashAttention-2 and -3
     "dropout_p": Keyword((0.0,), f"There is no attention dropout: set it to 0 in the model, or use {SDPA}."),
     "alibi_slopes": Keyword((None,), f"There are no biases: use {FLEX}."),
-    "deterministic": Keyword(
-        (False,), f"{COMING} {SDPA}. Here out, lse, dk and dv are the same in every run, and the last bits of dq vary."
-    ),
     "return_attn_probs": Keyword((bool,), "True returns (out, lse), as in FlashAttention-3."),
     "qv": Keyword((None,), "There is no second query for v: use FlashAttention-3."),
     "q_descale": Keyword((None,), "There is no FP8: cast q, k and v to bfloat16, or use FlashAttention-3."),

@@ -22,6 +22,7 @@ class Options(NamedTuple):
     window_left: int = UNBOUNDED
     window_right: int = UNBOUNDED
     softcap: float = 0.0
+    deterministic: bool = False
     sinks: torch.Tensor | None = None
     cu_seqlens_q: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None
@@ -36,6 +37,7 @@ class Options(NamedTuple):
         window_size=(-1, -1),
         softcap=0.0,
         sinks=None,
+        deterministic=False,
         cu_seqlens_q=None,
         cu_seqlens_k=None,
         seqused_q=None,
@@ -50,7 +52,8 @@ class Options(NamedTuple):
             left, right = window_size if type(window_size) is list and len(window_size) == 2 else (window_size, None)
         softcap = 0.0 if softcap is None else softcap
         tensors = sinks, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-        return tuple.__new__(cls, (softmax_scale, causal, left, right, softcap, *tensors))  # half the time of cls(...)
+        numbers = softmax_scale, causal, left, right, softcap, deterministic
+        return tuple.__new__(cls, (*numbers, *tensors))  # half the time of cls(...)
 
     @property
     def window(self) -> tuple[int, int]:
@@ -58,7 +61,8 @@ class Options(NamedTuple):
         return self.window_left, 0 if self.causal else self.window_right
 
     def asked(self) -> dict[str, object]:
-        """The options that only some kernels have, as far as they ask for something: values by the public names."""
+        """The options that only some kernels have, as far as they ask for something: values by the public names.
+        Every kernel has `deterministic`."""
         asked = {}
         if self.window != (UNBOUNDED, 0 if self.causal else UNBOUNDED):
             asked["window_size"] = self.window_left, self.window_right
@@ -106,6 +110,7 @@ class Options(NamedTuple):
             or _causal_type(self.causal)
             or _window_type(self.window_left, self.window_right)
             or _softcap_type(self.softcap)
+            or _deterministic_type(self.deterministic)
             or self.plain()._value_refusal()
         )
 
@@ -198,6 +203,15 @@ def _softcap_type(softcap) -> TypeError | None:
     return TypeError(
         f"softcap must be a float, not {type(softcap).__name__}. "
         "A tensor would have to be read back from the device: pass float(softcap)."
+    )
+
+
+def _deterministic_type(deterministic) -> TypeError | None:
+    if isinstance(deterministic, bool):
+        return None
+    return TypeError(
+        f"deterministic must be True or False, not {type(deterministic).__name__} ({deterministic!r:.60}). True makes "
+        "the gradients the same in every run, bit for bit."
     )
 
 

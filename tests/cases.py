@@ -44,6 +44,7 @@ class Case:
     softmax_scale: float | None = None
     window_size: tuple[int, int] = (-1, -1)
     softcap: float = 0.0
+    deterministic: bool = False
     sinks: bool = False
     dlse: bool = False  # of a backward: the loss uses lse
 
@@ -56,6 +57,8 @@ class Case:
             words.append("window{}to{}".format(*self.window_size))
         if self.softcap:
             words.append(f"softcap{self.softcap:g}")
+        if self.deterministic:
+            words.append("deterministic")
         if self.sinks:
             words.append("sinks")
         if self.dlse:
@@ -69,6 +72,8 @@ class Case:
             options["window_size"] = self.window_size
         if self.softcap:
             options["softcap"] = self.softcap
+        if self.deterministic:
+            options["deterministic"] = True
         if self.sinks:
             generator = torch.Generator(device).manual_seed(self.heads)
             options["sinks"] = torch.randn(self.heads, generator=generator, device=device)

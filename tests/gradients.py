@@ -1,7 +1,8 @@
 """What tests of gradients on a GPU share: both passes, one after the other, and when two results are the same.
 
 dk and dv come out of registers, the same in every run. dq is added up in memory by the thread blocks of all keys, in
-the order in which they come: its bits are certain only where all keys are in one block.
+the order in which they come: its bits are certain only where all keys are in one block, or with deterministic=True
+(test_deterministic.py).
 """
 
 import math

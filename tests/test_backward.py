@@ -469,22 +469,6 @@ def test_a_loss_that_uses_lse_where_it_has_no_gradient_is_refused(head_dim):
         (out.sum() + lse.sum()).backward()
 
 
-def test_deterministic_algorithms():
-    """Refused where q needs a gradient, or warned of."""
-    q, k, v = (normal(1, 50, 2, 64) for _ in range(3))
-    try:
-        torch.use_deterministic_algorithms(True)
-        flash_attn_func(q, k, v.clone().requires_grad_()).sum().backward()
-        out = flash_attn_func(q.clone().requires_grad_(), k, v)
-        with pytest.raises(RuntimeError, match="gradient of q in flash_attn_ext does not have a deterministic"):
-            out.sum().backward(retain_graph=True)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        with pytest.warns(UserWarning, match="gradient of q in flash_attn_ext"):
-            out.sum().backward()
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 FORWARD_ONLY = [row["head_dim"] for row in ROWS if not row["backward"]]
 
 

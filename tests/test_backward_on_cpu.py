@@ -131,6 +131,35 @@ def test_signature():
     assert list(parameters) == ["dout", "q", "k", "v", "out", "lse", *options, "dlse"]
 
 
+SAME_BITS = {
+    "torch's kernel": {},
+    "torch's kernel, causal": {"causal": True},
+    "blocks": {"causal": True, "window_size": (40, 3), "softcap": 5.0, "sinks": True},
+    "packed": {"cu_seqlens": [0, 1, 1, 200, 300]},
+    "packed, of which a part is used": {"cu_seqlens": [0, 1, 1, 200, 300], "seqused": [1, 0, 133, 70]},
+}
+
+
+@pytest.mark.parametrize("options", SAME_BITS.values(), ids=SAME_BITS.keys())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("heads, kv_heads", [(6, 6), (6, 2), (6, 1)])
+def test_every_run_has_the_same_bits(options, dtype, heads, kv_heads):
+    """On CPU tensors by itself, so that deterministic=True has nothing to do there."""
+    options = dict(options)
+    if "sinks" in options:
+        options["sinks"] = torch.randn(heads)
+    for name in ("cu_seqlens", "seqused"):
+        if lengths := options.pop(name, None):
+            options |= dict.fromkeys((f"{name}_q", f"{name}_k"), torch.tensor(lengths, dtype=torch.int32))
+    rows = (300,) if "cu_seqlens_q" in options else (2, 300)
+    q, k, v, dout = (torch.randn(*rows, h, 32).to(dtype) for h in (heads, kv_heads, kv_heads, heads))
+    out, lse = flash_attn_ext.forward(q, k, v, **options)
+    first = flash_attn_ext.backward(dout, q, k, v, out, lse, **options)
+    for _ in range(5):
+        gradients = flash_attn_ext.backward(dout, q, k, v, out, lse, deterministic=True, **options)
+        assert all(same_bits(a, b) for a, b in zip(gradients, first, strict=True))
+
+
 WRONG = {
     "dout of another shape": (lambda a: {"dout": a["dout"][:, :4]}, ["dout has shape (2, 4, 4, 16)", "(2, 9, 4, 16)"]),
     "out of another shape": (lambda a: {"out": a["out"][:1]}, ["out has shape (1, 9, 4, 16)", "must be equal"]),
@@ -154,3 +183,5 @@ def test_wrong_arguments(change, words):
         assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
     with pytest.raises(TypeError, match="lse must be a torch.Tensor, not NoneType"):
         flash_attn_ext.backward(**(arguments | {"lse": None}))
+    with pytest.raises(TypeError, match=r"deterministic must be True or False, not int \(1\)"):
+        flash_attn_ext.backward(**arguments, deterministic=1)

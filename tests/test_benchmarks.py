@@ -49,8 +49,9 @@ def test_dry_run(grid, monkeypatch, capsys):
 
 
 def test_heads():
-    """The papers' grid has a KV head for every head, the others share them: tables.py tells them apart by that."""
-    assert all(cell.heads == cell.kv_heads for cell in cells_of("paper"))
+    """The papers' shapes have a KV head for every head, the others share them: tables.py tells them apart by that."""
+    assert all(cell.heads == cell.kv_heads for grid in tables.PAPER_GRIDS for cell in cells_of(grid))
+    assert {*tables.PAPER_GRIDS, *attention.LISTS} == set(attention.GRIDS)
     for grid in attention.LISTS:
         assert all(cell.heads % cell.kv_heads == 0 and cell.heads > cell.kv_heads for cell in cells_of(grid))
 
@@ -64,6 +65,14 @@ def test_cells_can_be_told_apart(grid):
 @pytest.mark.parametrize("name", PASSES)
 def test_head_dims_are_the_tables(name):
     assert attention.HEAD_DIMS[name] == tuple(row["head_dim"] for row in TABLE if row[name])
+
+
+def test_deterministic_cells_are_the_papers_of_many_tokens():
+    cells = cells_of("deterministic")
+    assert set(cells) == {cell for cell in cells_of("paper") if cell.pass_name == "backward" and cell.seqlen_q >= 4096}
+    assert cells_of("deterministic", seqlens=[512]) == [
+        cell for cell in cells_of("paper", seqlens=[512]) if cell.pass_name == "backward"
+    ]
 
 
 @pytest.mark.parametrize("grid", ["paper", "models"])
@@ -143,7 +152,8 @@ def test_every_grid_has_its_peers(grid, monkeypatch):
     named = attention.parse_args().chosen_peers
     assert named == [peer for peer in peers.BINDERS if peer in named], "in the order of the tables"
     assert ("cudnn" in named) == (grid in ("paper", "models"))
-    assert set(named) <= tables.OURS if grid == "options" else named[:2] == ["ours", "fa3"]
+    first = ["ours", "ours_deterministic", "fa3"] if grid == "deterministic" else ["ours", "fa3"]
+    assert set(named) <= tables.OURS if grid == "options" else named[: len(first)] == first
 
 
 # ---- the peers and their judge ----
@@ -190,12 +200,15 @@ def fa3(monkeypatch):
     def fwd(q, k, v, num_splits=0, **asked):
         return *flash_attn_ext.forward(q, k, v, **options(**asked)), None, None
 
-    def bwd(dout, q, k, v, out, lse, dq, dk, dv, **asked):
+    def bwd(dout, q, k, v, out, lse, dq, dk, dv, deterministic=False, **asked):
+        deterministic_calls.append(deterministic)
         gradients = flash_attn_ext.backward(dout, q, k, v, out, lse, **options(**asked))
         for place, gradient in zip((dq, dk, dv), gradients, strict=True):
             place.copy_(gradient)
 
+    deterministic_calls = []
     monkeypatch.setattr(torch.ops, "flash_attn_3", SimpleNamespace(fwd=fwd, bwd=bwd), raising=False)
+    return deterministic_calls
 
 
 @pytest.fixture
@@ -256,6 +269,36 @@ def test_options_are_asked_for_and_change_no_result(peer, name, monkeypatch):
         assert set(asked) == {(peer == "sinks", peer == "dlse")}
 
 
+@pytest.mark.parametrize("peer", tables.grid_peers("deterministic"))
+def test_deterministic_peers_ask_for_it(peer, fa3, monkeypatch):
+    q, k, v, dout = (torch.randn(2, 96, 4, 16) for _ in range(4))
+    pattern, ours, backward = peers.Pattern(causal=True), [], flash_attn_ext.cpu.backward
+
+    def watched(*arguments):
+        ours.append(arguments[6].deterministic)
+        return backward(*arguments)
+
+    monkeypatch.setattr(flash_attn_ext.cpu, "backward", watched)
+    with torch.no_grad():
+        results = peers.BINDERS[peer]["backward"](q, k, v, dout, pattern)()
+        assert worst_errors(results, MATH["backward"](q, k, v, dout, pattern)(), "backward") < 1e-4
+    assert (ours if peer.startswith("ours") else fa3) == [peer.endswith("deterministic")]
+
+
+def test_a_peer_that_is_not_deterministic_is_found():
+    """One that writes into the same memory in every run, as FA3's does."""
+    gradient, last_bits = torch.ones(8), iter([0.0] * 5 + [1e-7] + [0.0] * 100)
+
+    def call():
+        gradient.fill_(1 + next(last_bits))
+        return (gradient,)
+
+    with pytest.raises(ArithmeticError, match="not the same in every run"):
+        attention.check_every_run(call)
+    assert 5 < attention.REPEATS
+    attention.check_every_run(call)
+
+
 # ---- what is written from a results file ----
 
 
@@ -265,7 +308,9 @@ SPEEDS = {
     "plain": lambda index: 510.0,
     "dlse": lambda index: 500.0,
     "sinks": lambda index: 510.0 + index,
+    "ours_deterministic": lambda index: 440.0,
     "fa3": lambda index: 500.0,
+    "fa3_deterministic": lambda index: 400.0,
     "cudnn": lambda index: 400.0,
     "fa2": lambda index: None,
 }
@@ -342,6 +387,25 @@ def test_the_table_of_options(published):
     assert tables.standing_block() == tables.NOT_MEASURED, "no peer but ours"
 
 
+def test_the_table_of_deterministic_gradients(published):
+    """Ours runs at 440 TFLOP/s there, FA3 at 400."""
+    published("h100", "deterministic")
+    full, every = tables.full_block(), len(cells_of("deterministic"))
+    names = "flash_attn_ext / flash_attn_ext deterministic / FA3 / FA3 deterministic"
+    assert f"Deterministic gradients, backward, bf16, TFLOP/s: {names}" in full
+    assert "| head dim | mask | 4096 | 8192 | 16384 |" in full
+    assert "| 64 | full | 500 / 440 / 500 / 400 | 501 / 440 / 500 / 400 | 502 / 440 / 500 / 400 |" in full
+    for line in (
+        f"- flash_attn_ext deterministic / FA3 deterministic, {every} cells: geometric mean 1.100, least 1.100 (head",
+        f"- flash_attn_ext deterministic / flash_attn_ext, {every} cells: geometric mean 0.8",
+        f"- FA3 deterministic / FA3, {every} cells: geometric mean 0.800, least 0.800 (head dim 64 full 4096)",
+    ):
+        assert line in full
+    assert "![backward speed, deterministic gradients](images/h100-deterministic-bf16-backward.png)" in full
+    assert rows(tables.standing_block())[1:] == ["| H100, deterministic gradients | – | 1.10 (1.10) | – | – |"]
+    assert tables.readme_block() == tables.NOT_MEASURED
+
+
 def test_files_without_the_name_of_their_grid(published):
     """As they were written before there were more than two."""
     for grid in ("paper", "models"):
@@ -411,6 +475,7 @@ def test_documents_are_rewritten_and_checked(published, tmp_path, monkeypatch, c
     "grid, names",
     [
         ("paper", ["h100-paper-bf16-forward.png", "h100-paper-bf16-backward.png"]),
+        ("deterministic", ["h100-deterministic-bf16-backward.png"]),
         *((grid, [f"h100-{grid}-bf16.png"]) for grid in attention.LISTS),
     ],
 )
@@ -430,8 +495,9 @@ def test_every_bar_has_its_figure(published):
 
     for grid in attention.GRIDS:
         results = json.loads(published("h100", grid).read_text())
-        draw = partial(plot.draw_pass, name="forward") if grid == "paper" else plot.draw_shapes
-        cells = [cell for cell in results["cells"] if grid != "paper" or cell["pass"] == "forward"]
+        of_pass = grid in tables.PAPER_GRIDS
+        draw = partial(plot.draw_pass, name="backward") if of_pass else plot.draw_shapes
+        cells = [cell for cell in results["cells"] if not of_pass or cell["pass"] == "backward"]
         figures = [f"{speed:.0f}" for cell in cells for speed in cell["tflops"].values() if speed]
         assert sorted(text.get_text() for axis in draw(results).axes for text in axis.texts) == sorted(figures)
 

@@ -136,6 +136,18 @@ WRONG_TYPE = {
     "a list for sinks": (lambda q, k, v: {"sinks": [0.0] * 4}, ["sinks must be a torch.Tensor", "list"]),
     "an int for causal": (lambda q, k, v: {"causal": 1}, ["causal must be True or False", "int", "1"]),
     "None for causal": (lambda q, k, v: {"causal": None}, ["causal must be True or False", "NoneType"]),
+    "an int for deterministic": (
+        lambda q, k, v: {"deterministic": 1},
+        ["deterministic must be True or False", "int (1)", "the same in every run"],
+    ),
+    "None for deterministic": (
+        lambda q, k, v: {"deterministic": None},
+        ["deterministic must be True or False", "NoneType"],
+    ),
+    "a str for deterministic beside a wrong value": (
+        lambda q, k, v: {"softmax_scale": -1.0, "deterministic": "yes"},
+        ["deterministic must be True or False", "str ('yes')"],
+    ),
     "FlashAttention-2's order": (
         lambda q, k, v: {"softmax_scale": 0.0, "causal": None},
         ["causal must be True or False", "fifth", "FlashAttention-2 has dropout_p"],
@@ -306,7 +318,6 @@ NEUTRAL = [
 FOREIGN = {  # what is refused: (arguments, exception, words)
     "dropout": ({"dropout_p": 0.1}, ValueError, ["dropout_p is 0.1; only 0.0 is accepted", "scaled_dot_product"]),
     "ALiBi": ({"alibi_slopes": torch.ones(4)}, ValueError, ["alibi_slopes is Tensor", "only None", "flex_attention"]),
-    "deterministic": ({"deterministic": True}, ValueError, ["deterministic is True", "coming version", "bits of dq"]),
     "qv": ({"qv": torch.ones(4)}, ValueError, ["qv is Tensor", "FlashAttention-3"]),
     "FP8": ({"k_descale": torch.ones(4)}, ValueError, ["k_descale is Tensor", "FP8", "bfloat16"]),
     "chunks": ({"attention_chunk": 1024}, ValueError, ["attention_chunk is 1024", "only 0", "flex_attention"]),
@@ -316,7 +327,7 @@ FOREIGN = {  # what is refused: (arguments, exception, words)
     "is_causal": ({"is_causal": True}, ValueError, ["is_causal is True", "The name is causal", "bottom right"]),
     "scale": ({"scale": 0.1}, ValueError, ["scale is 0.1", "The name is softmax_scale", "(batch, seqlen, heads"]),
     "another type": ({"return_attn_probs": "yes"}, ValueError, ["return_attn_probs is 'yes'", "any bool"]),
-    "a typing error": ({"casual": True}, TypeError, ["no argument casual", "causal", "return_lse", "dropout_p"]),
+    "a typing error": ({"casual": True}, TypeError, ["no argument casual", "causal", "deterministic", "dropout_p"]),
 }
 
 
@@ -461,7 +472,8 @@ def test_option_that_the_backward_does_not_have(monkeypatch, option, dims):
 
 
 def test_options_that_ask_for_nothing_are_had_by_every_kernel():
-    for asked in ({"window_size": (-1, -1)}, {"causal": True, "window_size": (-1, 0)}, {"softcap": 0.0}):
+    nothing = {"window_size": (-1, -1)}, {"causal": True, "window_size": (-1, 0)}, {"softcap": 0.0}
+    for asked in (*nothing, {"deterministic": True}):  # the last asks for something that every kernel has
         assert flash_attn_ext.options.Options.of(**asked).asked() == {}
         assert explain(**good("meta"), **asked, target="hopper") is None
 
@@ -582,6 +594,7 @@ def test_calls_run_or_say_what_explain_says(data):
     scales = [None, 0.1, 3, 0.0, -1.0, math.nan, math.inf, 1e-46, 1e-40, 1e38, 1e39, True, "1"]
     arguments["softmax_scale"] = draw(st.sampled_from(scales))
     arguments["causal"] = draw(st.sampled_from([False, True, True, 0, None]))
+    arguments["deterministic"] = draw(st.sampled_from([False, False, True, True, 1]))
     refusal = explain(**arguments)
     if refusal is None:
         flash_attn_ext.forward(**arguments)

@@ -14,7 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from flash_attn_ext import attention_reference, flash_attn_func
+from flash_attn_ext import (
+    attention_reference,
+    cpu,
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_qkvpacked_func,
+    forward,
+)
 
 operator = torch.ops.flash_attn_ext.forward.default
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -37,7 +45,7 @@ def test_opcheck_on_cpu(causal, requires_grad):
     sinks = torch.randn(4).requires_grad_(requires_grad)
     library.opcheck(operator, (*inputs, 0.3, causal))
     library.opcheck(operator, (*inputs,), {"causal": causal})
-    library.opcheck(operator, (*inputs, None, causal, 3, 1, 20.0, sinks))
+    library.opcheck(operator, (*inputs, None, causal, 3, 1, 20.0, True, sinks))
 
 
 @on_hopper
@@ -257,6 +265,98 @@ def test_second_derivatives_are_refused_not_forgotten(loss):
         (gradient,) = torch.autograd.grad(loss(result), q, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             gradient.sum().backward()
+
+
+WAYS_TO_THE_BACKWARD = """
+import sys
+import torch
+from torch._dynamo import compiled_autograd
+if not {binary}:
+    sys.modules["flash_attn_ext._C"] = None  # importing it fails, as where it was not built
+from flash_attn_ext import backward, cpu, flash_attn_func, forward
+from flash_attn_ext.ops import backward as operator
+
+asked, of_cpu = [], cpu.backward
+
+
+def watched(dout, q, k, v, out, lse, options, dlse=None):
+    asked.append(options.deterministic)
+    return of_cpu(dout, q, k, v, out, lse, options, dlse)
+
+
+cpu.backward = watched
+q, k, v = (torch.randn(1, 5, 2, 8).requires_grad_() for _ in range(3))
+
+
+def attend(deterministic):
+    return flash_attn_func(q * 2, k, v, causal=True, deterministic=deterministic)
+
+
+def by_autograd(deterministic):
+    attend(deterministic).sum().backward()
+
+
+def by_compiled_code(deterministic):
+    torch.compile(attend, fullgraph=True, backend="aot_eager")(deterministic).sum().backward()
+
+
+def by_compiled_autograd(deterministic):
+    loss = attend(deterministic).sum()
+    with compiled_autograd._enable(torch.compile(fullgraph=True, backend="eager")):
+        loss.backward()
+
+
+@torch.no_grad()
+def by_function(deterministic, of=backward):
+    of(q, q, k, v, *forward(q, k, v), deterministic=deterministic)
+
+
+ways = {{
+    "autograd": by_autograd,
+    "autograd under autocast": torch.autocast("cpu", torch.bfloat16)(by_autograd),
+    "compiled code": by_compiled_code,
+    "compiled autograd": by_compiled_autograd,
+    "the function": by_function,
+    "the operator": lambda deterministic: by_function(deterministic, operator),
+}}
+for name, way in ways.items():
+    for deterministic in (True, False):
+        way(deterministic)
+        assert asked == [deterministic], (name, asked)
+        asked.clear()
+print(list(ways))
+"""
+
+
+@pytest.mark.parametrize("binary", [True, False], ids=["compiled", "python"])
+def test_deterministic_gets_to_the_backward(binary):
+    """However it is called, with autograd in C++ and in Python. In processes of their own: a module is loaded once."""
+    code = WAYS_TO_THE_BACKWARD.format(binary=binary)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "compiled autograd" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_every_public_function_hands_deterministic_on(deterministic, monkeypatch):
+    asked, of_cpu = [], cpu.backward
+
+    def watched(dout, q, k, v, out, lse, options, *others):
+        asked.append(options.deterministic)
+        return of_cpu(dout, q, k, v, out, lse, options, *others)
+
+    monkeypatch.setattr(cpu, "backward", watched)
+    qkv = torch.randn(9, 3, 2, 8, requires_grad=True)
+    edges = torch.tensor([0, 4, 9], dtype=torch.int32)
+    for attend, arguments in (
+        (flash_attn_func, qkv[None].unbind(2)),
+        (flash_attn_qkvpacked_func, [qkv[None]]),
+        (flash_attn_varlen_func, [*qkv.unbind(1), edges, edges]),
+        (flash_attn_varlen_qkvpacked_func, [qkv, edges]),
+        (lambda *qkv, **options: forward(*qkv, **options)[0], qkv[None].unbind(2)),
+    ):
+        attend(*arguments, deterministic=deterministic).sum().backward()
+        assert set(asked) == {deterministic}, attend
+        asked.clear()
 
 
 TRANSFORMS = """

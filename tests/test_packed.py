@@ -359,6 +359,7 @@ FACTORS = {  # an option's values; and what it is called in limits.OPTIONS, wher
     "sinks": ([False, True], "sinks"),
     "dlse": ([False, True], "dlse"),
     "causal": ([False, True], None),
+    "deterministic": ([False, True], None),
     "dtype": (["bf16", "fp16"], None),
     "heads": ([GQA, MHA, MQA], None),
     "lengths": (["equal", "longer keys", "longer queries"], None),
@@ -407,7 +408,7 @@ PAIRS += [case for which, head_dims in DIMS.items() for d in head_dims for case 
 @pytest.mark.parametrize("device, head_dim, which, case", PAIRS)
 def test_every_option_with_every_other(device, head_dim, which, case):
     heads, kv_heads = case["heads"]
-    options = {name: case[name] for name in ("window_size", "softcap", "causal")}
+    options = {name: case[name] for name in ("window_size", "softcap", "causal", "deterministic")}
     if case["sinks"]:
         options["sinks"] = torch.linspace(-2, 2, heads, device=device)
     shapes = {}

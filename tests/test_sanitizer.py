@@ -50,6 +50,7 @@ def watched():
             results = [out]
             if row["backward"]:
                 results += flash_attn_ext.backward(dout, q, k, v, out, lse, **options)
+                results += flash_attn_ext.backward(dout, q, k, v, out, lse, **options, deterministic=True)
                 for needs in ([True, False, False], [False, True, True]):
                     torch.ops.flash_attn_ext.backward(dout, q, k, v, out, lse, **options, needs=needs)
             assert all(x.cpu().isfinite().all() for x in results) and not lse.cpu().isnan().any()
@@ -99,7 +100,9 @@ def lengths_that_make_no_sense():
         q, k, v, dout = (torch.ones(*shape, h, head_dim, dtype=torch.bfloat16).cuda() for h in (4, 2, 2, 4))
         out, lse = flash_attn_ext.forward(q, k, v, causal=True, **lengths)
         if row["backward"] and all(limits.has_option(option, "backward", head_dim) for option in options):
-            flash_attn_ext.backward(dout, q, k, v, out, lse, causal=True, **lengths)
+            for deterministic in (False, True):  # there thread blocks wait for others, which has to end
+                by_name = lengths | {"causal": True, "deterministic": deterministic}
+                flash_attn_ext.backward(dout, q, k, v, out, lse, **by_name)
         torch.cuda.synchronize()
 
 

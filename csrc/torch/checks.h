@@ -37,7 +37,8 @@ inline HeadDimLimits limits_of(int64_t head_dim) {
   return {};
 }
 
-// Whether every kernel has what the options ask for. Of the other options flash_attn_ext/limits.py has the table.
+// Whether every kernel has what the options ask for, as every backward is deterministic where it is asked to be. Of the
+// other options flash_attn_ext/limits.py has the table.
 inline bool are_plainly_fine(const CallOptions& options) {
   return options.numbers.are_in_range() && !options.numbers.has_window() && options.numbers.softcap == 0 &&
          !options.sinks && !options.has_lengths();

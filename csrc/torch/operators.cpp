@@ -108,12 +108,14 @@ at::Tensor unused_rows(const at::Tensor& q, const CallOptions& options) {
 BackwardResult backward_cuda(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const at::Tensor& out, const at::Tensor& lse, const CallOptions::Types& values,
                              const OptionalTensor& dlse, Needs needs) {
-  const CallOptions options(values);
+  CallOptions options(values);
   if (dlse || !is_plainly_fine(dout, q, k, v, out, lse, options)) {
     python::check_backward(dout, q, k, v, out, lse, values, dlse);
   }
-  // The thread blocks add to dq in the order in which they come.
-  if (needs[0]) at::globalContext().alertNotDeterministic("The gradient of q in flash_attn_ext");
+  // torch.use_deterministic_algorithms(True) is read here, by every backward on a GPU that runs: autograd's and
+  // compiled autograd's, a graph of torch.compile and a call from Python all end in this kernel. So what holds is the
+  // setting at the time of the backward, as with torch's own operators, and no traced graph has one of its own in it.
+  options.numbers.deterministic = options.numbers.deterministic || at::globalContext().deterministicAlgorithms();
   const c10::cuda::CUDAGuard guard(q.device());
 
   const bool part_of_q = options.seqused_q.has_value(), part_of_k = options.seqused_k.has_value();

@@ -86,6 +86,10 @@ inline at::Tensor contiguous_and_aligned(const at::Tensor& t) {
   return t.is_contiguous() && is_aligned(t) ? t : t.clone(at::MemoryFormat::Contiguous);
 }
 
+// Memory as it comes: a kernel writes all of it. at::empty would fill it under torch.use_deterministic_algorithms(True)
+// (torch.utils.deterministic.fill_uninitialized_memory), results and workspace alike; at::detail's functions below it
+// do not.
+
 inline at::Tensor allocate_like(const at::Tensor& t) {
   // The usual case without the dispatcher, which costs as much as the allocation itself.
   return t.is_non_overlapping_and_dense()
