@@ -20,7 +20,6 @@ from cases import (
     BACKWARD_SMOKE,
     DTYPES,
     LAYOUTS,
-    ROWS,
     TRAINING_HEAD_DIMS,
     TRAINING_ROWS,
     Case,
@@ -485,22 +484,17 @@ def test_deterministic_algorithms():
         torch.use_deterministic_algorithms(False)
 
 
-FORWARD_ONLY = [row["head_dim"] for row in ROWS if not row["backward"]]
-
-
-@pytest.mark.skipif(not FORWARD_ONLY, reason="every head dim with a forward kernel has a backward kernel")
-@pytest.mark.parametrize("head_dim", FORWARD_ONLY)
-def test_head_dim_without_a_backward_kernel(head_dim):
+def test_head_dim_without_a_backward_kernel(forward_only):
     """Refused in the forward, wherever that runs with grad, and in the low-level backward. The text has what trains."""
-    dout, q, k, v = (normal(1, 50, 2, head_dim) for _ in range(4))
-    out, lse = flash_attn_ext.forward(q, k, v)
-    leaf = v.clone().requires_grad_()
-    reentrant = checkpoint(flash_attn_func, q, k, leaf, use_reentrant=True)
+    dout, q, k, v = (normal(1, 50, 2, forward_only) for _ in range(4))
+    out, lse = flash_attn_ext.forward(q, k, v, softcap=30.0)
+    leaf, attend = v.clone().requires_grad_(), partial(flash_attn_func, softcap=30.0)
+    reentrant = checkpoint(attend, q, k, leaf, use_reentrant=True)
     calls = {
-        "the forward": lambda: flash_attn_func(q, k, leaf),
-        "non-reentrant checkpoint": lambda: checkpoint(flash_attn_func, q, k, leaf, use_reentrant=False),
+        "the forward": lambda: attend(q, k, leaf),
+        "non-reentrant checkpoint": lambda: checkpoint(attend, q, k, leaf, use_reentrant=False),
         "reentrant checkpoint, in its recomputation": lambda: reentrant.backward(dout),
-        "the low-level backward": lambda: flash_attn_ext.backward(dout, q, k, v, out, lse),
+        "the low-level backward": lambda: flash_attn_ext.backward(dout, q, k, v, out, lse, softcap=30.0),
     }
     for name, call in calls.items():
         with pytest.raises(ValueError) as caught:
@@ -509,7 +503,7 @@ def test_head_dim_without_a_backward_kernel(head_dim):
         # A checkpoint that raises leaves its hooks installed as long as the traceback keeps it alive.
         del caught
         gc.collect()
-        words = [f"head_dim {head_dim} has no backward kernel", *map(str, TRAINING_HEAD_DIMS)]
+        words = [f"head_dim {forward_only} has no backward kernel", *map(str, flash_attn_ext.supported()["backward"])]
         assert [word for word in words if word not in text] == [], f"{name}: {text}"
 
 
