@@ -48,10 +48,11 @@ from tables import (
     summary,
 )
 
-from flash_attn_ext.cli.options import positive_int  # `tables` put this checkout on the path
+from flash_attn_ext import supported  # `tables` put this checkout on the path
+from flash_attn_ext.cli.options import positive_int
 
 HIDDEN_SIZE, TOKENS = 2048, 16384  # heads = HIDDEN_SIZE / head_dim, batch = TOKENS / seqlen
-HEAD_DIMS = {"forward": (64, 128, 256), "backward": (64, 128)}  # of each pass: those that ours has
+HEAD_DIMS = supported()  # of each pass: those that ours has
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 TOKENS_8K = ((1, 8192), (2, 4096), (4, 2048))
 # Shapes that people train, all causal: (heads, KV heads, head dim) -> (batch, seqlen) of each cell.

@@ -27,6 +27,12 @@ HEAD_DIMS = [row["head_dim"] for row in ROWS]
 TRAINING_ROWS = [row for row in TABLE if row["backward"]]
 TRAINING_HEAD_DIMS = [row["head_dim"] for row in TRAINING_ROWS]
 
+
+def is_by_pairs(row):
+    """Whether a pair of thread blocks shares out the head dim in the backward: by_pairs of csrc/limits.h."""
+    return bool(row["backward"]) and row["head_dim"] > 128
+
+
 MHA, GQA, MQA = (3, 3), (6, 2), (5, 1)  # heads, kv_heads
 
 

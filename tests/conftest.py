@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import flash_attn_ext
+from flash_attn_ext import limits
 
 SEED = int(os.environ.get("FLASH_ATTN_EXT_SEED") or random.SystemRandom().randrange(2**32))
 HANG_SECONDS = 150  # far above any test here; a kernel that never ends cannot be interrupted, only the process can
@@ -60,3 +61,14 @@ def pytest_runtest_protocol(item):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=[row["head_dim"] for row in limits.TABLE if row["forward"]], ids=lambda head_dim: f"d{head_dim}")
+def forward_only(request, monkeypatch):
+    """A head dim that runs and, as Python's table says for the time of the test, does not train.
+
+    The compiled module says yes by its own table to calls that ask for no option; with one it leaves them to Python.
+    """
+    rows = [row | {"backward": None} if row["head_dim"] == request.param else row for row in limits.TABLE]
+    monkeypatch.setattr(limits, "TABLE", rows)
+    return request.param

@@ -20,7 +20,6 @@ from cases import (
     BACKWARD_SMOKE,
     DTYPES,
     LAYOUTS,
-    ROWS,
     TRAINING_HEAD_DIMS,
     TRAINING_ROWS,
     Case,
@@ -104,6 +103,27 @@ def test_options(case):
 def test_random_shapes(case, values):
     torch.manual_seed(values)
     both_passes_and_check(*case.inputs("cuda", seed=values), **case.options("cuda"))
+
+
+@each_row
+@both_masks
+@pytest.mark.parametrize("keys", [-127, -65, -64, -63, -1, 0, 1, 63, 64, 65, 127])
+def test_halves_of_an_item(row, causal, keys):
+    """An item's keys are two warpgroups' or two thread blocks', 64 each: one of them may have a single key, or none."""
+    for seqlen_q in (1, 63, 64, 65, 130):
+        seqlen_k = row["backward"]["block_kv"] + keys
+        both_passes_and_check(*Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, causal).inputs("cuda"), causal=causal)
+
+
+@each_row
+@pytest.mark.parametrize("window_size", [(0, 0), (5, 0), (0, 5), (63, 0), (64, 0), (3, 64)], ids=str)
+def test_windows_that_show_half_of_an_item(row, window_size):
+    """At some of the item's steps, or at all of them; or none of it."""
+    for seqlen_q, more in [(1, 0), (64, 0), (64, 64), (65, 65), (192, 64), (70, 472)]:
+        seqlen_k = row["backward"]["block_kv"] + more
+        case = Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, window_size=window_size)
+        if case.runs("forward", "backward"):
+            both_passes_and_check(*case.inputs("cuda"), **case.options("cuda"))
 
 
 @each_head_dim
@@ -220,8 +240,9 @@ def test_only_the_needed_gradients(head_dim, heads, kv_heads, needed):
     assert_same([x if need else None for x, need in zip(results, needs, strict=True)], expected, "by the operator")
 
 
-def test_gradients_not_asked_for_take_no_memory():
-    arguments, (dq, dk, dv) = both_passes(*(normal(1, 1024, 8, 128) for _ in range(3)))
+@each_head_dim
+def test_gradients_not_asked_for_take_no_memory(head_dim):
+    arguments, (dq, dk, dv) = both_passes(*(normal(1, 1024, 8, head_dim) for _ in range(3)))
     every = extra_memory(lambda: backward_operator(*arguments, needs=[True] * 3))
     for needs in ([True, False, False], [False, True, False], [False, False, True]):
         saved = sum(x.nbytes for x, need in zip((dq, dk, dv), needs, strict=True) if not need)
@@ -285,9 +306,10 @@ def test_surroundings_change_nothing(row, causal):
                 assert_same(results, expected, f"with {fill} around all arguments", seqlen_k)
 
 
+@each_head_dim
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_have_the_strides_of_empty_like(layout):
-    inputs = Case(128, "bf16", 200, 200, heads=6, kv_heads=2, layout=layout).inputs("cuda")
+def test_gradients_have_the_strides_of_empty_like(head_dim, layout):
+    inputs = Case(head_dim, "bf16", 200, 200, heads=6, kv_heads=2, layout=layout).inputs("cuda")
     _, gradients = both_passes(*inputs)
     assert [x.stride() for x in gradients] == [torch.empty_like(x).stride() for x in inputs]
 
@@ -351,12 +373,13 @@ def test_rows_that_see_nothing(row, seqlens, fill):
     assert_same((other_dq[:, blind:], *others), (dq[:, blind:], dk, dv), "by dout of rows that see nothing")
 
 
+@each_head_dim
 @both_masks
 @pytest.mark.parametrize(
     "batch, seqlen_q, seqlen_k", [(2, 5, 0), (2, 0, 5), (2, 0, 0), (0, 5, 5), (0, 0, 0), (2, 1000, 0)]
 )
-def test_empty_inputs(batch, seqlen_q, seqlen_k, causal):
-    inputs = [normal(batch, s, h, 128) for s, h in ((seqlen_q, 4), (seqlen_k, 2), (seqlen_k, 2))]
+def test_empty_inputs(head_dim, batch, seqlen_q, seqlen_k, causal):
+    inputs = [normal(batch, s, h, head_dim) for s, h in ((seqlen_q, 4), (seqlen_k, 2), (seqlen_k, 2))]
     _, gradients = both_passes(*inputs, causal=causal)
     dout = torch.randn_like(inputs[0])
     for results in (gradients, by_autograd(partial(flash_attn_func, causal=causal), dout, *inputs)):
@@ -469,22 +492,17 @@ def test_a_loss_that_uses_lse_where_it_has_no_gradient_is_refused(head_dim):
         (out.sum() + lse.sum()).backward()
 
 
-FORWARD_ONLY = [row["head_dim"] for row in ROWS if not row["backward"]]
-
-
-@pytest.mark.skipif(not FORWARD_ONLY, reason="every head dim with a forward kernel has a backward kernel")
-@pytest.mark.parametrize("head_dim", FORWARD_ONLY)
-def test_head_dim_without_a_backward_kernel(head_dim):
+def test_head_dim_without_a_backward_kernel(forward_only):
     """Refused in the forward, wherever that runs with grad, and in the low-level backward. The text has what trains."""
-    dout, q, k, v = (normal(1, 50, 2, head_dim) for _ in range(4))
-    out, lse = flash_attn_ext.forward(q, k, v)
-    leaf = v.clone().requires_grad_()
-    reentrant = checkpoint(flash_attn_func, q, k, leaf, use_reentrant=True)
+    dout, q, k, v = (normal(1, 50, 2, forward_only) for _ in range(4))
+    out, lse = flash_attn_ext.forward(q, k, v, softcap=30.0)
+    leaf, attend = v.clone().requires_grad_(), partial(flash_attn_func, softcap=30.0)
+    reentrant = checkpoint(attend, q, k, leaf, use_reentrant=True)
     calls = {
-        "the forward": lambda: flash_attn_func(q, k, leaf),
-        "non-reentrant checkpoint": lambda: checkpoint(flash_attn_func, q, k, leaf, use_reentrant=False),
+        "the forward": lambda: attend(q, k, leaf),
+        "non-reentrant checkpoint": lambda: checkpoint(attend, q, k, leaf, use_reentrant=False),
         "reentrant checkpoint, in its recomputation": lambda: reentrant.backward(dout),
-        "the low-level backward": lambda: flash_attn_ext.backward(dout, q, k, v, out, lse),
+        "the low-level backward": lambda: flash_attn_ext.backward(dout, q, k, v, out, lse, softcap=30.0),
     }
     for name, call in calls.items():
         with pytest.raises(ValueError) as caught:
@@ -493,14 +511,16 @@ def test_head_dim_without_a_backward_kernel(head_dim):
         # A checkpoint that raises leaves its hooks installed as long as the traceback keeps it alive.
         del caught
         gc.collect()
-        words = [f"head_dim {head_dim} has no backward kernel", *map(str, TRAINING_HEAD_DIMS)]
+        words = [f"head_dim {forward_only} has no backward kernel", *map(str, flash_attn_ext.supported()["backward"])]
         assert [word for word in words if word not in text] == [], f"{name}: {text}"
 
 
 # Sizes ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(8200, 128, 16, 128), (1, 800, 21000, 128)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(8200, 128, 16, 128), (1, 800, 21000, 128), (4100, 128, 16, 256), (1, 800, 10500, 256)], ids=str
+)
 def test_more_than_2_to_the_31_elements(shape):
     gpu.needs_free(50)  # eight tensors of 4.3 GiB, and the sums of dq in float32
     dout, q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
@@ -514,14 +534,22 @@ def test_more_than_2_to_the_31_elements(shape):
     torch.cuda.empty_cache()
 
 
+BEYOND_A_GRID_DIMENSION = {
+    "batch": (70001, 3, 1, 1, 5),
+    "heads": (1, 3, 70001, 70001, 5),
+    "heads of MQA": (1, 3, 70001, 1, 5),
+    "blocks": (1, 70000 * 64 + 3, 1, 1, 5),
+}
+
+
 @pytest.mark.parametrize(
-    "batch, seqlen_q, heads, kv_heads, seqlen_k",
-    [(70001, 3, 1, 1, 5), (1, 3, 70001, 70001, 5), (1, 3, 70001, 1, 5), (1, 70000 * 64 + 3, 1, 1, 5)],
-    ids=["batch", "heads", "heads of MQA", "blocks"],
+    "head_dim, what",  # the oracle of so many blocks takes too much memory at larger head dims
+    [(d, what) for d in TRAINING_HEAD_DIMS for what in BEYOND_A_GRID_DIMENSION if what != "blocks" or d <= 64],
 )
-def test_sizes_beyond_a_grid_dimension(batch, seqlen_q, heads, kv_heads, seqlen_k):
-    q = normal(batch, seqlen_q, heads, 64)
-    both_passes_and_check(q, *(normal(batch, seqlen_k, kv_heads, 64) for _ in range(2)), causal=True)
+def test_sizes_beyond_a_grid_dimension(head_dim, what):
+    batch, seqlen_q, heads, kv_heads, seqlen_k = BEYOND_A_GRID_DIMENSION[what]
+    q = normal(batch, seqlen_q, heads, head_dim)
+    both_passes_and_check(q, *(normal(batch, seqlen_k, kv_heads, head_dim) for _ in range(2)), causal=True)
     torch.cuda.empty_cache()
 
 
@@ -530,10 +558,11 @@ def test_sizes_beyond_a_grid_dimension(batch, seqlen_q, heads, kv_heads, seqlen_
 SLEEP = 100_000_000  # cycles: some 50 ms, far longer than the host needs to come back
 
 
+@each_head_dim
 @both_masks
-def test_other_stream_without_synchronising(causal):
+def test_other_stream_without_synchronising(head_dim, causal):
     """Work is ordered on the current stream, and the call returns before that stream gets to it."""
-    arguments, expected = both_passes(*(normal(2, 500, 4, 128) for _ in range(3)), causal=causal)
+    arguments, expected = both_passes(*(normal(2, 500, 4, head_dim) for _ in range(3)), causal=causal)
     late = [torch.full_like(x, math.nan) for x in arguments]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -626,7 +655,7 @@ def test_items_with_several_query_heads(case, one_multiprocessor):
 
 
 # Query heads, KV heads, batch and length, and what the order of work (csrc/tile/schedule.h) does with the query heads
-# of a KV head on 132 multiprocessors.
+# of a KV head on 132 multiprocessors, by themselves or as 66 pairs, full or causal.
 SHARED = {
     "two items a KV head, the last in eight": (16, 2, 5, 1411),
     "two uneven items a KV head, the last in seven": (14, 2, 5, 1411),
@@ -653,8 +682,9 @@ def test_kv_heads_that_several_blocks_share(row, causal, shape):
         assert_same(results, first, keys=seqlen)
 
 
-def test_shared_kv_heads_without_some_gradients():
-    q, k, v = normal(2, 700, 16, 128), *(normal(2, 700, 2, 128) for _ in range(2))
+@each_head_dim
+def test_shared_kv_heads_without_some_gradients(head_dim):
+    q, k, v = normal(2, 700, 16, head_dim), *(normal(2, 700, 2, head_dim) for _ in range(2))
     arguments, every = both_passes_and_check(q, k, v, causal=True)
     for needs in itertools.product((False, True), repeat=3):
         results = by_operator(*arguments, causal=True, needs=list(needs))
@@ -687,9 +717,10 @@ def test_threads():
     assert not failures, failures[0]
 
 
-def test_first_call_of_a_thread():
+@each_head_dim
+def test_first_call_of_a_thread(head_dim):
     """Autograd's thread may not have called CUDA before, and memory that torch has at hand takes no call either."""
-    arguments, expected = both_passes(*Case(64, "bf16", 65, 65, True).inputs("cuda"), causal=True)
+    arguments, expected = both_passes(*Case(head_dim, "bf16", 65, 65, True).inputs("cuda"), causal=True)
     flash_attn_ext.backward(*arguments, causal=True)  # its memory is at hand now
     torch.cuda.synchronize()
     results, failures = [], []

@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -28,7 +29,6 @@ README = Path(__file__).parents[1] / "README.md"
 operator = torch.ops.flash_attn_ext.forward.default
 
 RUNS = [row["head_dim"] for row in TABLE if row["forward"]]
-FORWARD_ONLY = [row["head_dim"] for row in TABLE if row["forward"] and not row["backward"]]
 D = RUNS[0] if RUNS else 64
 
 
@@ -268,17 +268,20 @@ def test_explain_of_meta_tensors_for_a_hopper_gpu(change, words):
 def test_explain_for_a_hopper_gpu():
     for device in ("cpu", "meta"):
         assert explain(**good(device), target="hopper") is None
-        for head_dim in FORWARD_ONLY:
-            arguments = good(device, head_dim)
-            arguments["k"].requires_grad_()
-            assert "k requires grad, and" in explain(**arguments, target="hopper")
-            with torch.no_grad():
-                assert explain(**arguments, target="hopper") is None
         assert "head_dim is 127" in explain(**good(device, 127), target="hopper")
         assert explain(**good(device, 127)) is None
     with torch.autocast("cpu"):  # not that of the GPU
         assert "float32" in explain(**good("cpu", dtype=torch.float32), target="hopper")
     assert_refused(lambda: explain(**good("cpu"), target="h100"), ValueError, ["target is 'h100'", '"hopper"'])
+
+
+@each("device", ["cpu", "meta"])
+def test_explain_gradients_for_a_hopper_gpu(device, forward_only):
+    arguments = good(device, forward_only)
+    arguments["k"].requires_grad_()
+    assert f"k requires grad, and head_dim {forward_only} has no backward" in explain(**arguments, target="hopper")
+    with torch.no_grad():
+        assert explain(**arguments, target="hopper") is None
 
 
 # Keywords of other attention functions --------------------------------------------------------------------------------
@@ -421,20 +424,28 @@ def test_head_dim_outside_the_table(head_dim):
         assert "pad" not in text
 
 
-@pytest.mark.skipif(not FORWARD_ONLY, reason="every head dim with a forward kernel has a backward kernel")
-@each("head_dim", FORWARD_ONLY)
 @each("wanted", ["q", "k", "v", "qkv"])
-def test_gradient_without_a_backward_kernel(head_dim, wanted):
+def test_gradient_without_a_backward_kernel(forward_only, wanted):
+    trains = flash_attn_ext.supported()["backward"]
     with FakeTensorMode():
-        arguments = good("cuda", head_dim)
+        arguments = good("cuda", forward_only)
         for name in wanted:
             arguments[name].requires_grad_()
-        words = [f"head_dim {head_dim} has no backward", "torch.no_grad()", ", ".join(wanted[:-1]) or wanted]
-        words += map(str, flash_attn_ext.supported()["backward"])
-        assert_refused(lambda: operator(**arguments), ValueError, words)
+        call = partial(operator, softcap=30.0)
+        words = [f"head_dim {forward_only} has no backward", "torch.no_grad()", ", ".join(wanted[:-1]) or wanted]
+        text = assert_refused(lambda: call(**arguments), ValueError, [*words, *map(str, trains)])
+        assert ("pad the head_dim with zeros" in text) == any(head_dim > forward_only for head_dim in trains)
         with torch.no_grad():
-            assert not operator(**arguments)[0].requires_grad
-        assert not operator(**{name: x.detach() for name, x in arguments.items()})[0].requires_grad
+            assert not call(**arguments)[0].requires_grad
+        assert not call(**{name: x.detach() for name, x in arguments.items()})[0].requires_grad
+
+
+def test_gradient_where_no_head_dim_trains(monkeypatch):
+    monkeypatch.setattr(limits, "TABLE", [row | {"backward": None} for row in TABLE])
+    arguments = good("meta")
+    arguments["v"].requires_grad_()
+    text = explain(**arguments, target="hopper")
+    assert "train: none in this version. Ways out: call under torch.no_grad() or detach the inputs, or train" in text
 
 
 def assert_names_where_it_is_had(text, option, which):
@@ -513,18 +524,17 @@ def test_head_dim_outside_the_table_on_gpu(head_dim):
 
 
 @on_hopper
-@each("head_dim", FORWARD_ONLY)
-def test_gradient_without_a_backward_kernel_on_gpu(head_dim):
-    arguments = good("cuda", head_dim)
+def test_gradient_without_a_backward_kernel_on_gpu(forward_only):
+    arguments = good("cuda", forward_only)
     arguments["k"].requires_grad_()
-    words = ["k requires grad", f"head_dim {head_dim} has no backward", "torch.no_grad()"]
-    assert_call_refused(arguments, ValueError, words)
+    words = ["k requires grad", f"head_dim {forward_only} has no backward", "torch.no_grad()"]
+    assert_call_refused(arguments | {"softcap": 30.0}, ValueError, words)
     with torch.no_grad():
-        assert explain(**arguments) is None
-        flash_attn_func(**arguments)
+        assert explain(**arguments, softcap=30.0) is None
+        flash_attn_func(**arguments, softcap=30.0)
 
     # Reentrant checkpointing runs the forward without grad first: the refusal comes with the recomputation.
-    out = checkpoint(flash_attn_func, *arguments.values(), use_reentrant=True)
+    out = checkpoint(partial(flash_attn_func, softcap=30.0), *arguments.values(), use_reentrant=True)
     assert_refused(lambda: out.sum().backward(), ValueError, words)
 
 

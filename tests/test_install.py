@@ -25,18 +25,22 @@ ON_CPU_ALONE = f"{flash_attn_ext.supported()} False"
 # What a Hopper GPU would say, of meta tensors and of fake CUDA tensors.
 REFUSALS = """
 import torch, flash_attn_ext
+from flash_attn_ext.limits import TABLE
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+TABLE[-1]["backward"] = None  # the compiled module has another table: it leaves calls with an option to Python
 
 def tensors(device, head_dim, dtype):
     return [torch.ones(2, 5, 4, head_dim, dtype=dtype, device=device).requires_grad_() for _ in range(3)]
 
-for head_dim in (64, 96, 256, 512):
+for head_dim in (64, 96, TABLE[-1]["head_dim"], 512):
     for dtype in (torch.bfloat16, torch.float32):
-        print(head_dim, dtype, flash_attn_ext.explain(*tensors("meta", head_dim, dtype), target="hopper"))
+        text = flash_attn_ext.explain(*tensors("meta", head_dim, dtype), softcap=30.0, target="hopper")
+        print(head_dim, dtype, text)
         with FakeTensorMode():
             for attention in (flash_attn_ext.flash_attn_func, torch.ops.flash_attn_ext.forward):
                 try:
-                    attention(*tensors("cuda", head_dim, dtype))
+                    attention(*tensors("cuda", head_dim, dtype), softcap=30.0)
                 except ValueError as refusal:
                     print(head_dim, dtype, refusal)
 """
@@ -78,6 +82,7 @@ def test_refusals_need_no_kernels(package):
     stdout, _ = python(package, "-W", "ignore", "-c", REFUSALS)
     with_kernels, _ = python(Path(flash_attn_ext.__file__).parent, "-W", "ignore", "-c", REFUSALS)
     assert stdout == with_kernels and stdout.count("head_dim is 96;") == 3 and stdout.count("float32; on cuda") == 12
+    assert stdout.count("has no backward kernel") == 3
     assert stdout.startswith("64 torch.bfloat16 None\n")
 
 

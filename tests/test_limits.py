@@ -14,6 +14,7 @@ from cases import (
     TRAINING_ROWS,
     backward_cases,
     forward_cases,
+    is_by_pairs,
     needs_kernels,
 )
 
@@ -97,6 +98,8 @@ def forward_shared_memory(row):
 
 
 def backward_shared_memory(row):
+    if is_by_pairs(row):
+        return wide_shared_memory(row)
     plan, element = row["backward"], 2
     q, kv = (plan[block] * row["head_dim"] * element for block in ("block_q", "block_kv"))
     ds, stats = plan["block_q"] * plan["block_kv"] * element, 2 * plan["block_q"] * 4
@@ -111,6 +114,23 @@ def backward_shared_memory(row):
     has_dv_buffer = sum(size for _, size in parts) + kv + 1024 <= 227 * 1024
     parts.insert(-1, (kilobytes(kv), kv) if has_dv_buffer else ("in V's place", 0))
     return parts
+
+
+def wide_shared_memory(row):
+    """Of one of the two thread blocks: 64 keys are its own, and half of the columns."""
+    plan, element = row["backward"], 2
+    own_keys, half_tile = 64 * row["head_dim"] * element, 64 * row["head_dim"] // 2 * element
+    ds, stats = plan["block_q"] * 64 * element, 2 * plan["block_q"] * 4
+    assert plan["stages"] == plan["ds_stages"]
+    return [
+        (f"{plan['block_q']} x {plan['block_kv']}", 0),
+        (f"{kilobytes(own_keys)} + {kilobytes(own_keys)}", 2 * own_keys),
+        (kilobytes(half_tile), half_tile),
+        *[(f"({plan['stages']} + 1) x {kilobytes(half_tile)}", (plan["stages"] + 1) * half_tile)] * 2,
+        (f"{plan['stages']} x {kilobytes(ds)}", plan["stages"] * ds),
+        (f"{plan['stages']} x {kilobytes(2 * ds)}", plan["stages"] * 2 * ds),
+        (f"{plan['stages']} x {kilobytes(stats)}", plan["stages"] * stats),
+    ]
 
 
 @needs_kernels

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from cases import needs_kernels
+from cases import is_by_pairs, needs_kernels
 
 from flash_attn_ext.limits import TABLE
 
@@ -18,20 +18,27 @@ sys.path.insert(0, str(ROOT / "tools"))
 import nvcc  # noqa: E402 (the build's own reader of ptxas output)
 
 KERNEL = re.compile(
-    r"(?P<direction>forward|backward)_kernel.*?(?:Forward|Backward)ConfigILi(?P<row>\d+)E"
+    r"(?P<direction>forward|backward)(?P<wide>_wide)?_kernel.*?(?:Forward|Backward)ConfigILi(?P<row>\d+)E"
     r"(?:13__nv_(?P<bf16>bfloat16)|6__half)Lb(?P<softcap>[01])EE(?:EL\w*?9GradientsE(?P<gradients>\d))?"
 )
 GRADIENTS = ("all", "dq", "dkv")  # csrc/backward.cu's enum class Gradients
 DTYPES = ("fp16", "bf16")
 SOFTCAP = ("", "softcap")  # kernels without and with it
+
+
+def gradients_of(direction, row):
+    """What the kernels of a pass compute, one after the other. The wide one computes all, and writes what is needed."""
+    return [""] if direction == "forward" else ["wide"] if is_by_pairs(row) else GRADIENTS
+
+
 KERNELS = [
     (direction, index, dtype, softcap, gradients)
-    for direction, each_gradients in (("forward", [""]), ("backward", GRADIENTS))
+    for direction in ("forward", "backward")
     for index, row in enumerate(TABLE)
     if row[direction]
     for dtype in DTYPES
     for softcap in SOFTCAP
-    for gradients in each_gradients
+    for gradients in gradients_of(direction, row)
 ]
 
 
@@ -68,7 +75,7 @@ def by_kernel(output):
     for name, text in zip(parts[1::2], parts[2::2], strict=True):
         if match := KERNEL.search(name):
             dtype, softcap = "bf16" if match["bf16"] else "fp16", SOFTCAP[int(match["softcap"])]
-            gradients = GRADIENTS[int(match["gradients"])] if match["gradients"] else ""
+            gradients = GRADIENTS[int(match["gradients"])] if match["gradients"] else "wide" if match["wide"] else ""
             found[match["direction"], int(match["row"]), dtype, softcap, gradients] = text
     return found
 
@@ -98,6 +105,12 @@ def test_gradients_out_of_float32_sums_are_stored_16_bytes_at_a_time():
     assert all(set(found) == {"STG.E.128"} for found in stores)
 
 
+def columns(kernel):
+    """Those of dQ, dK and dV that a thread block sums. Its peer has the other half of the wide kernel's."""
+    head_dim = TABLE[kernel[1]]["head_dim"]
+    return head_dim // 2 if kernel[-1] == "wide" else head_dim
+
+
 def products(kernel):
     """The products of one step of the main loop: by name, how many wgmma of which form.
 
@@ -110,10 +123,38 @@ def products(kernel):
         return {"S": {(plan["block_kv"], "ss"): head_dim // 16}, "O": {(head_dim, "rs_mn"): plan["block_kv"] // 16}}
     in_registers = head_dim == 64  # K and V: kv_in_registers of csrc/limits.h
     scores = {(plan["block_q"], "rs" if in_registers else "ss"): head_dim // 16}
-    keys = {(head_dim, "rs_mn"): plan["block_q"] // 16}
-    queries = {(64, "rs_mn" if in_registers else "ss_mn"): head_dim // 64 * plan["block_kv"] // 16}
+    keys = {(columns(kernel), "rs_mn"): plan["block_q"] // 16}
+    queries = {(64, "rs_mn" if in_registers else "ss_mn"): columns(kernel) // 64 * plan["block_kv"] // 16}
+    peer_keys = {(columns(kernel), "ss_b_mn"): plan["block_q"] // 16}
     dkv, dq = gradients != "dq", gradients != "dkv"
-    return {"S": scores, "dP": scores} | ({"dV": keys, "dK": keys} if dkv else {}) | ({"dQ": queries} if dq else {})
+    return (
+        {"S": scores, "dP": scores}
+        | ({"dV": keys, "dK": keys} if dkv else {})
+        | ({"peer's dV": peer_keys, "peer's dK": peer_keys} if gradients == "wide" else {})
+        | ({"dQ": queries} if dq else {})
+    )
+
+
+def multipliers(kernel):
+    """The names of the products of each kind of warpgroup that multiplies, and how many there are of it."""
+    direction, index, *_, gradients = kernel
+    names, plan = products(kernel), TABLE[index][direction]
+    if direction == "forward":
+        return [(names, plan["block_q"] // 64)]
+    own_keys = [name for name in names if name in ("S", "dP", "dV", "dK")]
+    others = [name for name in names if name not in own_keys]
+    return [(own_keys, 1 if gradients == "wide" else plan["block_kv"] // 64), (others, 1)]
+
+
+ADDITION = "addition"  # of four elements of dQ to their sums in memory
+
+
+def additions(kernel):
+    """How many of them each of 128 threads makes in a step."""
+    direction, index, *_, gradients = kernel
+    if direction == "forward" or gradients == "dkv":
+        return {}
+    return {ADDITION: TABLE[index][direction]["block_q"] * columns(kernel) // (4 * 128)}
 
 
 def added(products):
@@ -121,10 +162,13 @@ def added(products):
 
 
 def form(instruction):
-    """That of a wgmma; None for any other instruction."""
+    """That of a wgmma, or ADDITION; None for any other instruction."""
+    if re.match(r"REDG\.E\.ADD\.F32x4\b", instruction):
+        return ADDITION
     if match := re.match(r"HGMMA\.64x(\d+)x16\.F32(?:\.BF16)? R\d+, (R\d+|gdesc)", instruction):
         source = "ss" if match[2] == "gdesc" else "rs"
-        return int(match[1]), source + ("_mn" if ".tnspB" in instruction else "")
+        transposed = "_mn" if source == "rs" or ".tnspA" in instruction else "_b_mn"
+        return int(match[1]), source + (transposed if ".tnspB" in instruction else "")
     return None
 
 
@@ -147,34 +191,61 @@ def test_products_are_wgmma(sass, kernel):
 @needs_kernels
 @each_kernel
 def test_the_backward_multiplies_no_more_than_it_needs(sass, kernel):
-    """ptxas dropped and duplicated no product.
+    """ptxas dropped and duplicated no product, and no addition of dQ.
 
     What the source has twice: S, before the loop over steps and in it; dP too, where it is as far ahead, which it is
-    not with softcap; and dQ, for steps that both consumers see, and for either of them alone.
+    not with softcap; and dQ, for steps that both consumers see, and for either of them alone. The wide kernel leaves
+    nothing out of dQ.
     """
-    direction, index, _, softcap, _ = kernel
+    direction, index, _, softcap, gradients = kernel
     if direction == "backward":
         step = products(kernel)
-        twice = {"S", "dQ"} | ({"dP"} if TABLE[index]["head_dim"] == 64 and not softcap else set())
+        twice = {"S"} | ({"dP"} if TABLE[index]["head_dim"] == 64 and not softcap else set())
+        twice |= {"dQ"} if gradients != "wide" else set()
         issued = Counter(filter(None, (form(text) for _, text in instructions(sass[kernel]))))
-        assert issued == added([*step.values(), *(step[name] for name in twice & step.keys())])
+        assert issued == added([*step.values(), *(step[name] for name in twice & step.keys()), additions(kernel)])
 
 
-def shortest_round(sass, products):
-    """The instructions of the shortest way round a loop that issues exactly these wgmma; None if there is none.
-
-    That is the main loop without mask, without rescaling, and without a second look at a barrier.
-    """
-    listed = instructions(sass)
+def successors(sass):
+    """Of each instruction, the numbers of those that may come next."""
+    listed, after = instructions(sass), []
     number = {int(address, 16): i for i, (address, _) in enumerate(listed)}
-    after = []  # of each instruction, those that may come next
     for i, (_, text) in enumerate(listed):
         predicate, opcode, operands = re.fullmatch(r"(@!?U?P\w+ )?(\w+)\S*\s*(.*)", text).groups()
         may_go_on = predicate or opcode not in ("BRA", "EXIT", "BRX", "RET") or opcode == "BRA" and "," in operands
         after.append([i + 1] if may_go_on and i + 1 < len(listed) else [])
         if opcode == "BRA":
             after[i].append(number[int(re.search(r"0x[0-9a-f]+", operands)[0], 16)])
+    return after
 
+
+def loop_around(sass, start):
+    """The instructions from which this one comes again and that come again after it."""
+
+    def reached(ways):
+        found, queue = {start}, [start]
+        for i in queue:
+            new = set(ways[i]) - found
+            found |= new
+            queue += new
+        return found
+
+    after = successors(sass)
+    before = [[] for _ in after]
+    for i, following in enumerate(after):
+        for j in following:
+            before[j].append(i)
+    listed = instructions(sass)
+    return [listed[i][1] for i in sorted(reached(after) & reached(before))]
+
+
+def shortest_round(sass, products):
+    """The instructions of the shortest way round a loop that issues exactly these wgmma and additions; None if there is
+    none.
+
+    That is the main loop without mask, without rescaling, and without a second look at a barrier.
+    """
+    listed, after = instructions(sass), successors(sass)
     forms = {i: found for i, (_, text) in enumerate(listed) if (found := form(text))}
 
     def next_products(start):
@@ -211,7 +282,7 @@ def shortest_round(sass, products):
 @needs_kernels
 @each_kernel
 def test_documents_count_the_instructions_of_the_main_loop(sass, kernel):
-    """For one compiler: others may need more or fewer. In the backward also those of dQ's warpgroup."""
+    """For one compiler: others may need more or fewer. Of each kind of warpgroup that multiplies."""
     from flash_attn_ext._build_info import BUILD
 
     direction, index, _, softcap, gradients = kernel
@@ -219,15 +290,14 @@ def test_documents_count_the_instructions_of_the_main_loop(sass, kernel):
     compiler = re.search(r"\bnvcc (\d+\.\d+)", document)[1]
     if BUILD["cuda"] != compiler:
         pytest.skip(f"docs/{direction}.md counts what nvcc {compiler} makes, and this binary is nvcc {BUILD['cuda']}'s")
-    if softcap or gradients not in ("", "all"):
+    if softcap or gradients not in ("", "all", "wide"):
         pytest.skip("only kernels of all gradients, and without softcap, are in the table")
     row = TABLE[index]
-    step = products(kernel)
-    threads = [shortest_round(sass[kernel], added(step[name] for name in step if name != "dQ"))]
-    if direction == "backward":
-        threads.append(shortest_round(sass[kernel], added([step["dQ"]])))
-    consumers = row[direction]["block_q" if direction == "forward" else "block_kv"] // 64
-    cycles = consumers * threads[0] + sum(threads[1:])  # four warps a warpgroup, four instructions a cycle
+    step, threads, cycles = products(kernel), [], 0
+    for names, warpgroups in multipliers(kernel):
+        issued = added([*(step[name] for name in names), additions(kernel) if "dQ" in names else {}])
+        threads.append(shortest_round(sass[kernel], issued))
+        cycles += warpgroups * threads[-1]  # four warps a warpgroup, four instructions a cycle
     end_of_line = " | ".join([str(cycles), " + ".join(map(str, threads))])
     found = re.search(rf"^\| {row['head_dim']} \(.* \| (\d+ \| [\d +]+) \|$", document, re.MULTILINE)[1]
     assert found == end_of_line, f"docs/{direction}.md, cycle budget of head dim {row['head_dim']}"
@@ -239,7 +309,20 @@ def test_tiles_move_by_tma(sass, kernel):
     assert re.search(r"\bUTMALDG\b", sass[kernel])
     gradients = kernel[-1]
     assert bool(re.search(r"\bUTMASTG\b", sass[kernel])) == (gradients != "dq")  # dQ is added from registers
-    assert bool(re.search(r"\bREDG\..*F32x4\b", sass[kernel])) == (gradients in ("all", "dq"))
+    assert bool(re.search(r"\bREDG\..*F32x4\b", sass[kernel])) == bool(additions(kernel))
+
+
+@needs_kernels
+@each_kernel
+def test_nobody_waits_for_additions_under_way(sass, kernel):
+    """A fence for all threads of the GPU would. Those that add to dQ have none in their loop, though the wide kernel's
+    tell another thread block there what they have read."""
+    if not additions(kernel):
+        return
+    first = next(i for i, (_, text) in enumerate(instructions(sass[kernel])) if form(text) == ADDITION)
+    loop = loop_around(sass[kernel], first)
+    assert Counter(map(form, loop))[ADDITION] == additions(kernel)[ADDITION]
+    assert not [text for text in loop if re.search(r"\bMEMBAR\.\w+\.(GPU|SYS)\b", text)]
 
 
 @needs_kernels

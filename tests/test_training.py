@@ -82,19 +82,19 @@ def test_compile_fullgraph(backend):
 class Training:
     """Attention between two projections, in float32 with 16-bit attention, and SGD."""
 
-    heads, head_dim = 4, 64
+    width = 256
 
-    def __init__(self, attention):
+    def __init__(self, attention, head_dim):
         torch.manual_seed(1)
-        width = self.heads * self.head_dim
-        self.attention = attention
+        width = self.width
+        self.attention, self.head_dim = attention, head_dim
         self.first = [torch.randn(32, 3 * width, device="cuda") / 32**0.5, torch.randn(width, 32, device="cuda") / 16]
         self.weights = [x.clone().requires_grad_() for x in self.first]
         self.optimizer = torch.optim.SGD(self.weights, lr=0.5)
 
     def step(self, x, wanted):
         into, out_of = self.weights
-        q, k, v = (x @ into).bfloat16().unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
+        q, k, v = (x @ into).bfloat16().unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         loss = F.mse_loss(self.attention(q, k, v).flatten(2).float() @ out_of, wanted)
         loss.backward()
         self.optimizer.step()
@@ -107,10 +107,11 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def test_cuda_graph_of_a_training_step():
+@pytest.mark.parametrize("head_dim", TRAINING_HEAD_DIMS)
+def test_cuda_graph_of_a_training_step(head_dim):
     """Forward, backward and optimizer captured once, and replayed on other data, train as they do without a graph."""
     batches = [(torch.randn(2, 300, 32, device="cuda"), torch.randn(2, 300, 32, device="cuda")) for _ in range(10)]
-    training = Training(partial(flash_attn_func, causal=True))
+    training = Training(partial(flash_attn_func, causal=True), head_dim)
     losses = []
     for batch in batches:
         losses.append(training.step(*batch))

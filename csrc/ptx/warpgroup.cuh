@@ -61,6 +61,13 @@ __device__ __forceinline__ int thread_in_register() {
   return thread;
 }
 
+// No instruction: what is computed from the value is computed anew at each use, and not kept in registers.
+template <class T>
+__device__ __forceinline__ void forget_value(T& x) {
+  static_assert(sizeof(T) == 8);
+  asm volatile("" : "+l"(x));
+}
+
 // No instruction: what is in memory is read again behind it, and not kept in registers.
 __device__ __forceinline__ void forget_memory() { asm volatile("" ::: "memory"); }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../ptx/warpgroup.cuh"
 #include "../ptx/wgmma.cuh"
 #include "smem.cuh"
 
@@ -46,7 +47,7 @@ struct KMajor {
   // The same, but worked out anew wherever it is used: where registers run short, the compiler must not keep it in one.
   __device__ __forceinline__ KMajor anew() const {
     uint64_t same = descriptor;
-    asm volatile("" : "+l"(same));
+    ptx::forget_value(same);
     return KMajor(same);
   }
 

@@ -207,7 +207,8 @@ def judge(attention: Attention) -> Answer:
         problems.append(f"q and k have head dim {d} and v has {dv}; the kernels want one for all three")
         forward.append("head dims")
     elif d not in runs:
-        problems.append(f"head dim {d} has no kernel; {listed(runs)} run and {listed(trains)} train")
+        ours = f"{listed(runs)} run and train" if runs == trains else f"{listed(runs)} run and {listed(trains)} train"
+        problems.append(f"head dim {d} has no kernel; {ours}")
         forward.append("head dim")
     elif d not in trains:
         problems.append(f"head dim {d} runs, but has no backward kernel; {listed(trains)} train")

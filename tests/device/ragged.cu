@@ -16,22 +16,26 @@ using T = __nv_bfloat16;
 
 constexpr int kColumns = 128, kTileRows = 64;
 using Tile = SmemTile<T, kTileRows, kColumns>;
+using HalfTile = SmemTile<T, kTileRows, kColumns / 2>;
 
-// Loads the tile from `row` on, writes down the first element that arrives in each row, and stores all elements plus 1.
+// Loads the tile from `row` and `first_column` on, writes down what arrives, and stores all elements plus 1.
+template <class Tile>
 __global__ void copy_tile(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to,
-                          const __grid_constant__ Sequences sequences, int sequence, int row, int head, T* arrived) {
+                          const __grid_constant__ Sequences sequences, int sequence, int row, int head,
+                          int first_column, T* arrived) {
   extern __shared__ __align__(1024) unsigned char dynamic_smem[];
   auto& tile = *reinterpret_cast<Tile*>(dynamic_smem);
   __shared__ Ring<1> ring;
   if (threadIdx.x == 0) {
     ring.init(1);
     cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
-    load_tile(tile, from, sequences.origin_of_used(sequence), row, head, ring.begin_fill({}, Tile::kBytes));
+    load_tile(tile, from, sequences.origin_of_used(sequence), row, head, ring.begin_fill({}, Tile::kBytes),
+              first_column);
   }
   __syncthreads();
   ring.wait_full({});
-  for (int i = threadIdx.x; i < kTileRows * kColumns; i += blockDim.x) {
-    const int r = i / kColumns, c = i % kColumns;
+  for (int i = threadIdx.x; i < Tile::kRows * Tile::kColumns; i += blockDim.x) {
+    const int r = i / Tile::kColumns, c = i % Tile::kColumns;
     T& element = tile.data[c / 64 * (Tile::kSlabBytes / 2) + r * 64 + ((c % 64 / 8) ^ (r % 8)) * 8 + c % 8];
     arrived[i] = element;
     element = T(float(element) + 1.f);
@@ -39,7 +43,7 @@ __global__ void copy_tile(const __grid_constant__ CUtensorMap from, const __grid
   cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
   __syncthreads();
   if (threadIdx.x == 0) {
-    store_tile(to, tile, sequences.origin_of_stored(sequence), row, head);
+    store_tile(to, tile, sequences.origin_of_stored(sequence), row, head, first_column);
     cuda::ptx::cp_async_bulk_commit_group();
     cuda::ptx::cp_async_bulk_wait_group(cuda::ptx::n32_t<0>{});
   }
@@ -49,8 +53,10 @@ static float value(int row, int head, int column) {
   return static_cast<float>((row * 7 + head * 31 + column) % 200 - 100);
 }
 
-// A sequence of `size` rows from `begin` on, of which `used` are used; NaN everywhere else.
-static void check_sequence(int begin, int size, int used, int head, int row) {
+// A sequence of `size` rows from `begin` on, of which `used` are used; NaN everywhere else. The tile may have a part of
+// the columns, as the tiles of thread blocks that share them out do.
+template <class Part = Tile>
+static void check_sequence(int begin, int size, int used, int head, int row, int first_column = 0) {
   constexpr int kRows = 3000, kHeads = 4;
   const Strides strides{.batch = kRows * kHeads * kColumns, .row = kHeads * kColumns, .head = kColumns};
   const auto offset = [&](int r, int h, int c) { return r * strides.row + h * strides.head + c; };
@@ -60,7 +66,7 @@ static void check_sequence(int begin, int size, int used, int head, int row) {
       for (int c = 0; c < kColumns; ++c) input[offset(r, h, c)] = T(value(r, h, c));
     }
   }
-  DeviceArray<T> in(input), out(input.size()), arrived_device(kTileRows * kColumns);
+  DeviceArray<T> in(input), out(input.size()), arrived_device(kTileRows * Part::kColumns);
   // Another one follows: the last has room for all rows that are left.
   const DeviceArray<int> cu_seqlens(std::vector<int>{begin, begin + size, kRows}), seqused(std::vector<int>{used, 0});
   const Sequences sequences{.count = 2,
@@ -69,26 +75,27 @@ static void check_sequence(int begin, int size, int used, int head, int row) {
   const auto map = [&](const char* name, T* data) {
     return make_sequence_map<Tile>(name, {data, strides}, {1, kRows, kHeads, kColumns}, true);
   };
-  test::launch(copy_tile, 1, 128, static_cast<int>(sizeof(Tile)), map("in", in.data), map("out", out.data), sequences,
-               0, row, head, arrived_device.data);
+  test::launch(copy_tile<Part>, 1, 128, static_cast<int>(sizeof(Part)), map("in", in.data), map("out", out.data),
+               sequences, 0, row, head, first_column, arrived_device.data);
   const std::vector<T> arrived = arrived_device.host(), output = out.host();
 
   const std::string name = std::to_string(used) + " of " + std::to_string(size) + " rows from " +
                            std::to_string(begin) + ", head " + std::to_string(head) + ", tile at " +
-                           std::to_string(row);
+                           std::to_string(row) + ", column " + std::to_string(first_column);
   for (int r = 0; r < kTileRows; ++r) {
-    for (int c = 0; c < kColumns; ++c) {
-      const float expected = row + r < used ? value(begin + row + r, head, c) : 0.f;
-      test::check(float(arrived[r * kColumns + c]) == expected, name + ": row " + std::to_string(r) + " arrives");
+    for (int c = 0; c < Part::kColumns; ++c) {
+      const float expected = row + r < used ? value(begin + row + r, head, first_column + c) : 0.f;
+      test::check(float(arrived[r * Part::kColumns + c]) == expected, name + ": row " + std::to_string(r) + " arrives");
     }
   }
   for (int r = 0; r < kRows; ++r) {
     for (int h = 0; h < kHeads; ++h) {
       for (int c = 0; c < kColumns; ++c) {
-        const int in_tile = r - begin - row;
-        const bool written = h == head && in_tile >= 0 && in_tile < kTileRows && r < begin + size;
+        const int in_tile = r - begin - row, column = c - first_column;
+        const bool written = h == head && in_tile >= 0 && in_tile < kTileRows && r < begin + size && column >= 0 &&
+                             column < Part::kColumns;
         const float got = float(output[offset(r, h, c)]);
-        const float expected = written ? float(arrived[in_tile * kColumns + c]) + 1.f : 0.f;
+        const float expected = written ? float(arrived[in_tile * Part::kColumns + column]) + 1.f : 0.f;
         test::check(written ? got == expected : std::isnan(got), name + ": row " + std::to_string(r) + " leaves");
       }
     }
@@ -113,7 +120,7 @@ static void check_large() {
                             .each = {.rows = kRows, .keys = 1, .left = Sequence::kUnbounded, .right = 0},
                             .lengths = {.cu_seqlens_q = cu_seqlens.data}};
   const CUtensorMap map = make_sequence_map<Tile>("tensor", {tensor.data, strides}, {1, kRows, kHeads, kColumns}, true);
-  test::launch(copy_tile, 1, 128, static_cast<int>(sizeof(Tile)), map, map, sequences, 0, 0, kHead,
+  test::launch(copy_tile<Tile>, 1, 128, static_cast<int>(sizeof(Tile)), map, map, sequences, 0, 0, kHead, 0,
                arrived_device.data);
   const std::vector<T> arrived = arrived_device.host();
   for (int r = 0; r < kTileRows; ++r) {
@@ -144,6 +151,10 @@ int main() {
     check_sequence(500, 200, 0, head, 64);
     check_sequence(700, 64, 64, head, 64);  // a tile past the end
     check_sequence(10, 0, 0, head, 0);
+    for (int first_column : {0, kColumns / 2}) {
+      check_sequence<HalfTile>(500, 200, 150, head, 128, first_column);
+      check_sequence<HalfTile>(700, 64, 64, head, 64, first_column);
+    }
   }
   size_t free = 0, total = 0;
   test::require(cudaMemGetInfo(&free, &total), "asking for memory");

@@ -107,6 +107,28 @@ __global__ void multiply_rs_mn(const T* a, const T* b, float* d) {
   store<N>(acc, d);
 }
 
+template <class T, int N>
+struct SsBMnSmem {
+  SmemTile<T, kRows, kDepth> a;
+  SmemTile<T, kDepth, N> b[2];
+};
+
+// d = 1 + a b, a (64 x 128) K-major and b (128 x N), the second of two tiles, MN-major, both in shared memory. In each
+// thread block of a cluster of two, where the upper bits of addresses are no part of a descriptor.
+template <class T, int N>
+__cluster_dims__(2, 1, 1) __global__ void multiply_ss_b_mn(const T* a, const T* b, float* d) {
+  extern __shared__ __align__(1024) unsigned char dynamic_smem[];
+  auto& smem = *reinterpret_cast<SsBMnSmem<T, N>*>(dynamic_smem);
+  fill(smem.a, a);
+  fill(smem.b[1], b);
+  end_fill();
+  float acc[N / 2];
+  set(acc, 1.f);  // the product must keep it
+  product_ss(acc, KMajor(smem.a, kBitsInCluster), MnMajor(smem.b[0], 0, kBitsInCluster).at(1), true);
+  ptx::wgmma_wait_group<0>(acc);
+  store<N>(acc, d + blockIdx.x * kRows * N);
+}
+
 // Two tiles of 64 rows each: the products over their rows add up, as dQ's do over the keys of two consumers.
 template <class T>
 struct TransposedSmem {
@@ -152,20 +174,23 @@ std::vector<T> small_integers(int count, int seed) {
   return values;
 }
 
-enum class Form { kSs, kRs, kRsMn };
+enum class Form { kSs, kRs, kRsMn, kSsBMn };
 
 template <class T, int N, Form kForm>
 void check_product(const std::string& name) {
-  constexpr bool kMn = kForm == Form::kRsMn;
+  constexpr bool kMn = kForm == Form::kRsMn || kForm == Form::kSsBMn;
+  constexpr int kBlocks = kForm == Form::kSsBMn ? 2 : 1;
   const auto a = small_integers<T>(kRows * kDepth, N), b = small_integers<T>(kDepth * N, N + 1);
   DeviceArray<T> a_device(a), b_device(b);
-  DeviceArray<float> d_device(kRows * N);
+  DeviceArray<float> d_device(kBlocks * kRows * N);
   const auto run = [&](auto* kernel, std::size_t bytes) {
-    launch(kernel, 1, 128, static_cast<int>(bytes), (const T*)a_device.data, (const T*)b_device.data, d_device.data);
+    launch(kernel, kBlocks, 128, static_cast<int>(bytes), (const T*)a_device.data, (const T*)b_device.data,
+           d_device.data);
   };
   if constexpr (kForm == Form::kSs) run(multiply_ss<T, N>, sizeof(SsSmem<T, N>));
   if constexpr (kForm == Form::kRs) run(multiply_rs<T, N>, sizeof(SsSmem<T, N>));
   if constexpr (kForm == Form::kRsMn) run(multiply_rs_mn<T, N>, sizeof(RsSmem<T, N>));
+  if constexpr (kForm == Form::kSsBMn) run(multiply_ss_b_mn<T, N>, sizeof(SsBMnSmem<T, N>));
   const std::vector<float> d = d_device.host();
   for (int row = 0; row < kRows; ++row) {
     for (int column = 0; column < N; ++column) {
@@ -173,8 +198,11 @@ void check_product(const std::string& name) {
       for (int k = 0; k < kDepth; ++k) {
         expected += float(a[row * kDepth + k]) * float(kMn ? b[k * N + column] : b[column * kDepth + k]);
       }
-      test::check(d[row * N + column] == expected, name + " N " + std::to_string(N) + " row " + std::to_string(row) +
-                                                       " column " + std::to_string(column));
+      for (int block = 0; block < kBlocks; ++block) {
+        test::check(d[(block * kRows + row) * N + column] == expected,
+                    name + " N " + std::to_string(N) + " block " + std::to_string(block) + " row " +
+                        std::to_string(row) + " column " + std::to_string(column));
+      }
     }
   }
 }
@@ -209,6 +237,7 @@ void check_type(const std::string& type) {
   check_product<T, 64, Form::kRsMn>(type + " rs_mn");
   check_product<T, 128, Form::kRsMn>(type + " rs_mn");
   check_product<T, 256, Form::kRsMn>(type + " rs_mn");
+  check_product<T, 128, Form::kSsBMn>(type + " ss_b_mn");
   check_transposed_product<T, false>(type + " ss_mn");
   check_transposed_product<T, true>(type + " rs_mn of a transposed operand");
 }
