@@ -126,6 +126,7 @@ struct Workspace {
   int* item_counter;
   int* turns;  // of every Q block, for each thread block of a pair (backward_turns.cuh); null: sums are added to in any
                // order
+  int* keeps_turns;  // whether anybody waits for a turn
   int64_t bytes;
 
   explicit Workspace(const BackwardParams& p)
@@ -157,6 +158,7 @@ struct Workspace {
     item_counter = static_cast<int*>(take(sizeof(int)));
     const bool in_turn = p.problem.options.deterministic && p.dq.data != nullptr;
     turns = in_turn ? static_cast<int*>(take(int64_t{q_blocks} * kTurns * sizeof(int))) : nullptr;
+    keeps_turns = in_turn ? static_cast<int*>(take(sizeof(int))) : nullptr;
   }
 };
 

@@ -23,7 +23,7 @@ struct BackwardArguments {
   SumPatch* dq_sums;
   KvSums coarse_sums, fine_sums;
   int* item_counter;
-  int* turns;
+  int *turns, *keeps_turns;
   KeySchedule schedule;
   Sequences sequences;
   struct Reach {
@@ -59,6 +59,7 @@ BackwardArguments<Config> make_arguments(const BackwardParams& params, const Wor
   args.fine_sums = workspace.fine;
   args.item_counter = workspace.item_counter;
   args.turns = workspace.turns;
+  args.keeps_turns = workspace.keeps_turns;
   args.schedule = workspace.schedule;
   args.sequences = workspace.sequences;
   args.reach = {workspace.sequences.each.left, workspace.sequences.each.right};

@@ -33,7 +33,7 @@ struct PrepareArguments {
   RowStats<Config::kBlockQ>* stats;
   SumPatch* dq;  // null: dq is not needed
   int* item_counter;
-  int* turns;
+  int *turns, *keeps_turns;
   int thread_blocks;  // of the products
   Sequences sequences;
   int heads;
@@ -79,6 +79,16 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_const
       stats.lse_log2[index] = empty ? INFINITY : lse * kLog2E;
       stats.delta[index] = empty ? 0.f : delta - dlse;
     }
+  }
+
+  if (args.turns != nullptr && blockIdx.x == 0) {
+    // Lengths that make no sense could leave somebody waiting forever: then sums are added to in any order.
+    bool follow = true;
+    for (int i = threadIdx.x; i < args.sequences.count; i += kRowThreads) {
+      follow = follow && args.sequences.is_followed(i) && args.sequences.transposed().is_followed(i);
+    }
+    follow = __syncthreads_and(follow);
+    if (threadIdx.x == 0) *args.keeps_turns = follow;
   }
 
   // The items that the thread blocks of the products begin with are not to be claimed.
@@ -332,6 +342,7 @@ void prepare(const BackwardParams& params, cudaStream_t stream) {
                                                         .dq = workspace.dq.patches,
                                                         .item_counter = workspace.item_counter,
                                                         .turns = workspace.turns,
+                                                        .keeps_turns = workspace.keeps_turns,
                                                         .thread_blocks = workspace.thread_blocks,
                                                         .sequences = workspace.sequences,
                                                         .heads = static_cast<int>(params.problem.heads)});

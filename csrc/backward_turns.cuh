@@ -67,6 +67,7 @@ using TurnCount = cuda::atomic_ref<int, cuda::thread_scope_device>;
 template <class Config>
 __device__ __forceinline__ void grant_turns(const BackwardArguments<Config>& args, TurnRing& ring, const Item* items) {
   cudaGridDependencySynchronize();  // `prepare` has left zeros in the counts
+  const bool waits = *args.keeps_turns != 0;
   for (TurnRing::Position at;; at.next()) {
     wait_phase(&ring.known[at.stage], at.phase);
     Turn& turn = ring.turns[at.stage];
@@ -77,7 +78,7 @@ __device__ __forceinline__ void grant_turns(const BackwardArguments<Config>& arg
       const int before = find_turn(sequence, turn.q_block * Config::kBlockQ, Config::kBlockQ,
                                    quotient(item.first_key, Config::kBlockKv), Config::kBlockKv, item.ascends);
       turn.counts = before >= 0;
-      while (turn.counts && TurnCount(args.turns[turn.count]).load(cuda::memory_order_acquire) != before) {
+      while (waits && turn.counts && TurnCount(args.turns[turn.count]).load(cuda::memory_order_acquire) != before) {
       }
     }
     cuda::ptx::mbarrier_arrive(&ring.granted[at.stage]);

@@ -71,6 +71,13 @@ struct Sequences {
     return end - begin;
   }
 
+  // Whether the rows' next sequence begins where this one ends, or behind it. Of values that make no sense some do not,
+  // and then blocks of different sequences are counted as one.
+  HOST_DEVICE bool is_followed(int sequence) const {
+    return !is_packed() || clamp(lengths.cu_seqlens_q[sequence], 0, each.rows) <=
+                               clamp(lengths.cu_seqlens_q[sequence + 1], 0, each.rows);
+  }
+
   // What lies beyond the used rows, or the stored ones, arrives as zeros and is not written.
   HOST_DEVICE Origin origin_of_used(int sequence) const { return origin(sequence, used_rows(sequence)); }
   HOST_DEVICE Origin origin_of_stored(int sequence) const { return origin(sequence, stored_rows(sequence)); }
