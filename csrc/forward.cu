@@ -63,6 +63,10 @@ struct ForwardConfig {
   // was measured to cost more than it saves, since the consumers then fall into step (docs/tuning.md).
   static constexpr bool kHalfFirstBlock = kHeadDim == 64;
 
+  // Only bf16 has float32's range, which P takes at an offset that stays. With it consumers need turns.
+  static constexpr bool kKeepsOffset = kPlan.keeps_offset && std::is_same_v<T, __nv_bfloat16> && !kSoftcap;
+  static constexpr bool kTurns = kPlan.turns || kKeepsOffset;
+
   static_assert(kPlan.built() && kBlockQ == 64 * kConsumers && kBlockKv % 16 == 0 && kHeadDim % kSlabColumns == 0);
   static_assert(kOwnOutBuffer || (kStages >= kConsumers && kBlockKv >= 64), "each consumer's O takes a stage of V");
   static_assert(kConsumers == 2 || kConsumers == 3, "register counts are chosen for two or three consumers");
@@ -148,9 +152,10 @@ constexpr int kVDoneBarrier = 7;  // no consumer multiplies with V any more
 struct ForwardArguments {
   CUtensorMap q, k, v, out;
   float* lse;
-  const float* sinks;  // of each head; null: none
-  int* item_counters;  // of claims, and of thread blocks that have made their last one
-  int most_claims;     // at once
+  const float* sinks;     // of each head; null: none
+  Tensor q_rows, k_rows;  // what the maps q and k show
+  int* item_counters;     // of claims, and of thread blocks that have made their last one
+  int most_claims;        // at once
   Schedule schedule;
   Sequences sequences;
   int heads, heads_per_kv_head;
@@ -381,10 +386,10 @@ struct Consumer {
   // Where the config says so, consumers take turns at issuing products, so that one multiplies while another does its
   // softmax. An item of n blocks with turns has n - 1 for each consumer, whether or not it has work in them.
   __device__ __forceinline__ void await_turn() {
-    if (Config::kPlan.turns && has_turns) ptx::bar_sync(kTurnBarrier + index, 256);
+    if (Config::kTurns && has_turns) ptx::bar_sync(kTurnBarrier + index, 256);
   }
   __device__ __forceinline__ void pass_turn() {
-    if (Config::kPlan.turns && has_turns) {
+    if (Config::kTurns && has_turns) {
       ptx::bar_arrive(kTurnBarrier + (index + 1 == Config::kConsumers ? 0 : index + 1), 256);
     }
   }
@@ -426,6 +431,24 @@ struct Consumer {
     release_v();
   }
 
+  // S = Q K^T of a block once more, without the shared memory that has been handed back.
+  __device__ __forceinline__ void score_again(int block) {
+    const Tile& tile = this->tile();
+    const auto row_of = [](const Tensor& tensor, const Place& place, int row, int head) {
+      const Strides& strides = tensor.strides;
+      return static_cast<const T*>(tensor.data) + place.batch * strides.batch + (place.row + row) * strides.row +
+             head * strides.head;
+    };
+    const Place q_place = args.sequences.place(tile.sequence),
+                k_place = args.sequences.transposed().place(tile.sequence);
+    const auto q_row = [&](int row) {  // what rows past the end see is never stored
+      return row_of(args.q_rows, q_place, min(tile.first_row + row, tile.rows - 1), item().head);
+    };
+    const T* const q_rows[2] = {q_row(own_row()), q_row(own_row() + 8)};
+    product_of_warp<T, kHeadDim>(scores, q_rows, row_of(args.k_rows, k_place, block * kBlockKv, item().kv_head),
+                                 args.k_rows.strides.row);
+  }
+
   // The item's first block has no P V to hide its softmax behind. Of its keys only the first kColumns are seen.
   template <int kColumns>
   __device__ __forceinline__ void first_block(OnlineSoftmax& softmax, int block, bool last) {
@@ -458,12 +481,22 @@ struct Consumer {
     release_k();
     if (last) release_q();
     if constexpr (Config::kSoftcap) cap(scores, args.cap_log2);
-    if constexpr (kMasked) mask(scores, block);
-    const bool grew = softmax.update(scores, rescale);
+    bool rescales;
+    if constexpr (kMasked || !Config::kKeepsOffset) {
+      if constexpr (kMasked) mask(scores, block);
+      rescales = softmax.update(scores, rescale);
+    } else {
+      const auto result = softmax.update_at_offset(scores, rescale);
+      rescales = result != OnlineSoftmax::AtOffset::kKept;
+      if (result == OnlineSoftmax::AtOffset::kLost) [[unlikely]] {
+        score_again(block);
+        rescales = softmax.update(scores, rescale);
+      }
+    }
     ptx::wgmma_wait_group<0>(out);
     release_v();
     to_operand<T>(p, scores);
-    if (grew) {
+    if (rescales) {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= rescale[fragment_row(i)];
     }
@@ -625,6 +658,8 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
   args.v = make_sequence_map<typename Smem::KvTile>("v", params.v, k_shape, k_is_ragged);
   args.out = make_sequence_map<typename Smem::QTile>("out", params.out, q_shape, q_is_ragged);
   args.lse = params.lse;
+  args.q_rows = params.q;
+  args.k_rows = params.k;
   args.sinks = params.sinks;
   args.item_counters = params.item_counters;
   args.most_claims = most_claims(problem, Config::kPlan);

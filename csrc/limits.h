@@ -20,6 +20,8 @@ struct ForwardPlan {
   int block_kv = 0;    // keys of one step of the main loop
   int stages = 0;      // K blocks, and as many V blocks, in flight
   bool turns = false;  // consumers take turns at issuing products ("ping-pong")
+  // In bf16, blocks without a mask take no maximum: scores stay relative to that of the blocks before (softmax.cuh).
+  bool keeps_offset = false;
   constexpr bool built() const { return block_q > 0; }
   constexpr int consumers() const { return block_q / 64; }  // warpgroups; wgmma's M is 64
 };
@@ -50,7 +52,7 @@ inline constexpr HeadDimLimits kLimits[] = {
     // Without turns: here two warpgroups keep out of step by themselves (docs/tuning.md).
     // Backward: dK and dV take 128 registers a thread, which leaves room for one of S and dP at a time.
     {.head_dim = 128,
-     .forward = {.block_q = 128, .block_kv = 128, .stages = 2},
+     .forward = {.block_q = 128, .block_kv = 128, .stages = 2, .keeps_offset = true},
      .backward = {.block_q = 64, .block_kv = 128, .stages = 3, .ds_stages = 2}},
     // O takes 128 registers a thread, so that there are two warpgroups, and beside Q's 64 KB shared memory holds two
     // blocks of 80 keys of K and of V.

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../ptx/mma.cuh"
 #include "../ptx/warpgroup.cuh"
 #include "../ptx/wgmma.cuh"
 #include "smem.cuh"
@@ -121,6 +122,28 @@ __device__ __forceinline__ void product_rs(float (&acc)[kRegisters], const uint3
     }
   }
   ptx::wgmma_commit_group();
+}
+
+// Q K^T of the warp's 16 rows and kRegisters * 2 keys, by the warp alone and from global memory: slow. `q` are the
+// thread's two rows, `k` the block's first key, `k_stride` the distance from key to key.
+template <class T, int kColumns, int kRegisters>
+__device__ __forceinline__ void product_of_warp(float (&acc)[kRegisters], const T* const (&q)[2], const T* k,
+                                                int64_t k_stride) {
+  const int column = threadIdx.x % 4 * 2;
+  const auto load = [&](const T* row, int step, int half) {
+    return *reinterpret_cast<const uint32_t*>(row + 16 * step + 8 * half + column);
+  };
+#pragma unroll
+  for (float& x : acc) x = 0.f;
+#pragma unroll 1
+  for (int step = 0; step < kColumns / 16; ++step) {
+    const uint32_t a[4] = {load(q[0], step, 0), load(q[1], step, 0), load(q[0], step, 1), load(q[1], step, 1)};
+    const T* key = k + threadIdx.x % 32 / 4 * k_stride;
+#pragma unroll
+    for (int i = 0; i < kRegisters / 4; ++i, key += 8 * k_stride) {
+      ptx::mma_m16n8k16<T>(acc + 4 * i, a, load(key, step, 0), load(key, step, 1));
+    }
+  }
 }
 
 }  // namespace flash_attn_ext

@@ -26,6 +26,8 @@ __device__ __forceinline__ void cap(float (&scores)[kRegisters], float factor_lo
 // precise.
 struct OnlineSoftmax {
   static constexpr float kSlack = 8.f;  // in powers of two
+  // Of a thread's sum, at an offset that stays: from where on the offset is raised, and how far that can be done.
+  static constexpr float kLargeSum = 0x1.0p16f, kMostSum = 0x1.0p120f;
 
   float scale_log2;  // softmax_scale * log2(e): exp(scale * s) = exp2(scale_log2 * s), one FFMA and one EX2
   float offset[2] = {-INFINITY, -INFINITY};
@@ -78,6 +80,49 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int r = 0; r < 2; ++r) sum[r] = partial[r][0] + partial[r][1];
     return grew;
+  }
+
+  // What `update_at_offset` has done.
+  enum class AtOffset {
+    kKept,    // P is right
+    kRaised,  // P is right, and O must be multiplied by `rescale` before P V is added to it
+    kLost,    // nothing, but the scores are lost: `update` must be called with them anew
+  };
+
+  // The same as `update`, at the offset as it is: that spares the maximum. P may be as large as float32 and bf16 allow,
+  // and where a sum has become large the offset is raised afterwards. The result is the same for the whole warp.
+  template <int kRegisters>
+  __device__ __forceinline__ AtOffset update_at_offset(float (&scores)[kRegisters], float (&rescale)[2]) {
+    const float scaled[2] = {offset[0] * scale_log2,
+                             offset[1] * scale_log2};  // -inf before any finite score: P is lost
+    float partial[2][2] = {{sum[0], 0.f}, {sum[1], 0.f}};
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) {
+      const int r = fragment_row(i);
+      scores[i] = ptx::ex2(fmaf(scores[i], scale_log2, -scaled[r]));
+      partial[r][i / 4 % 2] += scores[i];
+    }
+    const float total[2] = {partial[0][0] + partial[0][1], partial[1][0] + partial[1][1]};
+    if (__all_sync(~0u, total[0] < kLargeSum && total[1] < kLargeSum)) [[likely]] {
+      sum[0] = total[0];
+      sum[1] = total[1];
+      return AtOffset::kKept;
+    }
+    const auto is_lost = [&](int r) { return !(total[r] < kMostSum) && sum[r] < kMostSum; };
+    if (__any_sync(~0u, is_lost(0) || is_lost(1))) return AtOffset::kLost;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float largest = fmaxf(total[r], 1.f);  // of the row's threads; a NaN stays in the sum
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+      const int exponent = ilogbf(largest);
+      rescale[r] = __int_as_float((127 - exponent) << 23);  // 2^-exponent
+      offset[r] += exponent / scale_log2;
+      sum[r] = total[r] * rescale[r];
+    }
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) scores[i] *= rescale[fragment_row(i)];
+    return AtOffset::kRaised;
   }
 
   // After the last block: what O must be multiplied by, and the log-sum-exp of the scaled scores and of the sink, a
