@@ -93,8 +93,8 @@ struct OnlineSoftmax {
   // and where a sum has become large the offset is raised afterwards. The result is the same for the whole warp.
   template <int kRegisters>
   __device__ __forceinline__ AtOffset update_at_offset(float (&scores)[kRegisters], float (&rescale)[2]) {
-    const float scaled[2] = {offset[0] * scale_log2,
-                             offset[1] * scale_log2};  // -inf before any finite score: P is lost
+    // Before any finite score the offset is -inf, and all is lost.
+    const float scaled[2] = {offset[0] * scale_log2, offset[1] * scale_log2};
     float partial[2][2] = {{sum[0], 0.f}, {sum[1], 0.f}};
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) {
@@ -112,11 +112,11 @@ struct OnlineSoftmax {
     if (__any_sync(~0u, is_lost(0) || is_lost(1))) return AtOffset::kLost;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float largest = fmaxf(total[r], 1.f);  // of the row's threads; a NaN stays in the sum
+      float largest = total[r];  // of the row's threads; a NaN stays in the sum
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-      const int exponent = ilogbf(largest);
-      rescale[r] = __int_as_float((127 - exponent) << 23);  // 2^-exponent
+      const int exponent = largest >= kLargeSum ? ilogbf(largest) : 0;  // other rows keep every bit
+      rescale[r] = __int_as_float((127 - exponent) << 23);              // 2^-exponent
       offset[r] += exponent / scale_log2;
       sum[r] = total[r] * rescale[r];
     }
