@@ -109,8 +109,8 @@ struct BackwardSmem {
 };
 
 // Named barriers; 0 is __syncthreads.
-constexpr int kTurnBarrier = 1;   // + consumer: the other one has issued its products
-constexpr int kStoreBarrier = 3;  // + consumer: my four warps agree on the state of my dK and dV in shared memory
+constexpr int kIssueTurnBarrier = 1;  // + consumer: the other one has issued its products
+constexpr int kStoreBarrier = 3;      // + consumer: my four warps agree on the state of my dK and dV in shared memory
 
 // --------------------------------------------------------------------------------------------------------- producer
 
@@ -123,11 +123,12 @@ __device__ __forceinline__ int claim_item(const BackwardArguments<Config>& args)
 }
 
 // The scheduler, one warp. The first item is the thread block's own number, the others are claimed: each when the one
-// before has come to its last step, as late as the latency of claiming and finding stays hidden.
+// before has come to its last step, as late as the latency of claiming and finding stays hidden. Where items wait for
+// each other all are claimed, so that none is left to a thread block that has not begun.
 template <class Config>
 __device__ __forceinline__ void find_items(const BackwardArguments<Config>& args, BackwardSmem<Config>& smem) {
   using Smem = BackwardSmem<Config>;
-  int number = blockIdx.x;
+  int number = args.turns == nullptr ? static_cast<int>(blockIdx.x) : claim_item(args);
   for (int count = 0;; ++count) {
     Item& item = smem.items[count % Smem::kItems];
     while (number < args.schedule.items() && !find_item<Config>(args, number, item)) number = claim_item(args);
@@ -260,11 +261,11 @@ struct Consumer {
 
   // Consumers take turns at issuing products, so that one multiplies while the other works on P and dS. Steps in which
   // one sees nothing have no turns.
-  __device__ __forceinline__ void await_turn(bool shared) {
-    if (shared) ptx::bar_sync(kTurnBarrier + index, 256);
+  __device__ __forceinline__ void await_issue_turn(bool shared) {
+    if (shared) ptx::bar_sync(kIssueTurnBarrier + index, 256);
   }
-  __device__ __forceinline__ void pass_turn(bool shared) {
-    if (shared) ptx::bar_arrive(kTurnBarrier + 1 - index, 256);
+  __device__ __forceinline__ void pass_issue_turn(bool shared) {
+    if (shared) ptx::bar_arrive(kIssueTurnBarrier + 1 - index, 256);
   }
 
   // ---- the walk
@@ -435,10 +436,10 @@ struct Consumer {
         float dp[kBlockQ / 2];
         float2 delta[kBlockQ / 8];
         smem.dout_ring.wait_full(at);
-        await_turn(shared);
+        await_issue_turn(shared);
         if constexpr (kNeedsDkv) product_rs(dv, p, dout_rows.at(at.stage), true);
         issue_dp(dp);
-        pass_turn(shared);
+        pass_issue_turn(shared);
         if constexpr (!kSoftcap) {
           load_queries(delta, smem.stats[at.stage].delta, thread);
           if constexpr (kNeedsDq) wait_for_ds_stage();
@@ -453,7 +454,7 @@ struct Consumer {
         make_ds(ds, [&](int i) { return unpack<T>(of_ds[i / 8][i % 8 / 2]); }, dp, delta);
       }
       const uint32_t next = next_flags();  // not while it is my turn
-      await_turn(shared);
+      await_issue_turn(shared);
       if constexpr (kNeedsDkv) product_rs(dk, ds, q_rows.at(at.stage), true);
       if constexpr (kNeedsDq) {
         cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
@@ -461,7 +462,7 @@ struct Consumer {
       }
       const RingPosition<Config::kStages> done = at;
       if (!next_step(next)) {
-        pass_turn(shared);
+        pass_issue_turn(shared);
         if constexpr (kNeedsDkv) ptx::wgmma_wait_group<0>(dk);
         smem.q_ring.release(done);
         break;
@@ -469,7 +470,7 @@ struct Consumer {
       float scores[kBlockQ / 2];
       float2 lse_log2[kBlockQ / 8];
       issue_scores(scores);
-      pass_turn(shared);
+      pass_issue_turn(shared);
       load_queries(lse_log2, smem.stats[at.stage].lse_log2, thread);
       ptx::wgmma_wait_group<0>(scores, dk);
       smem.q_ring.release(done);
@@ -546,7 +547,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
-    if (!kTwoAhead && index == 1) pass_turn(true);  // the first turn is consumer 0's
+    if (!kTwoAhead && index == 1) pass_issue_turn(true);  // the first turn is consumer 0's
     for (;;) {
       read_step();
       if (flags & Step::kEnd) break;

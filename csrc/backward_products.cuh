@@ -78,9 +78,9 @@ BackwardArguments<Config> make_arguments(const BackwardParams& params, const Wor
 struct alignas(128) Item {
   static constexpr int kNone = -1;
 
-  int first_head, end_head;        // kNone: there is no item any more
-  int first_block, last_block;     // of each head's walk over Q blocks, up or down
-  Range ranges[4];                 // Q blocks that keys of each consumer see, and those that all of its keys see whole
+  int first_head, end_head;     // kNone: there is no item any more
+  int first_block, last_block;  // of each head's walk over Q blocks, up or down
+  Range ranges[4];              // Q blocks that some of the first and of the last 64 keys see, and that all of them see
   int first_q_block, head_blocks;  // in the workspace: of the first head, and from head to head
   int first_key;                   // in its sequence
   int rows, keys;                  // of the sequence: those that are used

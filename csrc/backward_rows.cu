@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_const
     if (threadIdx.x == 0) *args.keeps_turns = follow;
   }
 
-  // The items that the thread blocks of the products begin with are not to be claimed.
-  if (blockIdx.x == 0 && threadIdx.x == 0) *args.item_counter = args.thread_blocks;
+  // The items that the thread blocks of the products begin with are not to be claimed; with turns all are.
+  if (blockIdx.x == 0 && threadIdx.x == 0) *args.item_counter = args.turns == nullptr ? args.thread_blocks : 0;
   if (args.dq != nullptr) {
     auto* quads = reinterpret_cast<float4*>(args.dq + int64_t{number} * kDqPatches);
     constexpr int kQuads = kDqPatches * sizeof(SumPatch) / sizeof(float4);

@@ -2,9 +2,9 @@
 //
 // A float32 sum depends on the order of its terms. dK and dV are summed in a fixed order anyway; what different items
 // add to the dQ of a Q block comes in any order, unless they take turns: in the order in which the blocks of keys that
-// see the Q block are handed out (KeySchedule). Each Q block has a count of those who have added, in global memory.
+// see the Q block are handed out (KeySchedule). Each Q block has a counter of those who have added, in global memory.
 //
-// To see that count, and to say that one has added, take a way to L2 and back each, longer than the rest of a step. So
+// To see that, and to say that one has added, take a way to L2 and back each, longer than the rest of a step. So
 // two threads do it, one ahead of the warpgroup that adds, the other behind it. The turn of a step goes round: from the
 // loader to the first, from there to the warpgroup, to the second, and back to the loader.
 #pragma once
@@ -20,10 +20,10 @@ namespace flash_attn_ext {
 struct Turn {
   static constexpr int kEnd = -1;  // there are no more
 
-  int count;    // which, of those in global memory; or kEnd
-  int q_block;  // in its sequence
+  int counter;  // which, of those in global memory; or kEnd
+  int block;    // of query rows, in its sequence
   int item;     // among those at hand
-  bool counts;  // otherwise nothing is added: no row of the Q block sees the item's keys
+  bool adds;    // otherwise no row of the block sees the item's keys
 };
 
 struct TurnRing {
@@ -46,9 +46,9 @@ struct TurnRing {
   }
 
   // One thread of the loader.
-  __device__ __forceinline__ void put(Position at, int count, int q_block, int item) {
+  __device__ __forceinline__ void put(Position at, int counter, int block, int item) {
     wait_phase(&announced[at.stage], at.phase ^ 1);
-    turns[at.stage] = {count, q_block, item, false};
+    turns[at.stage] = {counter, block, item, false};
     cuda::ptx::mbarrier_arrive(&known[at.stage]);
   }
   __device__ __forceinline__ void put_end(Position at) { put(at, Turn::kEnd, 0, 0); }
@@ -61,7 +61,7 @@ struct TurnRing {
   }
 };
 
-using TurnCount = cuda::atomic_ref<int, cuda::thread_scope_device>;
+using TurnCounter = cuda::atomic_ref<int, cuda::thread_scope_device>;
 
 // One thread: waits for each turn to come. `items` are those at hand.
 template <class Config>
@@ -71,14 +71,14 @@ __device__ __forceinline__ void grant_turns(const BackwardArguments<Config>& arg
   for (TurnRing::Position at;; at.next()) {
     wait_phase(&ring.known[at.stage], at.phase);
     Turn& turn = ring.turns[at.stage];
-    const bool is_end = turn.count == Turn::kEnd;
+    const bool is_end = turn.counter == Turn::kEnd;
     if (!is_end) {
       const Item& item = items[turn.item];
       const Sequence sequence = {item.rows, item.keys, args.reach.left, args.reach.right};
-      const int before = find_turn(sequence, turn.q_block * Config::kBlockQ, Config::kBlockQ,
+      const int before = find_turn(sequence, turn.block * Config::kBlockQ, Config::kBlockQ,
                                    quotient(item.first_key, Config::kBlockKv), Config::kBlockKv, item.ascends);
-      turn.counts = before >= 0;
-      while (waits && turn.counts && TurnCount(args.turns[turn.count]).load(cuda::memory_order_acquire) != before) {
+      turn.adds = before >= 0;
+      while (waits && turn.adds && TurnCounter(args.turns[turn.counter]).load(cuda::memory_order_acquire) != before) {
       }
     }
     cuda::ptx::mbarrier_arrive(&ring.granted[at.stage]);
@@ -93,9 +93,9 @@ __device__ __forceinline__ void announce_turns(const BackwardArguments<Config>& 
   for (TurnRing::Position at;; at.next()) {
     wait_phase(&ring.granted[at.stage], at.phase);
     const Turn turn = ring.turns[at.stage];
-    if (turn.count == Turn::kEnd) break;
+    if (turn.counter == Turn::kEnd) break;
     wait_phase(&ring.added[at.stage], at.phase);
-    if (turn.counts) TurnCount(args.turns[turn.count]).fetch_add(1, cuda::memory_order_release);
+    if (turn.adds) TurnCounter(args.turns[turn.counter]).fetch_add(1, cuda::memory_order_release);
     cuda::ptx::mbarrier_arrive(&ring.announced[at.stage]);
   }
 }

@@ -42,6 +42,7 @@ struct WideSmem {
   using T = typename Config::T;
   static constexpr int kOwnColumns = Config::kHeadDim / 2;
   static constexpr int kStages = Config::kStages;
+  static_assert(Config::kDsStages == kStages, "P and dS travel with Q and dO");
   using HalfTile = SmemTile<T, 64, kOwnColumns>;    // 64 rows or keys, half of the head dim
   using DsTile = SmemTile<T, 64, Config::kBlockQ>;  // transposed: a row is a key
   using Stats = RowStats<Config::kBlockQ>;
@@ -74,8 +75,8 @@ constexpr int kStoreBarrier = 1;  // + 0, 1: OwnKeys', PeerKeys' warps agree on 
 struct Peer {
   uint32_t distance;
 
-  __device__ __forceinline__ explicit Peer(const void* here)
-      : distance(ptx::mapa(smem_address(here), ptx::cluster_rank() ^ 1) - smem_address(here)) {}
+  __device__ __forceinline__ Peer(const void* here, int rank)
+      : distance(ptx::mapa(smem_address(here), rank ^ 1) - smem_address(here)) {}
   __device__ __forceinline__ uint32_t operator()(uint32_t address) const { return address + distance; }
 };
 
@@ -176,7 +177,7 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Wide
 template <class Config>
 __device__ __forceinline__ void store_keys(const BackwardArguments<Config>& args, const Item& item,
                                            typename WideSmem<Config>::HalfTile (&out)[2], const float (&dk)[64],
-                                           const float (&dv)[64], int rank, int half, int barrier) {
+                                           const float (&dv)[64], int rank, int half) {
   using T = typename Config::T;
   constexpr int kOwnColumns = WideSmem<Config>::kOwnColumns;
   if (!item.complete) {
@@ -187,6 +188,7 @@ __device__ __forceinline__ void store_keys(const BackwardArguments<Config>& args
     return;
   }
   const float dk_scale[2] = {args.scale, args.scale}, dv_scale[2] = {1.f, 1.f};
+  const int barrier = half == rank ? kStoreBarrier : kStoreBarrier + 1;
   ptx::bar_sync(barrier, 128);  // the warpgroup's products have read what stood there
   store_fragment<T, kOwnColumns>(out[0], dv, dv_scale);
   store_fragment<T, kOwnColumns>(out[1], dk, dk_scale);
@@ -229,7 +231,7 @@ struct OwnKeys {
       : args(args),
         smem(smem),
         rank(rank),
-        peer(&smem),
+        peer(&smem, rank),
         columns(smem.k[0], kBitsInCluster),
         rows(smem.k[0], 0, kBitsInCluster),
         walk(smem.item) {
@@ -360,12 +362,11 @@ struct OwnKeys {
       smem.q_ring.release(done);
       make_p(scores, lse_log2);
     }
-    store_keys<Config>(args, smem.item, smem.v, dk, dv, rank, rank, kStoreBarrier);
+    store_keys<Config>(args, smem.item, smem.v, dk, dv, rank, rank);
   }
 };
 
-// ----------------------------------------------------------------------------------------------- the peer's keys, and
-// dQ
+// ---------------------------------------------------------------------------------------------- the peer's keys and dQ
 
 template <class Config>
 __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& args, WideSmem<Config>& smem, int rank) {
@@ -374,7 +375,7 @@ __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& a
   using DsTile = typename Smem::DsTile;
   constexpr int kOwnColumns = Smem::kOwnColumns, kSlabs = kOwnColumns / 64, kQPatches = Workspace<Config>::kQPatches;
   const Item& item = smem.item;
-  const Peer peer(&smem);
+  const Peer peer(&smem, rank);
   const KMajor<DsTile> peer_p(smem.peer_p[0], kBitsInCluster), peer_ds(smem.peer_ds[0], kBitsInCluster);
   const MnMajor<DsTile> ds_rows(smem.ds[0], 0, kBitsInCluster), peer_ds_rows(smem.peer_ds[0], 0, kBitsInCluster);
   const MnMajor<HalfTile> q(smem.q[0], 0, kBitsInCluster), dout(smem.dout[0], 0, kBitsInCluster);
@@ -453,7 +454,9 @@ __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& a
     }
     at.next();
   } while (walk.next());
-  store_keys<Config>(args, item, smem.k, dk, dv, rank, 1 - rank, kStoreBarrier + 1);
+  store_keys<Config>(args, item, smem.k, dk, dv, rank, 1 - rank);
+  // Until the peer has told that it has read the last of what went to it, it may still arrive at a barrier here.
+  for (int i = 0; i < Smem::kStages; ++i, at.next()) wait_phase(&smem.ds_empty[at.stage], at.phase ^ 1);
 }
 
 // ----------------------------------------------------------------------------------------------------------- kernel

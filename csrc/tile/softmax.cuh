@@ -115,8 +115,9 @@ struct OnlineSoftmax {
       float largest = total[r];  // of the row's threads; a NaN stays in the sum
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-      const int exponent = largest >= kLargeSum ? ilogbf(largest) : 0;  // other rows keep every bit
-      rescale[r] = __int_as_float((127 - exponent) << 23);              // 2^-exponent
+      int exponent = largest >= kLargeSum ? ilogbf(largest) : 0;  // other rows keep every bit
+      if (!(exponent / scale_log2 < INFINITY)) exponent = 0;      // at such a scale a sum counts keys, no more
+      rescale[r] = __int_as_float((127 - exponent) << 23);        // 2^-exponent
       offset[r] += exponent / scale_log2;
       sum[r] = total[r] * rescale[r];
     }
