@@ -20,7 +20,8 @@ struct ForwardPlan {
   int block_kv = 0;    // keys of one step of the main loop
   int stages = 0;      // K blocks, and as many V blocks, in flight
   bool turns = false;  // consumers take turns at issuing products ("ping-pong")
-  // In bf16, blocks without a mask take no maximum: scores stay relative to that of the blocks before (softmax.cuh).
+  // In bf16 without softcap, blocks without a mask take no maximum: scores stay relative to that of the blocks before
+  // (softmax.cuh). Consumers then take turns.
   bool keeps_offset = false;
   constexpr bool built() const { return block_q > 0; }
   constexpr int consumers() const { return block_q / 64; }  // warpgroups; wgmma's M is 64
@@ -49,7 +50,8 @@ inline constexpr HeadDimLimits kLimits[] = {
     {.head_dim = 64,
      .forward = {.block_q = 192, .block_kv = 128, .stages = 2, .turns = true},
      .backward = {.block_q = 64, .block_kv = 128, .stages = 4, .ds_stages = 3, .kv_in_registers = true}},
-    // Without turns: here two warpgroups keep out of step by themselves (docs/tuning.md).
+    // Without turns where each block takes a maximum: two warpgroups then keep out of step by themselves
+    // (docs/tuning.md).
     // Backward: dK and dV take 128 registers a thread, which leaves room for one of S and dP at a time.
     {.head_dim = 128,
      .forward = {.block_q = 128, .block_kv = 128, .stages = 2, .keeps_offset = true},

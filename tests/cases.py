@@ -5,6 +5,7 @@ block size brings its own cases with it.
 """
 
 import itertools
+import math
 import zlib
 from dataclasses import dataclass, replace
 
@@ -234,6 +235,47 @@ def extreme_logits(kind, row, dtype):
         v = v * 2.0**-14
     else:
         raise ValueError(kind)
+    return q, k, v
+
+
+# Scores, in nats, that are hard for a softmax whose offset stays as it is, by the number of blocks that the forward has
+# walked before it comes to the key, counted from the last key on, and by the key.
+WALKS = {
+    **{f"growing by {by} a block": lambda walked, key, by=by: by * walked for by in (10, 40, 90, 130, 1000)},
+    **{f"steps of {by} a block": lambda walked, key, by=by: by * walked.floor() for by in (10, 20, 60, 130)},
+    "falling": lambda walked, key: -40 * walked,
+    "a saw": lambda walked, key: 60 * (walked / 1.5 % 1),
+    "spikes": lambda walked, key: 20.0 * (key % 97 % 5 == 0) + 100 * (key % 331 == 7),
+    **{
+        f"one key of {size}, the {place}": lambda walked, key, size=size, at=at: size * (key == at(len(key)))
+        for size in (30, 100, 3000)
+        for place, at in {
+            "first": lambda keys: 0,
+            "sixth": lambda keys: 5,
+            "middle": lambda keys: keys // 2,
+            "last": lambda keys: keys - 1,
+        }.items()
+    },
+}
+
+
+def along_the_walk(kind, row, seqlen_q, seqlen_k, heads, kv_heads, device="cuda"):
+    """q, k, v in bf16 with those scores and little noise. Every third query hardly sees them: a warp's rows differ.
+
+    The largest score is 0: the yardstick, which rounds scores to bf16, is precise there. A score is the sum of two
+    numbers in bf16, one in each of two columns.
+    """
+    head_dim, size = row["head_dim"], math.sqrt(row["head_dim"])
+    shapes = (seqlen_q, heads), (seqlen_k, kv_heads), (seqlen_k, kv_heads)
+    q, k, v = (torch.randn(1, *shape, head_dim, device=device).bfloat16() for shape in shapes)
+    key = torch.arange(seqlen_k, device=device)
+    scores = WALKS[kind]((seqlen_k - 1 - key) / row["forward"]["block_kv"], key).float()
+    scores = (scores - scores.max())[:, None]
+    q, k = q / 2, k / 2
+    q[..., :2] = size
+    q[:, ::3, :, :2] = size * 2**-10
+    k[..., 0] = scores
+    k[..., 1] = scores - scores.bfloat16().float()
     return q, k, v
 
 

@@ -14,7 +14,9 @@ from cases import (
     LAYOUTS,
     ROWS,
     SMOKE,
+    WALKS,
     Case,
+    along_the_walk,
     both_dtypes,
     both_masks,
     extreme_logits,
@@ -29,6 +31,7 @@ from views import VIEWS, embed, misaligned_pointer, odd_strides_where_size_is_on
 
 import flash_attn_ext
 from flash_attn_ext import flash_attn_func
+from flash_attn_ext.options import lse_shape
 
 pytestmark = gpu.needs_hopper
 
@@ -38,7 +41,7 @@ each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"d{row['head_di
 
 def attend(q, k, v, *options, **options_by_name):
     """out and lse, in memory that held NaN before."""
-    gpu.poison(q, q.new_empty(q.shape[:3], dtype=torch.float32))
+    gpu.poison(q, q.new_empty(lse_shape(q), dtype=torch.float32))
     return flash_attn_ext.forward(q, k, v, *options, **options_by_name)
 
 
@@ -182,6 +185,50 @@ def test_extreme_logits(kind, row, dtype, causal):
     attend_and_check(*extreme_logits(kind, row, dtype), causal=causal, lse_slack=lse_slack)
 
 
+# In bf16 at head dim 128 blocks without a mask take no maximum (docs/forward.md). With the window masked blocks follow
+# them.
+SEEN = {"full": {}, "causal": {"causal": True}, "window": {"window_size": (700, 40)}}
+each_seen = pytest.mark.parametrize("seen", SEEN.values(), ids=SEEN.keys())
+each_walk = pytest.mark.parametrize("kind", WALKS)
+
+
+@each_row
+@each_seen
+@each_walk
+def test_scores_along_the_walk(kind, row, seen):
+    attend_and_check(*along_the_walk(kind, row, 301, 1163, heads=4, kv_heads=2), **seen)
+
+
+@each_row
+@each_seen
+@each_walk
+def test_scores_along_the_walk_of_packed_sequences(kind, row, seen):
+    sequences = [along_the_walk(kind, row, *lengths, heads=2, kv_heads=1) for lengths in ((301, 1163), (177, 521))]
+    edges = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 301, 478], [0, 1163, 1684])]
+    packed = [torch.cat(x, dim=1)[0] for x in zip(*sequences, strict=True)]
+    out, lse = attend_and_check(*packed, cu_seqlens_q=edges[0], cu_seqlens_k=edges[1], **seen)
+    for i, inputs in enumerate(sequences):
+        rows = slice(*edges[0][i : i + 2].tolist())
+        assert_same((out[None, rows], lse[None, :, rows]), attend(*inputs, **seen), f"from sequence {i} alone")
+
+
+@each_row
+@each_seen
+def test_growing_scores_and_huge_v(row, seen):
+    q, k, v = along_the_walk("steps of 20 a block", row, 301, 1163, heads=4, kv_heads=2)
+    attend_and_check(q, k, v * 1e20, **seen)
+
+
+@each_row
+@both_masks
+@pytest.mark.parametrize("kind", ["growing by 40 a block", "growing by 130 a block", "one key of 100, the middle"])
+def test_repeats_of_scores_along_the_walk_are_bitwise_equal(kind, row, causal):
+    inputs = along_the_walk(kind, row, 3 * row["forward"]["block_q"] + 7, 1163, heads=80, kv_heads=20)
+    expected = attend(*inputs, causal=causal)
+    for _ in range(50):
+        assert_same(attend(*inputs, causal=causal), expected, "from the first time")
+
+
 # Rows that see nothing, NaN and Inf ----------------------------------------------------------------------------------
 
 
@@ -211,22 +258,25 @@ def test_empty_inputs(batch, seqlen_q, seqlen_k, causal):
 
 @each_row
 @both_masks
-def test_nan_in_q_reaches_its_row_only(row, causal):
-    seqlen = row["forward"]["block_q"] + 21
+@pytest.mark.parametrize("place", [70, -30])
+def test_nan_in_q_reaches_its_row_only(row, causal, place):
+    seqlen = 3 * max(row["forward"]["block_q"], row["forward"]["block_kv"]) + 21
     q, k, v = (normal(2, seqlen, 2, row["head_dim"]) for _ in range(3))
     out, lse = attend(q, k, v, causal=causal)
-    q[1, 70, 0, 5] = math.nan
+    q[1, place, 0, 5] = math.nan
     nan_out, nan_lse = attend(q, k, v, causal=causal)
-    assert nan_out[1, 70, 0].isnan().all() and not nan_lse[1, 0, 70].isfinite()
-    nan_out[1, 70, 0], nan_lse[1, 0, 70] = out[1, 70, 0], lse[1, 0, 70]
+    assert nan_out[1, place, 0].isnan().all() and not nan_lse[1, 0, place].isfinite()
+    nan_out[1, place, 0], nan_lse[1, 0, place] = out[1, place, 0], lse[1, 0, place]
     assert_same((nan_out, nan_lse), (out, lse), "in rows without NaN")
 
 
 @each_row
 @both_masks
+@pytest.mark.parametrize("block", [0, 1, 3])  # of keys; the last one is masked
 @pytest.mark.parametrize("what", ["nan", "score of +inf"])
-def test_nan_score_reaches_the_rows_that_see_it(row, causal, what):
-    seqlen, key = row["forward"]["block_q"] + 21, row["forward"]["block_kv"] + 2
+def test_nan_score_reaches_the_rows_that_see_it(row, causal, what, block):
+    block_kv = row["forward"]["block_kv"]
+    seqlen, key = 3 * block_kv + 21, block * block_kv + 2
     q, k, v = (normal(2, seqlen, 4, row["head_dim"]) for _ in range(3))
     k, v = k[:, :, :2], v[:, :, :2]
     q[..., 5] = 1

@@ -1,5 +1,8 @@
-// The online softmax, the softcap and both masks on fragments, block by block, against a softmax in double on the CPU.
+// The online softmax in both its forms, the softcap and both masks on fragments, block by block, against a softmax in
+// double on the CPU.
 #include <cmath>
+#include <iterator>
+#include <string>
 
 #include "../../csrc/tile/fragment.cuh"
 #include "../../csrc/tile/mask.cuh"
@@ -12,24 +15,48 @@ using test::DeviceArray;
 constexpr int kRows = 64, kBlock = 32, kBlocks = 4, kKeys = kBlock * kBlocks;
 constexpr float kScale = 0.3f, kLog2e = 1.4426950408889634f;
 
+// What became of a block: of a thread, as all of its warp should have it.
+enum : int { kUpdated, kKept, kRaised, kLost };
+
 // O = softmax(scale * scores) 1, which is the sum of the probabilities: 1 where a row sees something and there is no
-// sink. Also the lse. Row r sees the keys first_key[r] <= j < end_key[r].
+// sink. Also the lse. Row r sees the keys first_key[r] <= j < end_key[r]. With kKeepsOffset blocks behind the first one
+// that all rows of a warp see as a whole are computed at the offset as it is.
+template <bool kKeepsOffset>
 __global__ void online_softmax(const float* scores, const int* first_key, const int* end_key, float sink, float* out,
-                               float* lse_out) {
+                               float* lse_out, int* became) {
   const int row = own_row(), column = own_column();
   OnlineSoftmax softmax(kScale * kLog2e);
   float o[2] = {0.f, 0.f};
   for (int block = 0; block < kBlocks; ++block) {
     float s[kBlock / 2], rescale[2];
+    const auto load = [&] {
 #pragma unroll
-    for (int i = 0; i < kBlock / 2; ++i) {
-      s[i] = scores[(row + 8 * fragment_row(i)) * kKeys + block * kBlock + column + fragment_column(i)];
-    }
+      for (int i = 0; i < kBlock / 2; ++i) {
+        s[i] = scores[(row + 8 * fragment_row(i)) * kKeys + block * kBlock + column + fragment_column(i)];
+      }
+    };
+    load();
     const int first[2] = {first_key[row] - block * kBlock, first_key[row + 8] - block * kBlock};
     const int end[2] = {end_key[row] - block * kBlock, end_key[row + 8] - block * kBlock};
-    mask_before(s, first);
-    mask_from(s, end);
-    if (softmax.update(s, rescale)) {
+    const bool sees_all = first[0] <= 0 && first[1] <= 0 && end[0] >= kBlock && end[1] >= kBlock;
+    int result = kUpdated;
+    bool rescales;
+    if (kKeepsOffset && block > 0 && __all_sync(~0u, sees_all)) {
+      using AtOffset = OnlineSoftmax::AtOffset;
+      const AtOffset at_offset = softmax.update_at_offset(s, rescale);
+      result = at_offset == AtOffset::kKept ? kKept : at_offset == AtOffset::kRaised ? kRaised : kLost;
+      rescales = result == kRaised;
+      if (result == kLost) {
+        load();
+        rescales = softmax.update(s, rescale);
+      }
+    } else {
+      mask_before(s, first);
+      mask_from(s, end);
+      rescales = softmax.update(s, rescale);
+    }
+    became[block * 128 + threadIdx.x] = result;
+    if (rescales) {
       for (int r = 0; r < 2; ++r) o[r] *= rescale[r];
     }
 #pragma unroll
@@ -47,20 +74,28 @@ __global__ void online_softmax(const float* scores, const int* first_key, const 
   }
 }
 
-static void check_sink(const std::vector<float>& scores, const std::vector<int>& first, const std::vector<int>& end,
-                       float sink) {
+// Of each block and thread what became of it.
+template <bool kKeepsOffset>
+static std::vector<int> check_softmax(const std::vector<float>& scores, const std::vector<int>& first,
+                                      const std::vector<int>& end, float sink) {
   DeviceArray<float> scores_device(scores), out_device(kRows), lse_device(kRows);
-  DeviceArray<int> first_device(first), end_device(end);
-  online_softmax<<<1, 128>>>(scores_device.data, first_device.data, end_device.data, sink, out_device.data,
-                             lse_device.data);
+  DeviceArray<int> first_device(first), end_device(end), became_device(kBlocks * 128);
+  online_softmax<kKeepsOffset><<<1, 128>>>(scores_device.data, first_device.data, end_device.data, sink,
+                                           out_device.data, lse_device.data, became_device.data);
   const std::vector<float> out = out_device.host(), lse = lse_device.host();
 
   for (int row = 0; row < kRows; ++row) {
     double maximum = sink, sum = 0;
-    for (int key = first[row]; key < end[row]; ++key) maximum = std::fmax(maximum, kScale * scores[row * kKeys + key]);
+    bool poisoned = false;
+    for (int key = first[row]; key < end[row]; ++key) {
+      const float score = scores[row * kKeys + key];
+      poisoned |= std::isnan(score) || score == INFINITY;
+      maximum = std::fmax(maximum, kScale * score);
+    }
     for (int key = first[row]; key < end[row]; ++key) sum += std::exp(kScale * scores[row * kKeys + key] - maximum);
-    const std::string name = "sink " + std::to_string(sink) + ", row " + std::to_string(row);
-    if (row == 7 || row == 8) {
+    const std::string name = std::string(kKeepsOffset ? "offset that stays, " : "") + "sink " + std::to_string(sink) +
+                             ", row " + std::to_string(row);
+    if (poisoned) {
       test::check(std::isnan(out[row]) && !std::isfinite(lse[row]), name + " saw NaN or +inf");
     } else if (maximum == -INFINITY) {
       test::check(out[row] == 0.f && lse[row] == -INFINITY, name + " saw nothing");
@@ -71,6 +106,87 @@ static void check_sink(const std::vector<float>& scores, const std::vector<int>&
       test::check(std::fabs(lse[row] - expected_lse) < 1e-5 + 1e-6 * std::fabs(expected_lse), name + ": lse");
       test::check(first[row] < end[row] || out[row] == 0.f, name + " saw the sink alone");
     }
+  }
+  return became_device.host();
+}
+
+static void check_sink(const std::vector<float>& scores, const std::vector<int>& first, const std::vector<int>& end,
+                       float sink) {
+  check_softmax<false>(scores, first, end, sink);
+  check_softmax<true>(scores, first, end, sink);
+}
+
+// One row of each warp, of which all others are small, and what must become of the warp's blocks behind the first one.
+static void check_offset_that_stays() {
+  struct Warp {
+    const char* name;
+    float (*score)(int block, int key);  // of a key of the block, in nats
+    int became[kBlocks];
+  };
+  const Warp warps[] = {
+      {"small", [](int, int) { return 0.f; }, {kUpdated, kKept, kKept, kKept}},
+      {"falling", [](int block, int) { return -500.f * block; }, {kUpdated, kKept, kKept, kKept}},
+      {"growing by 20", [](int block, int) { return 20.f * block; }, {kUpdated, kRaised, kRaised, kRaised}},
+      {"growing by 60", [](int block, int) { return 60.f * block; }, {kUpdated, kRaised, kRaised, kRaised}},
+      {"growing by 100", [](int block, int) { return 100.f * block; }, {kUpdated, kLost, kLost, kLost}},
+      {"one key of 30",
+       [](int block, int key) { return block == 2 && key == 9 ? 30.f : 0.f; },
+       {kUpdated, kKept, kRaised, kKept}},
+      {"one key of 1000",
+       [](int block, int key) { return block == 2 && key == 9 ? 1000.f : 0.f; },
+       {kUpdated, kKept, kLost, kKept}},
+      {"nothing finite in the first two blocks",
+       [](int block, int) { return block < 2 ? -INFINITY : 0.f; },
+       {kUpdated, kLost, kLost, kKept}},
+      {"nothing finite", [](int, int) { return -INFINITY; }, {kUpdated, kLost, kLost, kLost}},
+      {"NaN", [](int block, int key) { return block == 2 && key == 9 ? NAN : 0.f; }, {kUpdated, kKept, kLost, kRaised}},
+      {"NaN from the first block on", [](int, int) { return NAN; }, {kUpdated, kRaised, kRaised, kRaised}},
+      {"+inf",
+       [](int block, int key) { return block == 1 && key == 9 ? INFINITY : 0.f; },
+       {kUpdated, kLost, kRaised, kRaised}},
+  };
+  static_assert(std::size(warps) % 4 == 0, "four warps a launch");
+  std::mt19937 generator(2);
+  std::normal_distribution<float> normal(0.f, 1.f);
+  const std::vector<int> first(kRows, 0), end(kRows, kKeys);
+  for (int at = 0; at < static_cast<int>(std::size(warps)); at += 4) {
+    for (int own = 0; own < 16; ++own) {  // each row of a fragment in turn
+      std::vector<float> scores(kRows * kKeys);
+      for (int row = 0; row < kRows; ++row) {
+        for (int key = 0; key < kKeys; ++key) {
+          const float level = row % 16 == own ? warps[at + row / 16].score(key / kBlock, key % kBlock) : 0.f;
+          scores[row * kKeys + key] = (level + normal(generator)) / kScale;
+        }
+      }
+      const std::vector<int> became = check_softmax<true>(scores, first, end, -INFINITY);
+      for (int i = 0; i < kBlocks * 128; ++i) {
+        const Warp& warp = warps[at + i % 128 / 32];
+        const int block = i / 128;
+        test::check(became[i] == warp.became[block], std::string(warp.name) + ": block " + std::to_string(block) +
+                                                         " became " + std::to_string(became[i]) + " in thread " +
+                                                         std::to_string(i % 128));
+      }
+    }
+  }
+}
+
+// Any sequence of growths and falls, of each row its own, and both forms of the softmax agree with the exact one.
+static void check_any_sequence() {
+  constexpr float kSteps[] = {0.f, 0.f, 3.f, 11.f, 20.f, 60.f, 82.f, 90.f, 300.f, -10.f, -200.f};
+  std::mt19937 generator(3);
+  std::normal_distribution<float> normal(0.f, 2.f);
+  const std::vector<int> first(kRows, 0), end(kRows, kKeys);
+  for (int draw = 0; draw < 50; ++draw) {
+    std::vector<float> scores(kRows * kKeys);
+    const int growing_rows = draw % 2 == 0 ? 4 : 1;  // one row in as many
+    for (int row = 0; row < kRows; ++row) {
+      float level = 0.f;
+      for (int key = 0; key < kKeys; ++key) {
+        if (key % kBlock == 0 && row % growing_rows == 0) level += kSteps[generator() % std::size(kSteps)];
+        scores[row * kKeys + key] = (level + normal(generator)) / kScale;
+      }
+    }
+    for (float sink : {-INFINITY, 5.f}) check_sink(scores, first, end, sink);
   }
 }
 
@@ -128,6 +244,8 @@ int main() {
   first[10] = kKeys;  // and begins after its end
   // No sink, one that is little, about as much as the scores, and so much that the scores vanish beside it.
   for (float sink : {-INFINITY, -100.f, 5.f, 1000.f}) check_sink(scores, first, end, sink);
+  check_offset_that_stays();
+  check_any_sequence();
   check_cap();
   return test::finish("softmax");
 }
