@@ -27,7 +27,7 @@ __device__ __forceinline__ void cap(float (&scores)[kRegisters], float factor_lo
 struct OnlineSoftmax {
   static constexpr float kSlack = 8.f;  // in powers of two
   // Of a thread's sum, at an offset that stays: from where on the offset is raised, and how far that can be done.
-  static constexpr float kLargeSum = 0x1.0p16f, kMostSum = 0x1.0p120f;
+  static constexpr float kLargeSum = 0x1.0p10f, kMostSum = 0x1.0p120f;
 
   float scale_log2;  // softmax_scale * log2(e): exp(scale * s) = exp2(scale_log2 * s), one FFMA and one EX2
   float offset[2] = {-INFINITY, -INFINITY};
@@ -115,10 +115,12 @@ struct OnlineSoftmax {
       float largest = total[r];  // of the row's threads; a NaN stays in the sum
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-      int exponent = largest >= kLargeSum ? ilogbf(largest) : 0;  // other rows keep every bit
-      if (!(exponent / scale_log2 < INFINITY)) exponent = 0;      // at such a scale a sum counts keys, no more
-      rescale[r] = __int_as_float((127 - exponent) << 23);        // 2^-exponent
-      offset[r] += exponent / scale_log2;
+      // A row is raised for itself alone, and by the sum, so that a key that dominates it has a P of 1, which rounding
+      // leaves alone. At the smallest scales it cannot be, and need not, since a sum counts keys and no more.
+      const float raise = log2f(largest) / scale_log2;
+      const bool raises = largest >= kLargeSum && raise < INFINITY;
+      rescale[r] = raises ? ptx::rcp(largest) : 1.f;
+      offset[r] += raises ? raise : 0.f;
       sum[r] = total[r] * rescale[r];
     }
 #pragma unroll
