@@ -390,3 +390,28 @@ def test_opcheck(head_dim, dtype):
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     forward = torch.ops.flash_attn_ext.forward.default
     library.opcheck(forward, tuple(leaves), {"causal": True, "deterministic": True}, test_utils=tests)
+
+
+@pytest.fixture
+def twice_the_multiprocessors():
+    """The backward orders its work, and launches thread blocks, for twice as many as there are."""
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    flash_attn_ext._C.set_test_faults(multiprocessors=2 * device.multi_processor_count)
+    yield
+    flash_attn_ext._C.set_test_faults()
+
+
+@each_head_dim
+@both_masks
+def test_thread_blocks_that_cannot_begin_keep_nobody_waiting(causal, head_dim, twice_the_multiprocessors):
+    """As where another process, or a partition of the device, leaves a launch less room than it counts on."""
+    q, k, v = Case(head_dim, "bf16", 4096, 4096, causal, 2, 8, 8).inputs("cuda")
+    dout = normal(*q.shape)
+    out, lse = flash_attn_ext.forward(q, k, v, causal=causal)
+    by_name = {"causal": causal, "deterministic": True}
+    first = flash_attn_ext.backward(dout, q, k, v, out, lse, **by_name)
+    again = flash_attn_ext.backward(dout, q, k, v, out, lse, **by_name)
+    assert_bits(again, first)
+    usual = flash_attn_ext.backward(dout, q, k, v, out, lse, causal=causal)
+    for name, a, b in zip(NAMES, first, usual, strict=False):
+        assert same_but_for_order(a, b), f"{name} is another sum"
