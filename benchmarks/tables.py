@@ -31,7 +31,7 @@ GRID_NAMES = {
 }
 PAPER_GRIDS = ("paper", "deterministic")  # as many KV heads as heads: a row per head dim and mask, a column per length
 DTYPES = ("bf16", "fp16")
-TRAIN_STEP = RESULTS / "h100-train-step.json"
+TRAIN_STEP = RESULTS / "h200-train-step.json"
 PEER_NAMES = {
     "ours": "flash_attn_ext",
     "plain": "no option",  # this and the next two are ours on the grid of options, through autograd
