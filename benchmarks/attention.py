@@ -99,8 +99,9 @@ HEAT_SECONDS = 1.5  # of matrix products before the first cell, so that no cell 
 MEASURE_MS = 7.0  # GPU time of one measurement: long beside an event's resolution, short beside a change of clock
 MIN_ROUNDS = 3  # even where the time budget is used up
 # Calls this short, so many to a measurement, may end before the CPU has queued the next ones. The GPU then waits ahead
-# of the clock until all are queued: 2 million cycles are about a millisecond.
-SHORT_CALLS = 100
+# of the clock until all are queued, which are not too many for that: 2 million cycles are about a millisecond.
+SHORT_CALLS = 35
+MOST_CALLS = 100
 WAIT_CYCLES = round(2 * MEASURE_MS * 2e6)
 # Two right kernels differ by their roundings, 1 % or less in the worst of the parts that are compared: a row of out, or
 # 64 rows of a gradient, since a single row of dq or dk can be all cancellation, and so all rounding.
@@ -240,7 +241,8 @@ def milliseconds(call: Callable[[], object], calls: int, wait: bool = False) -> 
 
 
 def calls_per_measurement(call: Callable[[], object]) -> int:
-    return max(1, round(MEASURE_MS / milliseconds(call, 1)))
+    """By the GPU's time of a call, also where the CPU takes longer to queue it."""
+    return max(1, min(MOST_CALLS, round(MEASURE_MS / milliseconds(call, 1, wait=True))))
 
 
 def worst_error(result: torch.Tensor, expected: torch.Tensor, rows: int) -> float:
