@@ -3,8 +3,8 @@
 sequences, sliding windows, deterministic gradients; and what options of a call cost.
 
     python benchmarks/attention.py --dry-run                      the cells, without a GPU
-    python benchmarks/attention.py --name h100 --plots            the papers' grid, both passes, every peer
-    python benchmarks/attention.py --name h100 --grid models      grouped-query shapes that people train; or packed, ...
+    python benchmarks/attention.py --name h200 --plots            the papers' grid, both passes, every peer
+    python benchmarks/attention.py --name h200 --grid models      grouped-query shapes that people train; or packed, ...
     python benchmarks/attention.py --pass backward --peers ours fa3 --head-dims 128 --seqlens 16384
     python benchmarks/attention.py --overhead --no-grid           CPU time of one call
 

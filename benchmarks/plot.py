@@ -2,7 +2,7 @@
 """Plots of a results file of benchmarks/attention.py.
 
 The papers' shapes: a figure per pass, with a panel per head dim and mask. Other grids: one figure, a panel per pass.
-`python benchmarks/plot.py benchmarks/results/h100-paper-bf16.json` writes into docs/images/.
+`python benchmarks/plot.py benchmarks/results/h200-paper-bf16.json` writes into docs/images/.
 """
 
 from __future__ import annotations

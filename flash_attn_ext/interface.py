@@ -60,7 +60,7 @@ def flash_attn_func(
     multiples of 16 bytes and not 0: (batch, heads, seqlen, head_dim) memory and slices of a packed qkv are. Other
     layouts are copied first. Work goes to the current stream of q's device; the call does not wait for it.
 
-    Gradients have the strides of torch.empty_like(input), and only those that are needed are computed. q, k, v, out
+    Gradients have the strides of torch.empty_like(input), and only those that are needed are written. q, k, v, out
     and lse are kept for them. An input that requires grad needs a head_dim that trains (`supported`), or grad mode
     off: that is refused here, and not later. Gradients cannot be differentiated again.
 
