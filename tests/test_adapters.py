@@ -1,0 +1,308 @@
+"""flash_attn_ext.adapters: signatures as theirs, results as ours, and refusals in our words."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from gpu import normal, on_hopper
+from oracle import same_bits
+
+import flash_attn_ext
+from flash_attn_ext import keywords
+from flash_attn_ext.adapters import flash_attn_interface as theirs
+
+# Of hopper/flash_attn_interface.py
+SIGNATURES = {
+    "flash_attn_func": "(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, "
+    "v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, "
+    "deterministic=False, sm_margin=0, return_attn_probs=False)",
+    "flash_attn_varlen_func": "(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, "
+    "seqused_k=None, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, "
+    "window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, "
+    "sm_margin=0, return_attn_probs=False)",
+    "flash_attn_qkvpacked_func": "(qkv, softmax_scale=None, causal=False, q_descale=None, k_descale=None, "
+    "v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, deterministic=False, num_heads_q=None, "
+    "sm_margin=0, return_attn_probs=False)",
+    "flash_attn_with_kvcache": "(q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, "
+    "cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, "
+    "cu_seqlens_k_new=None, max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, "
+    "softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True, "
+    "scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False)",
+    "flash_attn_combine": "(out_partial, lse_partial, out=None, out_dtype=None)",
+    "get_scheduler_metadata": "(batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, "
+    "cache_seqlens, qkv_dtype=torch.bfloat16, headdim_v=None, cu_seqlens_q=None, cu_seqlens_k_new=None, "
+    "cache_leftpad=None, page_size=None, max_seqlen_k_new=0, causal=False, window_size=(-1, -1), attention_chunk=0, "
+    "has_softcap=False, num_splits=0, pack_gqa=None, sm_margin=0)",
+}
+OPTIONS = {  # of every function: what asks for something, and what asks for nothing here
+    "none": {},
+    "causal": {"causal": True},
+    "scale": {"softmax_scale": 0.3},
+    "window": {"window_size": (3, 1)},
+    "causal window": {"causal": True, "window_size": (3, 0)},
+    "softcap": {"softcap": 2.0},
+    "deterministic": {"deterministic": True},
+    "all": {"causal": True, "softmax_scale": 0.3, "window_size": (4, 0), "softcap": 2.0, "deterministic": True},
+}
+NEUTRAL = {
+    "flash_attn_func": [{"num_splits": 0}, {"pack_gqa": True}, {"sm_margin": 8}, {"attention_chunk": 0}],
+    "flash_attn_varlen_func": [{"num_splits": 0}, {"pack_gqa": False}, {"sm_margin": 8}, {"attention_chunk": 0}],
+    "flash_attn_qkvpacked_func": [{"sm_margin": 8}, {"attention_chunk": 0}],
+}
+ASKS = {  # for what is not here: the value, as the text shows it
+    "qv": (torch.ones(2), "Tensor"),
+    "q_descale": (torch.ones(2), "Tensor"),
+    "k_descale": (torch.ones(2), "Tensor"),
+    "v_descale": (torch.ones(2), "Tensor"),
+    "attention_chunk": (1024, "1024"),
+    "num_splits": (4, "4"),
+    "pack_gqa": ("yes", "'yes'"),
+    "sm_margin": (0.5, "0.5"),
+    "return_attn_probs": ("yes", "'yes'"),
+}
+FUNCTIONS = list(NEUTRAL)
+
+each = pytest.mark.parametrize
+each_function = each("name", FUNCTIONS)
+each_option = each("options", OPTIONS.values(), ids=OPTIONS.keys())
+
+
+def arguments_of(name, kv_heads=2, dtype=torch.float32, grad=False):
+    """The positional arguments of a call, without options."""
+    rows, keys = (11, 13) if name == "flash_attn_func" else (16, 16)
+    if name == "flash_attn_qkvpacked_func":
+        return [torch.randn(2, rows, 3, 4, 16, dtype=dtype).requires_grad_(grad)]
+    shape_q, shape_k = (rows, 4, 16), (keys, kv_heads, 16)
+    if name == "flash_attn_func":
+        shape_q, shape_k = (2, *shape_q), (2, *shape_k)
+    tensors = [torch.randn(shape, dtype=dtype).requires_grad_(grad) for shape in (shape_q, shape_k, shape_k)]
+    lengths = [torch.tensor([0, 5, 5, 14], dtype=torch.int32)] * 2 + [9, 9]
+    return tensors if name == "flash_attn_func" else tensors + lengths
+
+
+def results_and_gradients(function, arguments, **options):
+    """out, lse, and the gradients of a loss that uses both."""
+    out, lse = function(*arguments, **options)
+    inputs = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+    loss = (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() + lse.masked_fill(lse.isinf(), 0).sum()
+    return out, lse, *torch.autograd.grad(loss, inputs)
+
+
+def assert_as_ours(name, arguments, options, **ours_alone):
+    results = results_and_gradients(getattr(theirs, name), arguments, return_attn_probs=True, **options)
+    ours = results_and_gradients(getattr(flash_attn_ext, name), arguments, return_lse=True, **options | ours_alone)
+    assert len(results) > 2 and all(x.abs().max() > 0 for x in ours)
+    for x, of_ours in zip(results, ours, strict=True):
+        assert same_bits(x, of_ours)
+
+
+@each("name", SIGNATURES)
+def test_signatures(name):
+    assert str(inspect.signature(getattr(theirs, name))) == SIGNATURES[name]
+
+
+@each_option
+@each("kv_heads", [4, 2, 1])
+def test_dense(options, kv_heads):
+    assert_as_ours("flash_attn_func", arguments_of("flash_attn_func", kv_heads, grad=True), options)
+
+
+@each_option
+@each("kv_heads", [4, 2])
+def test_packed_sequences(options, kv_heads):
+    assert_as_ours("flash_attn_varlen_func", arguments_of("flash_attn_varlen_func", kv_heads, grad=True), options)
+
+
+def test_used_lengths():
+    used = {
+        f"seqused_{side}": torch.tensor(lengths, dtype=torch.int32)
+        for side, lengths in (("q", [2, 0, 7]), ("k", [5, 0, 8]))
+    }
+    assert_as_ours("flash_attn_varlen_func", arguments_of("flash_attn_varlen_func", grad=True), used)
+
+
+@each_option
+def test_qkv_in_a_dimension_of_its_own(options):
+    qkv = arguments_of("flash_attn_qkvpacked_func", grad=True)
+    assert_as_ours("flash_attn_qkvpacked_func", qkv, options)
+
+
+@each_option
+def test_qkv_of_grouped_heads(options):
+    qkv = [torch.randn(2, 11, 4 + 2 * 2, 16, requires_grad=True)]
+    assert_as_ours("flash_attn_qkvpacked_func", qkv, options | {"num_heads_q": 4})
+
+
+def test_qkv_is_of_self_attention():
+    """What a packed call computes, by a call that is not packed."""
+    (qkv,) = arguments_of("flash_attn_qkvpacked_func")
+    out = theirs.flash_attn_qkvpacked_func(qkv, None, True)
+    assert same_bits(out, theirs.flash_attn_func(*qkv.unbind(2), None, True))
+
+
+@each_function
+def test_by_position(name):
+    """Every argument in FlashAttention-3's place, each with a value of its own where there is one."""
+    values = {
+        **{"softmax_scale": 0.3, "causal": True, "window_size": (4, 2), "softcap": 2.0, "deterministic": True},
+        **{"num_splits": 0, "pack_gqa": True, "sm_margin": 3, "return_attn_probs": True},
+    }
+    arguments = arguments_of(name)
+    rest = list(inspect.signature(getattr(theirs, name)).parameters.values())[len(arguments) :]
+    out, lse = getattr(theirs, name)(*arguments, *(values.get(x.name, x.default) for x in rest))
+    options = {key: values[key] for key in ("softmax_scale", "causal", "window_size", "softcap", "deterministic")}
+    expected = getattr(flash_attn_ext, name)(*arguments, **options, return_lse=True)
+    assert same_bits(out, expected[0]) and same_bits(lse, expected[1])
+
+
+@each_function
+def test_one_result_unless_more_are_asked_for(name):
+    out = getattr(theirs, name)(*arguments_of(name))
+    assert isinstance(out, torch.Tensor) and out.shape[-2:] == (4, 16)
+
+
+@each("name, arguments", [(name, x) for name, neutral in NEUTRAL.items() for x in neutral], ids=str)
+def test_what_asks_for_nothing_passes(name, arguments):
+    call = arguments_of(name)
+    assert same_bits(getattr(theirs, name)(*call, **arguments), getattr(flash_attn_ext, name)(*call))
+
+
+@each("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_dtypes(dtype):
+    arguments = arguments_of("flash_attn_func", dtype=dtype)
+    assert same_bits(theirs.flash_attn_func(*arguments), flash_attn_ext.flash_attn_func(*arguments))
+
+
+@each_function
+def test_under_compile(name):
+    compiled = torch.compile(getattr(theirs, name), backend="eager", fullgraph=True)
+    arguments = arguments_of(name)
+    assert same_bits(compiled(*arguments, causal=True), getattr(theirs, name)(*arguments, causal=True))
+
+
+# Refused --------------------------------------------------------------------------------------------------------------
+
+
+def refusals_of(name):
+    known = inspect.signature(getattr(theirs, name)).parameters
+    return [argument for argument in ASKS if argument in known]
+
+
+@each("name, argument", [(name, argument) for name in FUNCTIONS for argument in refusals_of(name)])
+def test_what_is_not_here_is_refused_by_name(name, argument):
+    value, shown = ASKS[argument]
+    keyword = keywords.KEYWORDS[argument]
+    with pytest.raises(ValueError) as refusal:
+        getattr(theirs, name)(*arguments_of(name), **{argument: value})
+    text = str(refusal.value)
+    assert text == f"{argument} is {shown}; only {keyword.accepted()} is accepted. {keyword.way_out}"
+
+
+@each_function
+def test_every_argument_of_theirs_is_ours_or_may_be_refused(name):
+    """None is taken and forgotten."""
+    ours = {
+        "window_size",
+        "softcap",
+        "deterministic",
+        "softmax_scale",
+        "causal",
+        "num_heads_q",
+        "seqused_q",
+        "seqused_k",
+    }
+    parameters = inspect.signature(getattr(theirs, name)).parameters.values()
+    optional = {x.name for x in parameters if x.default is not inspect.Parameter.empty}
+    assert optional - ours == set(refusals_of(name))
+
+
+def test_qkv_of_another_shape():
+    with pytest.raises(ValueError, match=r"qkv has shape \(2, 5, 8, 16\); it must be .* or with num_heads_q"):
+        theirs.flash_attn_qkvpacked_func(torch.ones(2, 5, 8, 16))
+
+
+@each(
+    "name, arguments, words",
+    [
+        ("flash_attn_with_kvcache", (1, 2, 3), ["KV cache", "pages", "FlashAttention-3", "flash_attn_varlen_func("]),
+        ("flash_attn_combine", (1, 2), ["splits the keys", "FlashAttention-3", "torch.logsumexp"]),
+        ("get_scheduler_metadata", range(7), ["scheduler_metadata", "leave it out", "FlashAttention-3"]),
+    ],
+)
+def test_functions_that_are_not_here(name, arguments, words):
+    with pytest.raises(NotImplementedError) as refusal:
+        getattr(theirs, name)(*arguments)
+    text = str(refusal.value)
+    assert text.startswith(f"{name} is not there: ") and "Ways out: " in text or "Way out: " in text
+    assert [word for word in words if word not in text] == [], text
+
+
+def way_out_of(name, arguments, begin, end):
+    """An expression from the text of a refusal."""
+    with pytest.raises(NotImplementedError) as refusal:
+        getattr(theirs, name)(*arguments)
+    text = str(refusal.value)
+    return text[text.index(begin) : text.index(end) + len(end)]
+
+
+def test_the_way_out_of_a_kv_cache():
+    q, k_cache, v_cache = torch.randn(2, 3, 4, 16), torch.randn(2, 32, 2, 16), torch.randn(2, 32, 2, 16)
+    scope = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "cache_seqlens": torch.tensor([7, 30], dtype=torch.int32)}
+    call = way_out_of("flash_attn_with_kvcache", (q, k_cache, v_cache), "flash_attn_varlen_func(", "causal=True)")
+    out = eval(call, {"flash_attn_varlen_func": theirs.flash_attn_varlen_func}, scope)
+    for i, length in enumerate((7, 30)):
+        of_cache = (x[i : i + 1, :length] for x in (k_cache, v_cache))
+        assert same_bits(out[i : i + 1], theirs.flash_attn_func(q[i : i + 1], *of_cache, causal=True))
+
+
+def test_the_way_out_of_combining():
+    q, k, v = (torch.randn(2, 12, 4, 16, dtype=torch.float64) for _ in range(3))
+    parts = [theirs.flash_attn_func(q, k[:, x], v[:, x], return_attn_probs=True) for x in (slice(5), slice(5, 12))]
+    scope = {
+        "out_partial": torch.stack([out for out, _ in parts]),
+        "lse_partial": torch.stack([lse.transpose(1, 2) for _, lse in parts]),  # (splits, batch, seqlen, heads)
+    }
+    lse = eval(way_out_of("flash_attn_combine", (1, 2), "torch.logsumexp(", ", 0)"), {"torch": torch}, scope)
+    out = eval(way_out_of("flash_attn_combine", (1, 2), "(torch.softmax(", ".sum(0)"), {"torch": torch}, scope)
+    expected_out, expected_lse = theirs.flash_attn_func(q, k, v, return_attn_probs=True)
+    rounding = (
+        8 * torch.finfo(lse.dtype).eps * expected_lse.abs().max().item()
+    )  # lse is float32, and so are the weights
+    torch.testing.assert_close(lse.transpose(1, 2), expected_lse, rtol=0, atol=rounding)
+    torch.testing.assert_close(out, expected_out, rtol=0, atol=2 * rounding * v.abs().max().item())
+
+
+# Imports --------------------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_does_not_import_them():
+    look = "import sys, flash_attn_ext; print([name for name in sys.modules if 'flash_attn_interface' in name or '.adapters' in name])"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert [line for line in done.stdout.splitlines() if "flash_attn" in line or line == "[]"] == ["[]"]
+
+
+def test_both_ways_to_import():
+    import flash_attn_ext.adapters.flash_attn_interface as by_path
+
+    assert by_path is theirs and "flash_attn_interface" not in sys.modules
+
+
+# On a GPU -------------------------------------------------------------------------------------------------------------
+
+
+@on_hopper
+@each("options", [{}, {"causal": True, "window_size": (100, 0), "softcap": 30.0}], ids=["none", "all"])
+def test_on_a_gpu(options):
+    q, k, v = normal(2, 333, 8, 128), normal(2, 401, 2, 128), normal(2, 401, 2, 128)
+    arguments = [x.requires_grad_() for x in (q, k, v)]
+    results, ours = [], []
+    for function, lse, into in (
+        (theirs.flash_attn_func, "return_attn_probs", results),
+        (flash_attn_ext.flash_attn_func, "return_lse", ours),
+    ):
+        out, of_lse = function(*arguments, **options, deterministic=True, **{lse: True})
+        into += [out, of_lse, *torch.autograd.grad(out.float().square().sum(), arguments)]
+    for x, of_ours in zip(results, ours, strict=True):
+        assert same_bits(x, of_ours)
