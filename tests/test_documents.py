@@ -62,9 +62,11 @@ def test_the_profiled_program(tmp_path):
         ("packed_documents.py", "True\n"),
         ("packed_positions.py", "[0, 1, 2, 0, 0, 1, 2, 3]\nTrue\n"),
         ("packed_loss.py", "True\nTrue\n"),
+        ("its_names.py", "torch.Size([2, 512, 8, 64])\n"),
+        ("its_module.py", "torch.Size([2, 512, 8, 64])\n"),
     ],
 )
-def test_the_programs_with_packed_documents(tmp_path, name, printed):
+def test_the_programs_with_packed_documents_and_adapters(tmp_path, name, printed):
     (tmp_path / name).write_text(program(name))
     assert run(tmp_path, name) == printed
 

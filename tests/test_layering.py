@@ -1,11 +1,15 @@
-"""The house of csrc/: who may include whom, where torch and asm may be, and that builds compile every kernel."""
+"""The house of csrc/: who may include whom, where torch and asm may be, and that builds compile every kernel. And that
+the package's adapters stand outside of it.
+"""
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
 CSRC = Path(__file__).parents[1] / "csrc"
+PACKAGE = Path(__file__).parents[1] / "flash_attn_ext"
 FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cuh", ".cu", ".cpp"})
 
 DESCRIPTION = {"limits.h", "problem.h"}
@@ -112,3 +116,26 @@ def test_builds_compile_every_kernel():
     assert sorted((CSRC / "kernels.txt").read_text().split()) == sorted(path.name for path in CSRC.glob("*.cu"))
     for build in ("setup.py", "CMakeLists.txt"):
         assert "kernels.txt" in (CSRC.parent / build).read_text(), f"{build} does not read the list"
+
+
+def imported(path):
+    """The modules that a file of the package imports, and their names that it takes, with dots."""
+    inside = path.relative_to(PACKAGE.parent).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        if isinstance(node, ast.ImportFrom):
+            base = inside[: len(inside) + 1 - node.level] if node.level else ()
+            yield from (".".join((*base, *filter(None, [node.module]), name.name)) for name in node.names)
+
+
+def test_adapters_see_public_functions_and_nothing_sees_them():
+    files = sorted(PACKAGE.rglob("*.py"))
+    adapters = [path for path in files if path.parent.name == "adapters"]
+    assert {path.name for path in adapters} > {"__init__.py"}
+    for path in files:
+        ours = {name for name in imported(path) if name.split(".")[0] == PACKAGE.name}
+        if path in adapters:
+            assert ours <= {PACKAGE.name}, path.name
+        else:
+            assert not [name for name in ours if ".adapters" in name], path.name

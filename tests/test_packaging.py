@@ -66,6 +66,9 @@ def test_a_wheel_without_kernels_from_the_sources(sdist, tmp_path):
     with zipfile.ZipFile(wheel) as files:
         files.extractall(tmp_path)
     assert not list(tmp_path.rglob("_build_info.py"))
+    package, of_wheel = ROOT / "flash_attn_ext", tmp_path / "flash_attn_ext"
+    modules = {path.relative_to(package) for path in package.rglob("*.py")} - {Path("_build_info.py")}
+    assert {path.relative_to(of_wheel) for path in of_wheel.rglob("*.py")} == modules
     stdout = run(
         *("-c", "from flash_attn_ext.cli import table; print(table.head_dims())"),
         cwd=tmp_path,
