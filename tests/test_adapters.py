@@ -220,6 +220,17 @@ def test_every_argument_of_theirs_is_ours_or_may_be_refused(name):
     assert optional - ours == set(refusals_of(name))
 
 
+@each_function
+def test_options_are_refused_in_our_words(name):
+    """deterministic reaches our function too: on the CPU no result shows it."""
+    for option in ({"deterministic": "yes"}, {"softcap": -1.0}, {"window_size": 128}, {"softmax_scale": 0.0}):
+        with pytest.raises((TypeError, ValueError)) as refusal:
+            getattr(theirs, name)(*arguments_of(name), **option)
+        with pytest.raises(type(refusal.value)) as ours:
+            getattr(flash_attn_ext, name)(*arguments_of(name), **option)
+        assert str(refusal.value) == str(ours.value) and str(ours.value).startswith(*option)
+
+
 def test_qkv_of_another_shape():
     with pytest.raises(ValueError, match=r"qkv has shape \(2, 5, 8, 16\); it must be .* or with num_heads_q"):
         theirs.flash_attn_qkvpacked_func(torch.ones(2, 5, 8, 16))
