@@ -118,14 +118,15 @@ struct Workspace {
 
   Sequences sequences;
   KeySchedule schedule;
-  int thread_blocks;  // of the products: as many as run at once, or fewer
+  int thread_blocks;  // of the products, or pairs of them: as many as run at once, or fewer
   int q_blocks;       // of all heads
   Sums dq;
   KvSums coarse, fine;  // of dK and dV, where several items share a KV head's query heads: a copy for each
   Stats* stats;         // of every Q block
   int* item_counter;
-  int* turns;  // of every Q block, for each thread block of a pair (backward_turns.cuh); null: sums are added to in any
-               // order
+  // A counter of every Q block, for each thread block of a pair (backward_turns.cuh); null: dQ is added to in any
+  // order.
+  int* turns;
   int* keeps_turns;  // whether anybody waits for a turn
   int64_t bytes;
 

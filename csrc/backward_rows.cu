@@ -17,13 +17,6 @@ constexpr int kRowThreads = 256;  // of a thread block, which handles one block 
 // with, and what they add to last is what `convert` begins with: L2 still has it.
 __device__ __forceinline__ int own_block() { return static_cast<int>(gridDim.x - 1 - blockIdx.x); }
 
-// Element (row, head, column) of a sequence whose rows begin at (batch, first_row) of a tensor.
-template <class T>
-__device__ __forceinline__ T* element(const Tensor& tensor, int batch, int64_t row, int head, int column) {
-  const Strides& strides = tensor.strides;
-  return static_cast<T*>(tensor.data) + batch * strides.batch + row * strides.row + head * strides.head + column;
-}
-
 // ---------------------------------------------------------------------------------------------------------- prepare
 
 template <class Config>

@@ -4,8 +4,8 @@
 // add to the dQ of a Q block comes in any order, unless they take turns: in the order in which the blocks of keys that
 // see the Q block are handed out (KeySchedule). Each Q block has a counter of those who have added, in global memory.
 //
-// To see that, and to say that one has added, take a way to L2 and back each, longer than the rest of a step. So
-// two threads do it, one ahead of the warpgroup that adds, the other behind it. The turn of a step goes round: from the
+// To see that, and to say that one has added, take a way to L2 and back each, longer than the rest of a step. So two
+// threads do it, one ahead of the warpgroup that adds, the other behind it. The turn of a step goes round: from the
 // loader to the first, from there to the warpgroup, to the second, and back to the loader.
 #pragma once
 

@@ -11,8 +11,10 @@
 //   PeerKeys  own columns of the peer's keys' dV and dK, with P^T and dS^T as they arrive in shared memory; then own
 //             columns of dQ, of all keys, which it adds to float32 sums in global memory
 // Each accumulates 64 keys x 128 columns of dK and dV in registers. Two warps load, one Q and the other dO. Of both,
-// own columns live until dK or dV has been summed; the other columns only until S or dP. docs/backward.md has the order
-// of work, the barriers, the layout of shared memory and the cycle budget.
+// own columns live until dK or dV has been summed; the other columns only until S or dP. Two more warps see to it that
+// dQ is added to in turn, where it is to be the same in every run (backward_turns.cuh): then a pair waits for pairs of
+// lower numbers, which the hardware has started before it.
+// docs/backward.md has the order of work, the barriers, the layout of shared memory and the cycle budget.
 
 #include <cuda/ptx>
 
@@ -158,9 +160,8 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Wide
         cuda::ptx::cp_async_bulk(cuda::ptx::space_cluster, cuda::ptx::space_global, &smem.stats[at.stage],
                                  args.stats + q_block, sizeof(Stats), full);
       }
-      if (in_turn) {
-        smem.turns.put(turn_at, Workspace<Config>::kTurns * q_block + rank, walk.block, 0);
-      }
+      constexpr int kOnlyItem = 0;
+      if (in_turn) smem.turns.put(turn_at, Workspace<Config>::kTurns * q_block + rank, walk.block, kOnlyItem);
     }
     __syncwarp();
     other_at.next();
@@ -475,18 +476,19 @@ __cluster_dims__(2, 1, 1) __global__ void __launch_bounds__(kWideThreads, 1)
     const bool found = find_item<Config>(args, blockIdx.x / 2, smem.item);
     if (!found) smem.item.first_head = Item::kNone;
   } else if (threadIdx.x == 32) {
-    smem.q_ring.init(8);
-    smem.dout_ring.init(8);
-    smem.other_q_ring.init(4);
-    smem.other_dout_ring.init(4);
+    constexpr int kWarps = 4;  // of OwnKeys; of PeerKeys as well
+    smem.q_ring.init(2 * kWarps);
+    smem.dout_ring.init(2 * kWarps);
+    smem.other_q_ring.init(kWarps);
+    smem.other_dout_ring.init(kWarps);
     smem.turns.init();
     cuda::ptx::mbarrier_init(&smem.k_full, 1);
     cuda::ptx::mbarrier_init(&smem.v_full, 1);
     for (int i = 0; i < Smem::kStages; ++i) {
-      cuda::ptx::mbarrier_init(&smem.ds_full[i], 4);
+      cuda::ptx::mbarrier_init(&smem.ds_full[i], kWarps);
       cuda::ptx::mbarrier_init(&smem.peer_p_full[i], 1);
       cuda::ptx::mbarrier_init(&smem.peer_ds_full[i], 1);
-      cuda::ptx::mbarrier_init(&smem.ds_empty[i], 8);
+      cuda::ptx::mbarrier_init(&smem.ds_empty[i], 2 * kWarps);  // of PeerKeys here and there
     }
     cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
     for (int i = 0; i < Smem::kStages; ++i) {

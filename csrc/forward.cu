@@ -434,19 +434,16 @@ struct Consumer {
   // S = Q K^T of a block once more, without the shared memory that has been handed back.
   __device__ __forceinline__ void score_again(int block) {
     const Tile& tile = this->tile();
-    const auto row_of = [](const Tensor& tensor, const Place& place, int row, int head) {
-      const Strides& strides = tensor.strides;
-      return static_cast<const T*>(tensor.data) + place.batch * strides.batch + (place.row + row) * strides.row +
-             head * strides.head;
-    };
     const Place q_place = args.sequences.place(tile.sequence),
                 k_place = args.sequences.transposed().place(tile.sequence);
     const auto q_row = [&](int row) {  // what rows past the end see is never stored
-      return row_of(args.q_rows, q_place, min(tile.first_row + row, tile.rows - 1), item().head);
+      return element<const T>(args.q_rows, q_place.batch, q_place.row + min(tile.first_row + row, tile.rows - 1),
+                              item().head, 0);
     };
     const T* const q_rows[2] = {q_row(own_row()), q_row(own_row() + 8)};
-    product_of_warp<T, kHeadDim>(scores, q_rows, row_of(args.k_rows, k_place, block * kBlockKv, item().kv_head),
-                                 args.k_rows.strides.row);
+    const T* const k_rows =
+        element<const T>(args.k_rows, k_place.batch, k_place.row + block * kBlockKv, item().kv_head, 0);
+    product_of_warp<T, kHeadDim>(scores, q_rows, k_rows, args.k_rows.strides.row);
   }
 
   // The item's first block has no P V to hide its softmax behind. Of its keys only the first kColumns are seen.

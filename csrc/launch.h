@@ -24,6 +24,13 @@ struct Tensor {
   Strides strides;
 };
 
+// Element (row, head, column) of a batch.
+template <class T>
+HOST_DEVICE T* element(const Tensor& tensor, int batch, int64_t row, int head, int column) {
+  const Strides& strides = tensor.strides;
+  return static_cast<T*>(tensor.data) + batch * strides.batch + row * strides.row + head * strides.head + column;
+}
+
 struct ForwardParams {
   Problem problem;
   Tensor q, k, v;

@@ -6,13 +6,6 @@
 
 namespace flash_attn_ext::ptx {
 
-// %cluster_ctarank: the thread block's number in its cluster.
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
 // mapa: the address at which another thread block's shared memory has what stands at `address` in this one's.
 __device__ __forceinline__ uint32_t mapa(uint32_t address, uint32_t rank) {
   uint32_t mapped;

@@ -99,11 +99,11 @@ struct KeySchedule {
 
   struct Call {
     int blocks, kv_heads, sequences;
-    int group;     // query heads of a KV head
-    int steps;     // of a block that all rows of a head see
-    bool by_cost;  // the first keys cost most
-    bool falls;    // and the last ones next to nothing
-    bool ordered;
+    int group;           // query heads of a KV head
+    int steps;           // of a block that all rows of a head see
+    bool by_cost;        // the first keys cost most
+    bool falls;          // and the last ones next to nothing
+    bool ordered;        // blocks of a head add to the same sums in turn
     int64_t head_bytes;  // of a query head's rows and of what is added to for them
     int64_t l2_bytes;
     int multiprocessors;

@@ -21,7 +21,7 @@ __host__ __device__ constexpr uint32_t value(int block, int i) { return 1000 * b
 __cluster_dims__(2, 1, 1) __global__ void exchange(uint4* stored, uint4* copied, uint32_t* ranks) {
   __shared__ Smem smem;
   const int thread = threadIdx.x;
-  const uint32_t rank = ptx::cluster_rank();
+  const uint32_t rank = cuda::ptx::get_sreg_cluster_ctarank();
   const uint32_t distance = ptx::mapa(smem_address(&smem), rank ^ 1) - smem_address(&smem);
   const auto peers = [&](const void* own) { return smem_address(own) + distance; };
 
