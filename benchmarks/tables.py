@@ -28,8 +28,10 @@ GRID_NAMES = {
     "windows": "sliding windows",
     "options": "options of a call",
     "deterministic": "deterministic gradients",
+    "dims": "other head dims",
 }
-PAPER_GRIDS = ("paper", "deterministic")  # as many KV heads as heads: a row per head dim and mask, a column per length
+# As many KV heads as heads: a row per head dim and mask, a column per length.
+PAPER_GRIDS = ("paper", "deterministic", "dims")
 DTYPES = ("bf16", "fp16")
 TRAIN_STEP = RESULTS / "h200-train-step.json"
 PEER_NAMES = {
@@ -88,11 +90,14 @@ def ratio(cell: dict, peer: str = "fa3", ours: str = "ours") -> float | None:
 
 
 def grid_peers(grid: str) -> list[str]:
-    """The peers that are measured on a grid: cuDNN has, through torch, neither windows nor packed sequences."""
+    """The peers that are measured on a grid: cuDNN has, through torch, neither windows nor packed sequences but of one
+    length."""
     if grid == "options":
         return ["plain", *OPTIONS]
     if grid == "deterministic":
         return ["ours", "ours_deterministic", "fa3", "fa3_deterministic"]
+    if grid == "dims":
+        return ["ours", "fa3", "cudnn"]
     return ["ours", "fa3", *(["cudnn"] if grid in ("paper", "models") else []), "fa2"]
 
 
@@ -125,7 +130,7 @@ def grid_of(results: dict) -> str:
 
 def describe(cell: dict) -> str:
     """A cell's place on its grid: the papers' batch and heads follow from the rest, and all models are causal."""
-    if is_grouped(cell):
+    if is_grouped(cell) or "packing" in cell:
         return shape(cell)
     return f"head dim {cell['head_dim']} {MASK_NAMES[cell['causal']]} {cell['seqlen_q']}"
 
