@@ -333,7 +333,7 @@ struct Consumer {
     if constexpr (kNeedsDq) {
       const uint32_t address = own_columns_address(smem.ds[ds_at.stage][index]);
 #pragma unroll
-      for (int j = 0; j < kBlockQ / 16; ++j) store_columns(address, j, ds[j]);
+      for (int j = 0; j < kBlockQ / 16; ++j) store_columns<typename Smem::DsTile>(address, j, ds[j]);
     }
   }
 

@@ -45,7 +45,7 @@ struct BackwardConfig {
     return 512 - kProducerRegisters - kConsumers * consumer_registers(needs_dq);
   }
 
-  static_assert(kPlan.built() && kBlockQ == 64 && kBlockKv == 64 * kConsumers && kHeadDim % kSlabColumns == 0);
+  static_assert(kPlan.built() && kBlockQ == 64 && kBlockKv == 64 * kConsumers && kHeadDim % 32 == 0);
   static_assert(!kKvInRegisters || kHeadDim == 64, "K^T is one 64-row operand");
   static_assert(kByPairs || kStages > 2,
                 "a consumer passes over a step that sees none of its keys while it still holds the last one");

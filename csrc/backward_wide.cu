@@ -212,7 +212,7 @@ struct OwnKeys {
   using Smem = WideSmem<Config>;
   using HalfTile = typename Smem::HalfTile;
   static constexpr int kBlockQ = Config::kBlockQ, kOwnColumns = Smem::kOwnColumns, kStages = Smem::kStages;
-  static constexpr uint32_t kWarpBytes = 16 * kRowBytes;  // of a warp's rows of P or dS
+  static constexpr uint32_t kWarpBytes = 16 * Smem::DsTile::kRowBytes;  // of a warp's rows of P or dS
   using Operand = uint32_t[kBlockQ / 16][4];
 
   const BackwardArguments<Config>& args;
@@ -286,7 +286,7 @@ struct OwnKeys {
   __device__ __forceinline__ void store_ds(const Operand& x) {
     const uint32_t address = own_columns_address(smem.ds[at.stage]);
 #pragma unroll
-    for (int j = 0; j < kBlockQ / 16; ++j) store_columns(address, j, x[j]);
+    for (int j = 0; j < kBlockQ / 16; ++j) store_columns<typename Smem::DsTile>(address, j, x[j]);
   }
 
   // P leaves from where dS will be, so it is read before.

@@ -67,7 +67,7 @@ struct ForwardConfig {
   static constexpr bool kKeepsOffset = kPlan.keeps_offset && std::is_same_v<T, __nv_bfloat16> && !kSoftcap;
   static constexpr bool kTurns = kPlan.turns || kKeepsOffset;
 
-  static_assert(kPlan.built() && kBlockQ == 64 * kConsumers && kBlockKv % 16 == 0 && kHeadDim % kSlabColumns == 0);
+  static_assert(kPlan.built() && kBlockQ == 64 * kConsumers && kBlockKv % 16 == 0 && kHeadDim % 32 == 0);
   static_assert(kOwnOutBuffer || (kStages >= kConsumers && kBlockKv >= 64), "each consumer's O takes a stage of V");
   static_assert(kConsumers == 2 || kConsumers == 3, "register counts are chosen for two or three consumers");
 };

@@ -40,16 +40,18 @@ struct MapDimensions {
 
 // A map of 16-bit elements whose copies move boxes of so many rows of one head by one slab's columns.
 inline CUtensorMap encode_tensor_map(const char* name, const Tensor& tensor, const Shape& shape,
-                                     const MapDimensions& dimensions, CUtensorMapDataType type, cuuint32_t rows) {
+                                     const MapDimensions& dimensions, CUtensorMapDataType type, cuuint32_t rows,
+                                     cuuint32_t columns) {
   constexpr int kElementBytes = 2;
   const auto& strides = tensor.strides;
   cuuint64_t stride_bytes[4];
   for (int i = 0; i < 4; ++i) stride_bytes[i] = static_cast<cuuint64_t>(dimensions.strides[i]) * kElementBytes;
-  const cuuint32_t box[5] = {kSlabColumns, rows, 1, 1, 1};
+  const auto swizzle = columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  const cuuint32_t box[5] = {columns, rows, 1, 1, 1};
   const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
   CUresult result = tensor_map_encoder()(&map, type, dimensions.rank, tensor.data, dimensions.sizes, stride_bytes, box,
-                                         element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                         element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                                          CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (test_faults.tensor_map_encode_fails) result = CUDA_ERROR_INVALID_VALUE;
   if (result != CUDA_SUCCESS) {
@@ -69,7 +71,7 @@ CUtensorMap make_tensor_map(const char* name, const Tensor& tensor, const Shape&
                             const MapDimensions& dimensions) {
   constexpr bool kIsHalf = std::is_same_v<typename Tile::Element, __half>;
   constexpr auto kType = kIsHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return encode_tensor_map(name, tensor, shape, dimensions, kType, Tile::kRows);
+  return encode_tensor_map(name, tensor, shape, dimensions, kType, Tile::kRows, Tile::kSlabColumns);
 }
 
 inline MapDimensions dense_dimensions(const Tensor& tensor, const Shape& shape) {

@@ -17,7 +17,7 @@ __device__ __forceinline__ void load_tile(Tile& to, const CUtensorMap& from, int
                                           uint64_t* full) {
 #pragma unroll
   for (int slab = 0; slab < Tile::kSlabs; ++slab) {
-    const int32_t at[4] = {slab * kSlabColumns, row, head, batch};
+    const int32_t at[4] = {slab * Tile::kSlabColumns, row, head, batch};
     cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, to.slab(slab), &from, at, full);
   }
 }
@@ -28,7 +28,7 @@ template <class Tile>
 __device__ __forceinline__ void store_tile(const CUtensorMap& to, Tile& from, int row, int head, int batch) {
 #pragma unroll
   for (int slab = 0; slab < Tile::kSlabs; ++slab) {
-    const int32_t at[4] = {slab * kSlabColumns, row, head, batch};
+    const int32_t at[4] = {slab * Tile::kSlabColumns, row, head, batch};
     cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_global, cuda::ptx::space_shared, &to, at, from.slab(slab));
   }
 }
@@ -40,7 +40,7 @@ __device__ __forceinline__ void load_tile(Tile& to, const CUtensorMap& map, Orig
                                           uint64_t* full, int first_column = 0) {
 #pragma unroll
   for (int slab = 0; slab < Tile::kSlabs; ++slab) {
-    const int32_t at[5] = {first_column + slab * kSlabColumns, from.row + row, head, from.batch, from.wrap};
+    const int32_t at[5] = {first_column + slab * Tile::kSlabColumns, from.row + row, head, from.batch, from.wrap};
     cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, to.slab(slab), &map, at, full);
   }
 }
@@ -49,7 +49,7 @@ __device__ __forceinline__ void store_tile(const CUtensorMap& map, Tile& from, O
                                            int first_column = 0) {
 #pragma unroll
   for (int slab = 0; slab < Tile::kSlabs; ++slab) {
-    const int32_t at[5] = {first_column + slab * kSlabColumns, to.row + row, head, to.batch, to.wrap};
+    const int32_t at[5] = {first_column + slab * Tile::kSlabColumns, to.row + row, head, to.batch, to.wrap};
     cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_global, cuda::ptx::space_shared, &map, at, from.slab(slab));
   }
 }

@@ -70,10 +70,11 @@ __device__ __forceinline__ void to_operand(uint32_t (&a)[kSteps][4], const float
 // Loads a tile of 64 rows as an A operand.
 template <class T, int kColumns>
 __device__ __forceinline__ void load_operand(uint32_t (&a)[kColumns / 16][4], const SmemTile<T, 64, kColumns>& tile) {
+  constexpr int kStepsOfSlab = slab_columns(kColumns) / 16;
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
 #pragma unroll
   for (int k = 0; k < kColumns / 16; ++k) {
-    ptx::ldmatrix_x4(a[k], tile.chunk_address(k / 4, row, k % 4 * 2 + lane / 16));
+    ptx::ldmatrix_x4(a[k], tile.chunk_address(k / kStepsOfSlab, row, k % kStepsOfSlab * 2 + lane / 16));
   }
 }
 
@@ -97,8 +98,11 @@ __device__ __forceinline__ uint32_t own_columns_address(const Tile& tile) {
 }
 
 // Stores columns 16 j .. 16 j + 15 of 64 rows, given as an A operand. The swizzle is an exclusive or.
+template <class Tile>
 __device__ __forceinline__ void store_columns(uint32_t own_address, int j, const uint32_t (&a)[4]) {
-  ptx::stmatrix_x4((own_address ^ (j % 4 * 32)) + j / 4 * 64 * kRowBytes, a[0], a[1], a[2], a[3]);
+  constexpr int kStepsOfSlab = Tile::kSlabColumns / 16;
+  ptx::stmatrix_x4((own_address ^ (j % kStepsOfSlab * 32)) + j / kStepsOfSlab * Tile::kSlabBytes, a[0], a[1], a[2],
+                   a[3]);
 }
 
 // Stores a 64-row accumulator, each of the thread's two rows scaled, as T into a swizzled tile.
@@ -112,7 +116,7 @@ __device__ __forceinline__ void store_fragment(SmemTile<T, 64, kColumns>& tile, 
     const uint32_t a[4] = {
         pack<T>(x[0] * row_scale[0], x[1] * row_scale[0]), pack<T>(x[2] * row_scale[1], x[3] * row_scale[1]),
         pack<T>(x[4] * row_scale[0], x[5] * row_scale[0]), pack<T>(x[6] * row_scale[1], x[7] * row_scale[1])};
-    store_columns(address, j, a);
+    store_columns<SmemTile<T, 64, kColumns>>(address, j, a);
   }
 }
 

@@ -12,12 +12,12 @@
 namespace flash_attn_ext {
 
 // wgmma's matrix descriptor (PTX ISA, "Asynchronous warpgroup matrix: shared memory matrix descriptor"): start address,
-// leading and stride byte offsets, each in units of 16 bytes, and the 128-byte swizzle.
+// leading and stride byte offsets, each in units of 16 bytes, and the swizzle of 128 or 64 bytes.
+template <class Tile>
 __device__ __forceinline__ uint64_t make_descriptor(uint32_t address, uint32_t leading_bytes) {
-  constexpr uint64_t kSwizzle128B = 1;
-  constexpr uint64_t kEightRows = 8 * kRowBytes;
-  return (address >> 4) | static_cast<uint64_t>(leading_bytes >> 4) << 16 | (kEightRows >> 4) << 32 |
-         kSwizzle128B << 62;
+  constexpr uint64_t kSwizzle = Tile::kRowBytes == 128 ? 1 : 2;
+  constexpr uint64_t kEightRows = 8 * Tile::kRowBytes;
+  return (address >> 4) | static_cast<uint64_t>(leading_bytes >> 4) << 16 | (kEightRows >> 4) << 32 | kSwizzle << 62;
 }
 
 // The bits of a shared-memory address that count in a descriptor. Those above number the thread block in its cluster:
@@ -37,7 +37,7 @@ struct KMajor {
   uint64_t descriptor;
 
   __device__ __forceinline__ explicit KMajor(const Tile& tile, uint32_t address_bits = kAllBits)
-      : descriptor(make_descriptor(smem_address(tile.data) & address_bits, 0)) {}
+      : descriptor(make_descriptor<Tile>(smem_address(tile.data) & address_bits, 0)) {}
 
   // The operand of the i-th tile behind this one.
   __device__ __forceinline__ KMajor at(int i) const { return KMajor(descriptor + i * descriptor_offset(Tile::kBytes)); }
@@ -54,7 +54,8 @@ struct KMajor {
 
   // The descriptor of the k-th 16 columns: 32 bytes within a slab, then the next slab.
   __device__ __forceinline__ uint64_t step(int k) const {
-    return descriptor + descriptor_offset(k / 4 * Tile::kSlabBytes + k % 4 * 32);
+    constexpr int kStepsOfSlab = Tile::kSlabColumns / 16;
+    return descriptor + descriptor_offset(k / kStepsOfSlab * Tile::kSlabBytes + k % kStepsOfSlab * 32);
   }
 
  private:
@@ -70,9 +71,9 @@ struct MnMajor {
 
   uint64_t descriptor;
 
-  // From the tile's column 64 * slab on.
+  // From the tile's slab with this number on.
   __device__ __forceinline__ explicit MnMajor(const Tile& tile, int slab = 0, uint32_t address_bits = kAllBits)
-      : descriptor(make_descriptor(smem_address(tile.data) & address_bits, Tile::kSlabBytes) +
+      : descriptor(make_descriptor<Tile>(smem_address(tile.data) & address_bits, Tile::kSlabBytes) +
                    slab * descriptor_offset(Tile::kSlabBytes)) {}
 
   __device__ __forceinline__ MnMajor at(int i) const {
@@ -81,7 +82,9 @@ struct MnMajor {
   __device__ __forceinline__ MnMajor of(const Tile& other, const Tile& own) const { return at(&other - &own); }
 
   // The descriptor of the k-th 16 rows.
-  __device__ __forceinline__ uint64_t step(int k) const { return descriptor + descriptor_offset(k * 16 * kRowBytes); }
+  __device__ __forceinline__ uint64_t step(int k) const {
+    return descriptor + descriptor_offset(k * 16 * Tile::kRowBytes);
+  }
 
  private:
   __device__ __forceinline__ explicit MnMajor(uint64_t descriptor) : descriptor(descriptor) {}
