@@ -74,7 +74,8 @@ struct BackwardSmem {
   // dK and dV on their way out, while the next item begins. Where shared memory has no room for both, dV leaves through
   // V's place.
   KvTile out_dk[Config::kConsumers];
-  static constexpr bool kOwnOutDv = Config::kKvInRegisters;
+  static constexpr bool kOwnOutDv = 4 * sizeof(k) + 2 * sizeof(q) + sizeof(ds) + 4096 < kSharedMemoryBytes;
+  static_assert(kOwnOutDv || !Config::kKvInRegisters, "V is handed back before there is a dV");
   struct None {};
   struct OutBuffer {
     KvTile dv[Config::kConsumers];
@@ -504,7 +505,7 @@ struct Consumer {
   // Where other items share the KV head, dK and dV go to this item's copy of the float32 sums.
   __device__ __forceinline__ void store_share(const Item& item) {
     const KvSums& sums = item.coarse ? args.coarse_sums : args.fine_sums;
-    const int first_patch = index * (kHeadDim / 64);
+    const int first_patch = index * (kHeadDim / 8);
     if (args.needs_dv) write_sums<Config>(dv, sums.dv, item, first_patch);
     if (args.needs_dk) write_sums<Config>(dk, sums.dk, item, first_patch);
   }
@@ -533,7 +534,10 @@ struct Consumer {
         walk_one_ahead();
       }
     }
-    if constexpr (!kKvInRegisters) smem.k_ring.release(item_at);
+    if constexpr (!kKvInRegisters) {
+      smem.k_ring.release(item_at);
+      if constexpr (Smem::kOwnOutDv) smem.v_ring.release(item_at);
+    }
     if constexpr (kNeedsDkv) {
       const Item& item = smem.items[item_count % Smem::kItems];
       if (item.complete) {
@@ -542,7 +546,7 @@ struct Consumer {
         store_share(item);
       }
     }
-    if constexpr (!kKvInRegisters) smem.v_ring.release(item_at);
+    if constexpr (!Smem::kOwnOutDv) smem.v_ring.release(item_at);
     ++item_count;
   }
 
@@ -569,7 +573,9 @@ template <class Config>
 __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, BackwardSmem<Config>& smem) {
   using Smem = BackwardSmem<Config>;
   constexpr int kConsumers = Config::kConsumers;
-  constexpr int kSlabs = Config::kHeadDim / 64;
+  constexpr int kHeadDim = Config::kHeadDim, kParts = kHeadDim % 64 == 0 ? kHeadDim / 64 : 1;
+  constexpr int kPartColumns = kHeadDim / kParts;  // of dQ, one part after the other
+  static_assert(kParts == 1 || Smem::KvTile::kSlabColumns == kPartColumns);
   const MnMajor<typename Smem::DsTile> ds(smem.ds[0][0]);
   const bool leads = threadIdx.x % 32 == 0;
   uint32_t k_operand[kConsumers][Config::kKvInRegisters ? 4 : 1][4];
@@ -595,25 +601,25 @@ __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, Ba
         smem.k_ring.release({});
       }
     }
-    float4* sums = &args.dq_sums[int64_t{q_block} * kSlabs].quad[0][threadIdx.x % 128];
+    SumPatch* sums = args.dq_sums + int64_t{q_block} * Workspace<Config>::kQPatches;
 #pragma unroll
-    for (int slab = 0; slab < kSlabs; ++slab, sums += sizeof(SumPatch) / sizeof(float4)) {
-      float dq[32];
+    for (int part = 0; part < kParts; ++part, sums += kPartColumns / 8) {
+      float dq[kPartColumns / 2];
       const auto product = [&](int consumer, bool accumulate) {
         const auto ds_rows = ds.at(kConsumers * at.stage + consumer);
         if constexpr (Config::kKvInRegisters) {
           product_rs(dq, k_operand[consumer], ds_rows, accumulate);
         } else {
-          product_ss(dq, ds_rows, MnMajor(smem.k[consumer], slab), accumulate);
+          product_ss(dq, ds_rows, MnMajor(smem.k[consumer], part), accumulate);
         }
       };
       if (Step::is_shared(flags)) {
         product(0, false);
-        if (slab == 0) wait_phase(&smem.ds_full[at.stage][1], at.phase);
+        if (part == 0) wait_phase(&smem.ds_full[at.stage][1], at.phase);
         product(1, true);
         ptx::wgmma_wait_group<0>(dq);
       } else {
-        if (slab == 0) wait_phase(&smem.ds_full[at.stage][1], at.phase);
+        if (part == 0) wait_phase(&smem.ds_full[at.stage][1], at.phase);
         if (Step::is_seen(flags, 0)) {
           product(0, false);
           ptx::wgmma_wait_group<0>(dq);
@@ -625,7 +631,7 @@ __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, Ba
           for (float& x : dq) x = 0.f;
         }
       }
-      if (slab + 1 == kSlabs) {
+      if (part + 1 == kParts) {
         if (leads) cuda::ptx::mbarrier_arrive(&smem.ds_empty[at.stage]);
         if constexpr (!Config::kKvInRegisters) {
           if (flags & Step::kLast) smem.k_ring.release({});
@@ -633,11 +639,10 @@ __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, Ba
         at.next();
         await_step();  // before the last sums leave, which takes long: the next product is behind them
       }
-      if (in_turn && slab == 0) smem.turns.wait(turn_at);
+      if (in_turn && part == 0) smem.turns.wait(turn_at);
 #pragma unroll
-      for (int i = 0; i < SumPatch::kQuads; ++i) {
-        ptx::red_add_v4(reinterpret_cast<float*>(sums + 128 * i), dq[4 * i], dq[4 * i + 1], dq[4 * i + 2],
-                        dq[4 * i + 3]);
+      for (int i = 0; i < kPartColumns / 8; ++i) {
+        ptx::red_add_v4(&sums[i].quad[threadIdx.x % 128].x, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
       }
     }
     if (in_turn) {

@@ -35,12 +35,14 @@ struct BackwardConfig {
   static constexpr int kDsStages = kPlan.ds_stages;
   static constexpr bool kKvInRegisters = kPlan.kv_in_registers;
   static constexpr bool kByPairs = kPlan.by_pairs;
+  static constexpr int kTileColumns = kByPairs ? kHeadDim / 2 : kHeadDim;  // of tiles in shared memory
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (2 + kConsumers);
 
-  // The SM's 65536 registers, shared out by setmaxnreg in multiples of 8: producer + 2 * consumer + dQ <= 512.
-  static constexpr int kProducerRegisters = 32;
-  static constexpr int consumer_registers(bool needs_dq) { return kKvInRegisters && needs_dq ? 192 : 208; }
+  // The SM's 65536 registers, shared out by setmaxnreg in multiples of 8: producer + 2 * consumer + dQ <= 512. Tiles of
+  // three slabs are three copies, for which 32 are too few.
+  static constexpr int kProducerRegisters = kHeadDim == 96 ? 40 : 32;
+  static constexpr int consumer_registers(bool needs_dq) { return needs_dq && kHeadDim <= 96 ? 192 : 208; }
   static constexpr int dq_registers(bool needs_dq) {
     return 512 - kProducerRegisters - kConsumers * consumer_registers(needs_dq);
   }
@@ -75,13 +77,12 @@ struct alignas(16) RowStats {
   float delta[kBlockQ];     // sum of dO * O, less the gradient of lse
 };
 
-// 64 x 64 float32 sums in the order in which a consumer's threads hold them: quads of registers, quad by quad for all
-// 128 threads, so that what a warp writes is contiguous. Registers 4 q .. 4 q + 3 of thread t are (row, column),
-// (row, column + 1), (row + 8, column), (row + 8, column + 1) with row = 16 (t / 32) + t % 32 / 4 and
-// column = 8 q + 2 (t % 4). Where K is in registers, rows and columns of dQ's patches change places: they hold dQ^T.
+// 64 x 8 float32 sums in the order in which a consumer's threads hold them: a quad of registers of each of 128 threads,
+// so that what a warp writes is contiguous. The quad of thread t is (row, column), (row, column + 1), (row + 8,
+// column), (row + 8, column + 1) with row = 16 (t / 32) + t % 32 / 4 and column = 2 (t % 4). Where K is in registers,
+// rows and columns of dQ's patches change places: they hold dQ^T.
 struct SumPatch {
-  static constexpr int kQuads = 8;
-  float4 quad[kQuads][128];
+  float4 quad[128];
 };
 
 // Sums of a gradient, in the order in which Sequences counts its blocks; each block is several patches, row by row.
@@ -111,9 +112,9 @@ int workers() {
 
 template <class Config>
 struct Workspace {
-  static constexpr int kQPatches = Config::kBlockQ / 64 * Config::kHeadDim / 64;    // patches of a Q block
-  static constexpr int kKvPatches = Config::kBlockKv / 64 * Config::kHeadDim / 64;  // of a KV block
-  static constexpr int kTurns = Config::kByPairs ? 2 : 1;                           // of a Q block
+  static constexpr int kQPatches = Config::kBlockQ / 64 * Config::kHeadDim / 8;    // patches of a Q block
+  static constexpr int kKvPatches = Config::kBlockKv / 64 * Config::kHeadDim / 8;  // of a KV block
+  static constexpr int kTurns = Config::kByPairs ? 2 : 1;                          // of a Q block
   using Stats = RowStats<Config::kBlockQ>;
 
   Sequences sequences;

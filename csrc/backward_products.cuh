@@ -38,8 +38,8 @@ struct BackwardArguments {
 template <class Config>
 BackwardArguments<Config> make_arguments(const BackwardParams& params, const Workspace<Config>& workspace) {
   using T = typename Config::T;
-  using QTile = SmemTile<T, Config::kBlockQ, Config::kHeadDim>;
-  using KvTile = SmemTile<T, 64, Config::kHeadDim>;
+  using QTile = SmemTile<T, Config::kBlockQ, Config::kTileColumns>;
+  using KvTile = SmemTile<T, 64, Config::kTileColumns>;
   const Problem& problem = params.problem;
   const Shape q_shape = problem.q_shape(), k_shape = problem.k_shape();
 
@@ -222,8 +222,7 @@ __device__ __forceinline__ void write_sums(const float (&rows)[kRegisters], cons
   SumPatch* const sums = to.patches + number * Workspace<Config>::kKvPatches + first_patch;
 #pragma unroll
   for (int i = 0; i < kRegisters / 4; ++i) {
-    sums[i / SumPatch::kQuads].quad[i % SumPatch::kQuads][threadIdx.x % 128] =
-        make_float4(rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]);
+    sums[i].quad[threadIdx.x % 128] = make_float4(rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]);
   }
 }
 

@@ -1,6 +1,7 @@
 // What the backward does for every row by itself, before and after its products: delta and lse before them, and 16-bit
 // gradients out of float32 sums after them. Both are bound by memory. The gradient of sinks, which needs no products.
 
+#include <bit>
 #include <climits>
 #include <cmath>
 
@@ -36,7 +37,7 @@ template <class Config>
 __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_constant__ PrepareArguments<Config> args) {
   cudaTriggerProgrammaticLaunchCompletion();
   using T = typename Config::T;
-  constexpr int kLanes = Config::kHeadDim / 8;  // a row's threads, 16 bytes each
+  constexpr int kLanes = std::bit_ceil(Config::kHeadDim / 8u);  // a row's threads, 16 bytes each; some may have none
   constexpr int kDqPatches = Workspace<Config>::kQPatches;
   const int number = own_block();
   const Block block = args.sequences.locate(number, args.heads, Config::kBlockQ);
@@ -99,6 +100,9 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_const
 
 constexpr int kStripRows = 64;  // of a strip, a row of a block's patches: what a thread block converts
 
+// Of a thread block; all have as many of a strip's pieces.
+constexpr int convert_threads(int head_dim) { return head_dim % 96 == 0 ? 2 * head_dim : kRowThreads; }
+
 struct ConvertPart {
   Sums from;
   Tensor to;
@@ -115,36 +119,38 @@ struct ConvertArguments {
 
 // 8 columns of two rows of a strip. Pieces of neighbouring numbers have neighbouring columns, so that rows are written
 // whole.
-template <bool kTransposed>
+template <int kHeadDim, bool kTransposed>
 struct SumPiece {
   static constexpr int kRowDistance = kTransposed ? 1 : 8;
+  static constexpr int kCount = 32 * kHeadDim / 8;  // of a strip
 
-  unsigned patch, quad, thread;  // of the first four sums
-  unsigned half;                 // transposed: which two of each four
-  int row, column;               // in the strip; the other row is kRowDistance further
+  unsigned patch, thread;  // of the first four sums
+  unsigned half;           // transposed: which two of each four
+  int row, column;         // in the strip; the other row is kRowDistance further
 
   __device__ __forceinline__ explicit SumPiece(unsigned number) {
-    patch = number / (SumPatch::kQuads * 32);
     if constexpr (kTransposed) {  // a patch's rows are columns: 8 threads that are 4 apart hold 8 of them, of two rows
+      static_assert(kHeadDim == 64);
       const unsigned chunk = number % 8, row_pair = number / 8 % 4;
-      quad = number / 32 % 8;
+      patch = number / 32 % 8;
       thread = 32 * (chunk / 2) + row_pair;
       half = chunk % 2;
-      row = 8 * quad + 2 * row_pair;
-      column = 64 * patch + 8 * chunk;
+      row = 8 * patch + 2 * row_pair;
+      column = 8 * chunk;
     } else {  // four neighbouring threads hold 8 columns of two rows
-      const unsigned group = number / SumPatch::kQuads % 32;
-      quad = number % SumPatch::kQuads;
+      constexpr int kPatches = slab_columns(kHeadDim) / 8;
+      const unsigned group = number / kPatches % 32;
+      patch = number / (kPatches * 32) * kPatches + number % kPatches;
       thread = 4 * group;
       half = 0;
       row = group / 8 * 16 + group % 8;
-      column = 64 * patch + 8 * quad;
+      column = 8 * patch;
     }
   }
 
   // The i-th two columns: (row, column), (row, column + 1), and those of the other row.
   __device__ __forceinline__ float4 load(const SumPatch* patches, int i) const {
-    const float4(&sums)[128] = patches[patch].quad[quad];
+    const float4(&sums)[128] = patches[patch].quad;
     if constexpr (kTransposed) {
       const auto pair = [&](int j) { return reinterpret_cast<const float2*>(&sums[thread + 4 * j])[half]; };
       const float2 a = pair(2 * i), b = pair(2 * i + 1);
@@ -179,10 +185,11 @@ struct SumPiece {
 template <class T, int kHeadDim, int kBlockRows, bool kTransposed>
 __device__ __forceinline__ void convert_strip(const ConvertPart& part, int number, const Sequences& sequences,
                                               int heads, int head_dim) {
-  using Piece = SumPiece<kTransposed>;
-  constexpr int kPatches = kHeadDim / 64;
-  constexpr int kPieces = kPatches * SumPatch::kQuads * 32 / kRowThreads;  // of a thread
-  constexpr int kStrips = kBlockRows / kStripRows;                         // of a block
+  using Piece = SumPiece<kHeadDim, kTransposed>;
+  constexpr int kThreads = convert_threads(kHeadDim), kPatches = kHeadDim / 8;
+  constexpr int kPieces = Piece::kCount / kThreads;  // of a thread
+  constexpr int kStrips = kBlockRows / kStripRows;   // of a block
+  static_assert(Piece::kCount % kThreads == 0);
   const Sums& from = part.from;
   const int strip = part.strips - 1 - number;
   const Block block = sequences.locate(from.first_block + strip / kStrips, heads, kBlockRows);
@@ -190,7 +197,7 @@ __device__ __forceinline__ void convert_strip(const ConvertPart& part, int numbe
   const int first_row = block.index * kBlockRows + strip % kStrips * kStripRows;
   const int rows = sequences.stored_rows(block.sequence) - first_row;
   const SumPatch* patches = from.patches + int64_t{strip} * kPatches;
-  const auto own = [](int piece) { return Piece(piece * kRowThreads + threadIdx.x); };
+  const auto own = [](int piece) { return Piece(piece * kThreads + threadIdx.x); };
 
   cudaGridDependencySynchronize();  // what is above goes beside the end of the products
 
@@ -225,11 +232,11 @@ __device__ __forceinline__ void convert_strip(const ConvertPart& part, int numbe
 }
 
 // How many thread blocks of a multiprocessor have registers for all their loads, and spill none.
-constexpr int convert_blocks(int elements) { return elements > 8192 ? 2 : elements > 4096 ? 3 : 4; }
+constexpr int convert_blocks(int head_dim) { return head_dim > 128 ? 2 : head_dim > 96 ? 3 : 4; }
 
 // All gradients that have sums, in one launch: in a short call, launches take longer than the work.
 template <class Config>
-__global__ void __launch_bounds__(kRowThreads, convert_blocks(kStripRows* Config::kHeadDim))
+__global__ void __launch_bounds__(convert_threads(Config::kHeadDim), convert_blocks(Config::kHeadDim))
     convert_kernel(const __grid_constant__ ConvertArguments args) {
   using T = typename Config::T;
   int number = static_cast<int>(blockIdx.x);
@@ -368,7 +375,7 @@ void convert_all(const BackwardParams& params, cudaStream_t stream) {
   int strips = args.dq.strips;
   for (const ConvertPart& dkv : args.dkv) strips += dkv.strips;
   if (strips > 0) {
-    launch_overlapped(convert_kernel<Config>, strips, kRowThreads, 0, stream, args,
+    launch_overlapped(convert_kernel<Config>, strips, convert_threads(Config::kHeadDim), 0, stream, args,
                       "launching the kernel after the backward's");
   }
   if (params.dq.data != nullptr && queries.left_out > 0) {

@@ -177,13 +177,14 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Wide
 // by TMA, which clips the keys past the end, or, where other items share the KV head, as float32 sums.
 template <class Config>
 __device__ __forceinline__ void store_keys(const BackwardArguments<Config>& args, const Item& item,
-                                           typename WideSmem<Config>::HalfTile (&out)[2], const float (&dk)[64],
-                                           const float (&dv)[64], int rank, int half) {
+                                           typename WideSmem<Config>::HalfTile (&out)[2],
+                                           const float (&dk)[Config::kHeadDim / 4],
+                                           const float (&dv)[Config::kHeadDim / 4], int rank, int half) {
   using T = typename Config::T;
   constexpr int kOwnColumns = WideSmem<Config>::kOwnColumns;
   if (!item.complete) {
     const KvSums& sums = item.coarse ? args.coarse_sums : args.fine_sums;
-    const int first_patch = half * (Config::kHeadDim / 64) + rank * (kOwnColumns / 64);
+    const int first_patch = half * (Config::kHeadDim / 8) + rank * (kOwnColumns / 8);
     if (args.needs_dv) write_sums<Config>(dv, sums.dv, item, first_patch);
     if (args.needs_dk) write_sums<Config>(dk, sums.dk, item, first_patch);
     return;
@@ -374,16 +375,19 @@ __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& a
   using Smem = WideSmem<Config>;
   using HalfTile = typename Smem::HalfTile;
   using DsTile = typename Smem::DsTile;
-  constexpr int kOwnColumns = Smem::kOwnColumns, kSlabs = kOwnColumns / 64, kQPatches = Workspace<Config>::kQPatches;
+  constexpr int kOwnColumns = Smem::kOwnColumns, kQPatches = Workspace<Config>::kQPatches;
+  constexpr int kParts = kOwnColumns % 64 == 0 ? kOwnColumns / 64 : 1;
+  constexpr int kPartColumns = kOwnColumns / kParts;  // of dQ, one part after the other
+  static_assert(kParts <= 2 && (kParts == 1 || HalfTile::kSlabColumns == kPartColumns));
   const Item& item = smem.item;
   const Peer peer(&smem, rank);
   const KMajor<DsTile> peer_p(smem.peer_p[0], kBitsInCluster), peer_ds(smem.peer_ds[0], kBitsInCluster);
   const MnMajor<DsTile> ds_rows(smem.ds[0], 0, kBitsInCluster), peer_ds_rows(smem.peer_ds[0], 0, kBitsInCluster);
   const MnMajor<HalfTile> q(smem.q[0], 0, kBitsInCluster), dout(smem.dout[0], 0, kBitsInCluster);
-  const MnMajor<HalfTile> k[kSlabs] = {MnMajor<HalfTile>(smem.k[0], 0, kBitsInCluster),
-                                       MnMajor<HalfTile>(smem.k[0], 1, kBitsInCluster)};
-  const MnMajor<HalfTile> peer_k[kSlabs] = {MnMajor<HalfTile>(smem.peer_k, 0, kBitsInCluster),
-                                            MnMajor<HalfTile>(smem.peer_k, 1, kBitsInCluster)};
+  const MnMajor<HalfTile> k[2] = {MnMajor<HalfTile>(smem.k[0], 0, kBitsInCluster),
+                                  MnMajor<HalfTile>(smem.k[0], 1, kBitsInCluster)};
+  const MnMajor<HalfTile> peer_k[2] = {MnMajor<HalfTile>(smem.peer_k, 0, kBitsInCluster),
+                                       MnMajor<HalfTile>(smem.peer_k, 1, kBitsInCluster)};
   const bool leads = threadIdx.x % 32 == 0;
   float dk[kOwnColumns / 2], dv[kOwnColumns / 2];
 
@@ -401,7 +405,7 @@ __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& a
   const bool needs_dq = args.dq_sums != nullptr;
   const bool in_turn = args.turns != nullptr;
   TurnRing::Position turn_at;
-  SumPatch* const first_sums = args.dq_sums + int64_t{item.first_q_block} * kQPatches + rank * kSlabs;
+  SumPatch* const first_sums = args.dq_sums + int64_t{item.first_q_block} * kQPatches + rank * (kOwnColumns / 8);
   const int64_t head_patches = int64_t{item.head_blocks} * kQPatches;
   bool accumulate = false;
   wait_phase(&smem.k_full, 0);
@@ -417,38 +421,42 @@ __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& a
     product_ss(dk, peer_ds.at(at.stage), q.at(at.stage), accumulate);
     accumulate = true;
 
-    float dq[kSlabs][32];
-    static_assert(kSlabs == 2);
+    float dq[kParts][kPartColumns / 2];
     product_ss(dq[0], peer_ds_rows.at(at.stage), peer_k[0]);
     wait_phase(&smem.ds_full[at.stage], at.phase);
     product_ss(dq[0], ds_rows.at(at.stage), k[0], true);
-    product_ss(dq[1], peer_ds_rows.at(at.stage), peer_k[1]);
-    product_ss(dq[1], ds_rows.at(at.stage), k[1], true);
-    ptx::wgmma_wait_group<5>(dv);
+    if constexpr (kParts == 2) {
+      product_ss(dq[1], peer_ds_rows.at(at.stage), peer_k[1]);
+      product_ss(dq[1], ds_rows.at(at.stage), k[1], true);
+    }
+    constexpr int kDqGroups = 2 * kParts;
+    ptx::wgmma_wait_group<kDqGroups + 1>(dv);
     smem.dout_ring.release(at);
-    ptx::wgmma_wait_group<4>(dk);
+    ptx::wgmma_wait_group<kDqGroups>(dk);
     smem.q_ring.release(at);
 
     SumPatch* const sums = first_sums + walk.head * head_patches + walk.block * kQPatches;
-    const auto add = [&](int slab) {
+    const auto add = [&](int part) {
       if (!needs_dq) return;
-      float4* to = &sums[slab].quad[0][threadIdx.x % 128];
 #pragma unroll
-      for (int i = 0; i < SumPatch::kQuads; ++i) {
-        ptx::red_add_v4(reinterpret_cast<float*>(to + 128 * i), dq[slab][4 * i], dq[slab][4 * i + 1],
-                        dq[slab][4 * i + 2], dq[slab][4 * i + 3]);
+      for (int i = 0; i < kPartColumns / 8; ++i) {
+        const float* x = dq[part] + 4 * i;
+        ptx::red_add_v4(&sums[part * (kPartColumns / 8) + i].quad[threadIdx.x % 128].x, x[0], x[1], x[2], x[3]);
       }
     };
-    ptx::wgmma_wait_group<2>(dq[0]);
-    if (in_turn) smem.turns.wait(turn_at);
-    add(0);
-    ptx::wgmma_wait_group<0>(dq[1]);
+    if constexpr (kParts == 2) {
+      ptx::wgmma_wait_group<2>(dq[0]);
+      if (in_turn) smem.turns.wait(turn_at);
+      add(0);
+    }
+    ptx::wgmma_wait_group<0>(dq[kParts - 1]);
     if (leads) {
       cuda::ptx::mbarrier_arrive(&smem.ds_empty[at.stage]);
       ptx::mbarrier_arrive_remote(peer(smem_address(&smem.ds_empty[at.stage])));
     }
     __syncwarp();
-    add(1);
+    if (kParts == 1 && in_turn) smem.turns.wait(turn_at);
+    add(kParts - 1);
     if (in_turn) {
       smem.turns.finish(turn_at);
       turn_at.next();

@@ -124,7 +124,8 @@ def products(kernel):
     in_registers = head_dim == 64  # K and V: kv_in_registers of csrc/limits.h
     scores = {(plan["block_q"], "rs" if in_registers else "ss"): head_dim // 16}
     keys = {(columns(kernel), "rs_mn"): plan["block_q"] // 16}
-    queries = {(64, "rs_mn" if in_registers else "ss_mn"): columns(kernel) // 64 * plan["block_kv"] // 16}
+    part = 64 if columns(kernel) % 64 == 0 else columns(kernel)  # of dQ's columns, one after the other
+    queries = {(part, "rs_mn" if in_registers else "ss_mn"): columns(kernel) // part * plan["block_kv"] // 16}
     peer_keys = {(columns(kernel), "ss_b_mn"): plan["block_q"] // 16}
     dkv, dq = gradients != "dq", gradients != "dkv"
     return (
@@ -193,7 +194,7 @@ def scores_again(kernel):
     """
     direction, index, dtype, softcap, _ = kernel
     row = TABLE[index]
-    keeps_offset = direction == "forward" and row["head_dim"] == 128 and dtype == "bf16" and not softcap
+    keeps_offset = direction == "forward" and row["head_dim"] in (96, 128) and dtype == "bf16" and not softcap
     return ["HMMA.16816.F32.BF16"] * (2 * row["forward"]["block_kv"] // 16) if keeps_offset else []
 
 

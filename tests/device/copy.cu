@@ -51,7 +51,8 @@ __global__ void round_trip(const __grid_constant__ CUtensorMap from, const __gri
 #pragma unroll
       for (int i = 0; i < kColumns / 2; ++i) {
         const int r = own_row() + 8 * fragment_row(i), c = own_column() + fragment_column(i);
-        const uint32_t address = smem.in[at.stage].chunk_address(c / 64, r, c % 64 / 8) + c % 8 * 2;
+        const int slab = c / Tile::kSlabColumns, chunk = c % Tile::kSlabColumns / 8;
+        const uint32_t address = smem.in[at.stage].chunk_address(slab, r, chunk) + c % 8 * 2;
         x[i] = static_cast<float>(*reinterpret_cast<const T*>(__cvta_shared_to_generic(address)));
         raw[((blockIdx.x * tiles + tile) * kTileRows + r) * kColumns + c] = x[i];
       }
@@ -131,6 +132,7 @@ static void check_columns(int head_dim) {
 int main() {
   test::require_hopper();
   for (int head_dim : {8, 24, 40, 56, 64}) check_columns<64>(head_dim);
+  for (int head_dim : {8, 32, 40, 64, 72, 80, 96}) check_columns<96>(head_dim);  // slabs of 32 columns
   for (int head_dim : {8, 24, 64, 72, 80, 96, 120, 128}) check_columns<128>(head_dim);
   return test::finish("copy");
 }

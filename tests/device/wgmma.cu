@@ -12,13 +12,17 @@ using namespace flash_attn_ext;
 using test::DeviceArray;
 using test::launch;
 
-constexpr int kRows = 64, kDepth = 128;  // two slabs, so that a step from one to the next is tested
+constexpr int kRows = 64;
+// Two slabs of 64 columns, or three of 32, so that a step from one to the next is tested.
+constexpr int kDepth = 128, kNarrowDepth = 96;
 
 template <class Tile, class T>
 __device__ void fill(Tile& tile, const T* source) {
   for (int i = threadIdx.x; i < Tile::kRows * Tile::kColumns; i += blockDim.x) {
     const int row = i / Tile::kColumns, column = i % Tile::kColumns;
-    const uint32_t address = tile.chunk_address(column / 64, row, column % 64 / 8) + column % 8 * 2;
+    constexpr int kSlabColumns = Tile::kSlabColumns;
+    const int chunk = column % kSlabColumns / 8;
+    const uint32_t address = tile.chunk_address(column / kSlabColumns, row, chunk) + column % 8 * 2;
     *reinterpret_cast<T*>(__cvta_shared_to_generic(address)) = source[i];
   }
 }
@@ -46,17 +50,17 @@ __device__ void set(float (&acc)[kRegisters], float value) {
   for (int i = 0; i < kRegisters; ++i) acc[i] = value;
 }
 
-template <class T, int N>
+template <class T, int N, int kDepth>
 struct SsSmem {
   SmemTile<T, kRows, kDepth> a;
   SmemTile<T, N, kDepth> b[2];
 };
 
-// d = a b^T, a (64 x 128) and b (N x 128), the second of two tiles, both K-major in shared memory.
-template <class T, int N>
+// d = a b^T, a (64 x kDepth) and b (N x kDepth), the second of two tiles, both K-major in shared memory.
+template <class T, int N, int kDepth>
 __global__ void multiply_ss(const T* a, const T* b, float* d) {
   extern __shared__ __align__(1024) unsigned char dynamic_smem[];
-  auto& smem = *reinterpret_cast<SsSmem<T, N>*>(dynamic_smem);
+  auto& smem = *reinterpret_cast<SsSmem<T, N, kDepth>*>(dynamic_smem);
   fill(smem.a, a);
   fill(smem.b[1], b);
   end_fill();
@@ -68,10 +72,10 @@ __global__ void multiply_ss(const T* a, const T* b, float* d) {
 }
 
 // The same with a from registers.
-template <class T, int N>
+template <class T, int N, int kDepth>
 __global__ void multiply_rs(const T* a, const T* b, float* d) {
   extern __shared__ __align__(1024) unsigned char dynamic_smem[];
-  auto& smem = *reinterpret_cast<SsSmem<T, N>*>(dynamic_smem);
+  auto& smem = *reinterpret_cast<SsSmem<T, N, kDepth>*>(dynamic_smem);
   fill(smem.a, a);
   fill(smem.b[1], b);
   end_fill();
@@ -130,40 +134,42 @@ __cluster_dims__(2, 1, 1) __global__ void multiply_ss_b_mn(const T* a, const T* 
 }
 
 // Two tiles of 64 rows each: the products over their rows add up, as dQ's do over the keys of two consumers.
-template <class T>
+template <class T, int kBColumns>
 struct TransposedSmem {
-  SmemTile<T, kDepth / 2, 2 * kSlabColumns> a[2], b[2];
-  SmemTile<T, kDepth / 2, kSlabColumns> a_slab[2];
+  SmemTile<T, kDepth / 2, 128> a[2];
+  SmemTile<T, kDepth / 2, kBColumns> b[2];
+  SmemTile<T, kDepth / 2, 64> a_slab[2];
 };
 
-// d = a^T b of the second slabs of a and b (128 x 128), b MN-major in shared memory, a likewise or from registers.
-template <class T, bool kFromRegisters>
+// d = a^T b, b MN-major in shared memory, a likewise or from registers. Of a (128 x 128) it takes the second slab, and
+// of b (128 x kBColumns) as well where N are fewer columns.
+template <class T, int N, int kBColumns, bool kFromRegisters>
 __global__ void multiply_transposed(const T* a, const T* b, float* d) {
   extern __shared__ __align__(1024) unsigned char dynamic_smem[];
-  auto& smem = *reinterpret_cast<TransposedSmem<T>*>(dynamic_smem);
-  constexpr int kTile = kDepth / 2 * 2 * kSlabColumns;
+  auto& smem = *reinterpret_cast<TransposedSmem<T, kBColumns>*>(dynamic_smem);
   for (int i = 0; i < 2; ++i) {
-    fill(smem.a[i], a + i * kTile);
-    fill(smem.b[i], b + i * kTile);
+    fill(smem.a[i], a + i * kDepth / 2 * 128);
+    fill(smem.b[i], b + i * kDepth / 2 * kBColumns);
   }
   end_fill();
-  for (int i = threadIdx.x; i < kDepth * kSlabColumns / 2; i += blockDim.x) {
+  for (int i = threadIdx.x; i < kDepth * 64 / 2; i += blockDim.x) {
     for (int half = 0; half < 2; ++half) smem.a_slab[half].data[i] = smem.a[half].slab(1)[i];
   }
   __syncthreads();
-  float acc[kSlabColumns / 2];
+  float acc[N / 2];
   set(acc, 1000.f);  // the first product must ignore it
+  constexpr int kSlab = N < kBColumns ? 1 : 0;
   for (int i = 0; i < 2; ++i) {
     if constexpr (kFromRegisters) {
       uint32_t operand[kDepth / 32][4];
       load_operand_transposed(operand, smem.a_slab[i]);
-      product_rs(acc, operand, MnMajor(smem.b[i], 1), i > 0);
+      product_rs(acc, operand, MnMajor(smem.b[i], kSlab), i > 0);
     } else {
-      product_ss(acc, MnMajor(smem.a[i], 1), MnMajor(smem.b[i], 1), i > 0);
+      product_ss(acc, MnMajor(smem.a[i], 1), MnMajor(smem.b[i], kSlab), i > 0);
     }
     ptx::wgmma_wait_group<0>(acc);
   }
-  store<kSlabColumns>(acc, d);
+  store<N>(acc, d);
 }
 
 template <class T>
@@ -176,7 +182,7 @@ std::vector<T> small_integers(int count, int seed) {
 
 enum class Form { kSs, kRs, kRsMn, kSsBMn };
 
-template <class T, int N, Form kForm>
+template <class T, int N, Form kForm, int kDepth = ::kDepth>
 void check_product(const std::string& name) {
   constexpr bool kMn = kForm == Form::kRsMn || kForm == Form::kSsBMn;
   constexpr int kBlocks = kForm == Form::kSsBMn ? 2 : 1;
@@ -187,8 +193,8 @@ void check_product(const std::string& name) {
     launch(kernel, kBlocks, 128, static_cast<int>(bytes), (const T*)a_device.data, (const T*)b_device.data,
            d_device.data);
   };
-  if constexpr (kForm == Form::kSs) run(multiply_ss<T, N>, sizeof(SsSmem<T, N>));
-  if constexpr (kForm == Form::kRs) run(multiply_rs<T, N>, sizeof(SsSmem<T, N>));
+  if constexpr (kForm == Form::kSs) run(multiply_ss<T, N, kDepth>, sizeof(SsSmem<T, N, kDepth>));
+  if constexpr (kForm == Form::kRs) run(multiply_rs<T, N, kDepth>, sizeof(SsSmem<T, N, kDepth>));
   if constexpr (kForm == Form::kRsMn) run(multiply_rs_mn<T, N>, sizeof(RsSmem<T, N>));
   if constexpr (kForm == Form::kSsBMn) run(multiply_ss_b_mn<T, N>, sizeof(SsBMnSmem<T, N>));
   const std::vector<float> d = d_device.host();
@@ -207,23 +213,23 @@ void check_product(const std::string& name) {
   }
 }
 
-template <class T, bool kFromRegisters>
+template <class T, int N, int kBColumns, bool kFromRegisters>
 void check_transposed_product(const std::string& name) {
-  constexpr int kColumns = 2 * kSlabColumns, N = kSlabColumns;
-  const auto a = small_integers<T>(kDepth * kColumns, 1), b = small_integers<T>(kDepth * kColumns, 2);
+  const auto a = small_integers<T>(kDepth * 128, 1), b = small_integers<T>(kDepth * kBColumns, 2);
   DeviceArray<T> a_device(a), b_device(b);
   DeviceArray<float> d_device(kRows * N);
-  launch(multiply_transposed<T, kFromRegisters>, 1, 128, static_cast<int>(sizeof(TransposedSmem<T>)),
-         (const T*)a_device.data, (const T*)b_device.data, d_device.data);
+  launch(multiply_transposed<T, N, kBColumns, kFromRegisters>, 1, 128,
+         static_cast<int>(sizeof(TransposedSmem<T, kBColumns>)), (const T*)a_device.data, (const T*)b_device.data,
+         d_device.data);
   const std::vector<float> d = d_device.host();
   for (int row = 0; row < kRows; ++row) {
     for (int column = 0; column < N; ++column) {
       float expected = 0.f;
       for (int k = 0; k < kDepth; ++k) {
-        expected += float(a[k * kColumns + kSlabColumns + row]) * float(b[k * kColumns + kSlabColumns + column]);
+        expected += float(a[k * 128 + 64 + row]) * float(b[(k + 1) * kBColumns - N + column]);
       }
-      test::check(d[row * N + column] == expected,
-                  name + " row " + std::to_string(row) + " column " + std::to_string(column));
+      test::check(d[row * N + column] == expected, name + " N " + std::to_string(N) + " row " + std::to_string(row) +
+                                                       " column " + std::to_string(column));
     }
   }
 }
@@ -232,14 +238,22 @@ template <class T>
 void check_type(const std::string& type) {
   check_product<T, 64, Form::kSs>(type + " ss");
   check_product<T, 80, Form::kSs>(type + " ss");
+  check_product<T, 112, Form::kSs>(type + " ss");
   check_product<T, 128, Form::kSs>(type + " ss");
+  check_product<T, 64, Form::kSs, kNarrowDepth>(type + " ss, slabs of 32 columns,");
+  check_product<T, 128, Form::kSs, kNarrowDepth>(type + " ss, slabs of 32 columns,");
   check_product<T, 64, Form::kRs>(type + " rs");
+  check_product<T, 64, Form::kRs, kNarrowDepth>(type + " rs, slabs of 32 columns,");
   check_product<T, 64, Form::kRsMn>(type + " rs_mn");
+  check_product<T, 96, Form::kRsMn>(type + " rs_mn");
   check_product<T, 128, Form::kRsMn>(type + " rs_mn");
+  check_product<T, 192, Form::kRsMn>(type + " rs_mn");
   check_product<T, 256, Form::kRsMn>(type + " rs_mn");
+  check_product<T, 96, Form::kSsBMn>(type + " ss_b_mn");
   check_product<T, 128, Form::kSsBMn>(type + " ss_b_mn");
-  check_transposed_product<T, false>(type + " ss_mn");
-  check_transposed_product<T, true>(type + " rs_mn of a transposed operand");
+  check_transposed_product<T, 64, 128, false>(type + " ss_mn");
+  check_transposed_product<T, 96, 96, false>(type + " ss_mn");
+  check_transposed_product<T, 64, 128, true>(type + " rs_mn of a transposed operand");
 }
 
 int main() {
