@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Speed of attention on one GPU beside its peers: the grid of the FlashAttention papers, shapes of models, packed
-sequences, sliding windows, deterministic gradients; and what options of a call cost.
+sequences, sliding windows, deterministic gradients, other head dims; and what options of a call cost.
 
     python benchmarks/attention.py --dry-run                      the cells, without a GPU
     python benchmarks/attention.py --name h200 --plots            the papers' grid, both passes, every peer
     python benchmarks/attention.py --name h200 --grid models      grouped-query shapes that people train; or packed, ...
-    python benchmarks/attention.py --pass backward --peers ours fa3 --head-dims 128 --seqlens 16384
+    python benchmarks/attention.py --pass backward --peers ours fa3 --head-dims 80 128 --seqlens 16384
     python benchmarks/attention.py --overhead --no-grid           CPU time of one call
 
 A GPU's clock moves with its temperature by up to 10 %, so a figure means little alone: in every cell the peers take
@@ -48,11 +48,11 @@ from tables import (
     summary,
 )
 
-from flash_attn_ext import supported  # `tables` put this checkout on the path
-from flash_attn_ext.cli.options import positive_int
+from flash_attn_ext.cli.options import positive_int  # `tables` put this checkout on the path
+from flash_attn_ext.limits import TABLE, has_pass
 
-HIDDEN_SIZE, TOKENS = 2048, 16384  # heads = HIDDEN_SIZE / head_dim, batch = TOKENS / seqlen
-HEAD_DIMS = supported()  # of each pass: those that ours has
+HIDDEN_SIZE, TOKENS = 2048, 16384  # batch = TOKENS / seqlen
+HEAD_DIMS = {name: [row["head_dim"] for row in TABLE if row[name]] for name in ("forward", "backward")}  # of a grid
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 TOKENS_8K = ((1, 8192), (2, 4096), (4, 2048))
 # Shapes that people train, all causal: (heads, KV heads, head dim) -> (batch, seqlen) of each cell.
@@ -82,6 +82,10 @@ PACKINGS = {
     "24 of 64 to 8192": log_uniform(24, 64, 8192, seed=8),
     "1024 of about 64": log_uniform(1024, 48, 83, seed=0),
 }
+# On the grid of other head dims: of language models; and of vision towers, over packed images without a mask.
+LANGUAGE_DIMS, VISION_DIMS, VISION_HEADS = (96, 192), (72, 80), 16
+IMAGES = {"16 of 1024": (1024,) * 16, "4 of 4096": (4096,) * 4}
+LENGTHS = PACKINGS | IMAGES
 WINDOWS = (None, 4096, 1024)
 # Of each grid but the papers', all causal: heads, KV heads, head dim, batch, seqlen, and what else a cell has.
 LISTS = {
@@ -127,17 +131,17 @@ class Cell:
     kv_heads: int
     dtype: str
     window: int | None = None  # so many keys, the query's own the last of them
-    packing: str | None = None  # a key of PACKINGS
+    packing: str | None = None  # a key of LENGTHS
 
     @property
     def pairs(self) -> float:
         """Of a query and a key that it sees, in one head.
 
-        A causal mask leaves half of them: that is how the papers count. With windows and packed sequences they are
-        counted one by one.
+        A causal mask leaves half of them: that is how the papers count. With windows and in packed causal sequences
+        they are counted one by one.
         """
         if self.packing:
-            return float(sum(map(visible_pairs, PACKINGS[self.packing])))
+            return float(sum(visible_pairs(n) if self.causal else n * n for n in LENGTHS[self.packing]))
         if self.window:
             return float(self.batch * visible_pairs(self.seqlen_q, self.window))
         return self.batch * self.seqlen_q * self.seqlen_k / (2 if self.causal else 1)
@@ -149,7 +153,9 @@ class Cell:
         return forward * {"forward": 1, "backward": 2.5}[self.pass_name]
 
     def pattern(self) -> Pattern:
-        return Pattern.packed(PACKINGS[self.packing]) if self.packing else Pattern(self.causal, self.window)
+        if self.packing:
+            return Pattern.packed(LENGTHS[self.packing], causal=self.causal)
+        return Pattern(self.causal, self.window)
 
     def inputs(self) -> list[torch.Tensor]:
         """q, k, v and dout as (batch, seqlen, heads, head_dim), packed (total, heads, head_dim).
@@ -158,7 +164,7 @@ class Cell:
         """
         rows_q, rows_k = (self.batch, self.seqlen_q), (self.batch, self.seqlen_k)
         if self.packing:
-            rows_q = rows_k = (sum(PACKINGS[self.packing]),)
+            rows_q = rows_k = (sum(LENGTHS[self.packing]),)
         size_q = (*rows_q, self.heads, self.head_dim)
         size_kv = (*rows_k, self.kv_heads, self.head_dim)
         sizes = (size_q, size_kv, size_kv, size_q)
@@ -182,10 +188,12 @@ def paper_grid(
     seqlens: Iterable[int] | None = None,
     masks: Iterable[str] = tuple(MASKS),
 ) -> list[Cell]:
-    """One pass on the papers' grid. Any head dim and sequence length will do: the rest of a shape follows from them."""
+    """One pass on the papers' grid. Any head dim and sequence length will do: the rest of a shape follows from them.
+    Heads are whole, and so the hidden size is about the papers' where the head dim does not divide it."""
     return [
-        Cell(pass_name, dim, MASKS[mask], max(1, TOKENS // s), s, s, HIDDEN_SIZE // dim, HIDDEN_SIZE // dim, dtype)
+        Cell(pass_name, dim, MASKS[mask], max(1, TOKENS // s), s, s, heads, heads, dtype)
         for dim in head_dims or HEAD_DIMS[pass_name]
+        for heads in [max(1, round(HIDDEN_SIZE / dim))]
         for mask in masks
         for s in seqlens or SEQLENS
     ]
@@ -203,7 +211,7 @@ def listed_grid(
     return [
         Cell(pass_name, dim, True, batch, s, s, heads, kv_heads, dtype, **more)
         for heads, kv_heads, dim, batch, s, more in LISTS[grid]
-        if dim in HEAD_DIMS[pass_name] and dim in (head_dims or [dim]) and s in (seqlens or [s]) and "causal" in masks
+        if has_pass(pass_name, dim) and dim in (head_dims or [dim]) and s in (seqlens or [s]) and "causal" in masks
     ]
 
 
@@ -218,8 +226,32 @@ def deterministic_grid(
     return paper_grid(pass_name, dtype, head_dims, seqlens or (4096, 8192, 16384), masks) * (pass_name == "backward")
 
 
+def dims_grid(
+    pass_name: str,
+    dtype: str,
+    head_dims: Iterable[int] | None = None,
+    seqlens: Iterable[int] | None = None,
+    masks: Iterable[str] = tuple(MASKS),
+) -> list[Cell]:
+    """Those cells of one pass at other head dims that have such a head dim, sequence length and mask: the papers'
+    shapes, and 16384 tokens of packed images."""
+    cells = paper_grid(pass_name, dtype, LANGUAGE_DIMS)
+    for dim in VISION_DIMS:
+        for name, (length, *others) in IMAGES.items():
+            sizes = 1 + len(others), length, length, VISION_HEADS, VISION_HEADS
+            cells.append(Cell(pass_name, dim, False, *sizes, dtype, packing=name))
+    return [
+        cell
+        for cell in cells
+        if has_pass(pass_name, cell.head_dim)
+        and cell.head_dim in (head_dims or [cell.head_dim])
+        and cell.seqlen_q in (seqlens or [cell.seqlen_q])
+        and MASK_NAMES[cell.causal] in masks
+    ]
+
+
 GRIDS = {"paper": paper_grid} | {grid: partial(listed_grid, grid) for grid in LISTS}
-GRIDS["deterministic"] = deterministic_grid
+GRIDS |= {"deterministic": deterministic_grid, "dims": dims_grid}
 assert list(GRIDS) == list(GRID_NAMES)
 
 
@@ -436,18 +468,20 @@ def parse_args() -> argparse.Namespace:
         choices=list(GRIDS),
         default="paper",
         help="paper (default); models: shapes that people train; packed: packed sequences; windows: sliding windows; "
-        "options: what sinks and a loss that uses lse cost; deterministic: gradients that are the same in every run. "
-        "On the first and the last the next three may name other head dims and lengths; elsewhere they only select "
-        "cells",
+        "options: what sinks and a loss that uses lse cost; deterministic: gradients that are the same in every run; "
+        "dims: head dims between those of paper. On paper and deterministic the next three may name other head dims "
+        "and lengths, with round(2048 / D) heads; elsewhere they only select cells",
     )
-    option("--head-dims", nargs="+", type=positive_int, metavar="D", help="default: those that ours has in the pass")
+    option(
+        "--head-dims", nargs="+", type=positive_int, metavar="D", help="default: the largest of each row that has it"
+    )
     option("--seqlens", nargs="+", type=positive_int, metavar="S", help="default: all of the grid")
     option(
         "--masks",
         nargs="+",
         choices=list(MASKS),
         default=list(MASKS),
-        help="default: both; all but paper and deterministic have causal only",
+        help="default: both; models, packed, windows and options have causal only",
     )
     option(
         "--peers",

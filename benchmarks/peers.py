@@ -30,12 +30,19 @@ class Pattern:
     window: int | None = None  # so many keys, the query's own the last of them: causal patterns only
     cu_seqlens: torch.Tensor | None = None  # (sequences + 1,), int32: q, k and v are packed
     max_seqlen: int | None = None
+    is_even: bool = False  # all packed sequences are of one length
 
     @classmethod
-    def packed(cls, lengths: Sequence[int], window: int | None = None, device: torch.device | str = "cuda") -> Pattern:
-        """Causal sequences of these lengths."""
+    def packed(
+        cls,
+        lengths: Sequence[int],
+        window: int | None = None,
+        device: torch.device | str = "cuda",
+        causal: bool = True,
+    ) -> Pattern:
+        """Sequences of these lengths."""
         cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-        return cls(True, window, cu_seqlens, max(lengths))
+        return cls(causal, window, cu_seqlens, max(lengths), len(set(lengths)) == 1)
 
     @property
     def window_size(self) -> tuple[int, int]:
@@ -135,11 +142,16 @@ def bind_fa3_backward(q, k, v, dout, pattern: Pattern, **asked) -> Call:
 
 
 def attend_torch(backend: SDPBackend, pattern: Pattern, q, k, v) -> tuple[torch.Tensor]:
-    """torch's attention, whose order is (batch, heads, seqlen, head_dim): it gets transposed views."""
+    """torch's attention, whose order is (batch, heads, seqlen, head_dim): it gets transposed views. Packed sequences of
+    one length are the same work as a dense batch of them."""
     if pattern.cu_seqlens is not None or pattern.window is not None:
-        if backend != SDPBackend.FLASH_ATTENTION:
+        if backend == SDPBackend.FLASH_ATTENTION:
+            return (attend_varlen(pattern, q, k, v),)
+        if pattern.window is not None or not pattern.is_even:
             raise NotImplementedError("scaled_dot_product_attention has neither windows nor packed sequences")
-        return (attend_varlen(pattern, q, k, v),)
+        dense = (x.unflatten(0, (-1, pattern.max_seqlen)) for x in (q, k, v))
+        (out,) = attend_torch(backend, Pattern(pattern.causal), *dense)
+        return (out.flatten(0, 1),)
     with sdpa_kernel(backend):
         grouped = q.shape[2] != k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -154,7 +166,7 @@ def attend_varlen(pattern: Pattern, q, k, v) -> torch.Tensor:
     if pattern.cu_seqlens is None:
         packed = Pattern.packed((q.shape[1],) * q.shape[0], pattern.window, q.device)
         return attend_varlen(packed, *(x.flatten(0, 1) for x in (q, k, v))).view_as(q)
-    window_size = (pattern.window_size[0], 0)  # it has no other word for causal
+    window_size = (pattern.window_size[0], 0 if pattern.causal else -1)  # it has no other word for causal
     cu_seqlens, longest = pattern.cu_seqlens, pattern.max_seqlen
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=window_size)
 

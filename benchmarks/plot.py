@@ -106,13 +106,16 @@ def draw_pass(results: dict, name: str) -> Figure:
     for row, causal in zip(axes, rows, strict=True):
         for axis, head_dim in zip(row, columns, strict=True):
             panel = [cell for cell in cells if (cell["causal"], cell["head_dim"]) == (causal, head_dim)]
+            if not panel:  # a head dim with one mask alone
+                axis.set_axis_off()
+                continue
             panel.sort(key=lambda cell: cell["seqlen_q"])
             labels = [seqlen_label(cell["seqlen_q"]) for cell in panel]
             draw_panel(axis, [cell["tflops"] for cell in panel], labels, peers, results["ceiling_tflops"])
             axis.set_title(f"head dim {head_dim}, {MASK_NAMES[causal]}", fontsize=10, loc="left")
-        row[0].set_ylabel("TFLOP/s")
-    for axis in axes[-1]:
-        axis.set_xlabel("sequence length")
+        next(axis for axis in row if axis.axison).set_ylabel("TFLOP/s")
+    for column in axes.T:
+        [axis for axis in column if axis.axison][-1].set_xlabel("sequence length")
     finish(figure, f"Attention {name}" + ("" if grid == "paper" else f", {GRID_NAMES[grid]}"), peers, results)
     return figure
 

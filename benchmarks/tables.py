@@ -28,8 +28,10 @@ GRID_NAMES = {
     "windows": "sliding windows",
     "options": "options of a call",
     "deterministic": "deterministic gradients",
+    "dims": "other head dims",
 }
-PAPER_GRIDS = ("paper", "deterministic")  # as many KV heads as heads: a row per head dim and mask, a column per length
+# As many KV heads as heads: a row per head dim and mask, a column per length.
+PAPER_GRIDS = ("paper", "deterministic", "dims")
 DTYPES = ("bf16", "fp16")
 TRAIN_STEP = RESULTS / "h200-train-step.json"
 PEER_NAMES = {
@@ -88,11 +90,14 @@ def ratio(cell: dict, peer: str = "fa3", ours: str = "ours") -> float | None:
 
 
 def grid_peers(grid: str) -> list[str]:
-    """The peers that are measured on a grid: cuDNN has, through torch, neither windows nor packed sequences."""
+    """The peers that are measured on a grid: cuDNN has, through torch, neither windows nor packed sequences but of one
+    length."""
     if grid == "options":
         return ["plain", *OPTIONS]
     if grid == "deterministic":
         return ["ours", "ours_deterministic", "fa3", "fa3_deterministic"]
+    if grid == "dims":
+        return ["ours", "fa3", "cudnn"]
     return ["ours", "fa3", *(["cudnn"] if grid in ("paper", "models") else []), "fa2"]
 
 
@@ -125,7 +130,7 @@ def grid_of(results: dict) -> str:
 
 def describe(cell: dict) -> str:
     """A cell's place on its grid: the papers' batch and heads follow from the rest, and all models are causal."""
-    if is_grouped(cell):
+    if is_grouped(cell) or "packing" in cell:
         return shape(cell)
     return f"head dim {cell['head_dim']} {MASK_NAMES[cell['causal']]} {cell['seqlen_q']}"
 
@@ -377,22 +382,22 @@ def train_step_block() -> str:
 
 
 def support_block() -> str | None:
-    """Which head dims run and which train, from csrc/limits.h; None where setup.py never ran."""
+    """Which head dims run and which train, from csrc/limits.h, row by row; None where setup.py never ran."""
     from flash_attn_ext.limits import GPU_DTYPES, TABLE
 
     if not TABLE:
         return None
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in GPU_DTYPES)
-    lines = ["| head dim | forward | backward |", "|---|---|---|"]
+    lines = [f"| head dim, a multiple of {TABLE[0]['step']} | forward | backward |", "|---|---|---|"]
     for row in TABLE:
         forward, backward = (dtypes if row[name] else "–" for name in ("forward", "backward"))
-        lines.append(f"| {row['head_dim']} | {forward} | {backward} |")
+        lines.append(f"| {row['smallest']} to {row['head_dim']} | {forward} | {backward} |")
     return "\n".join(lines)
 
 
 def option_block() -> str | None:
     """The head dims at which the kernels have an option, from flash_attn_ext/limits.py."""
-    from flash_attn_ext.limits import OPTIONS, TABLE, has_option
+    from flash_attn_ext.limits import OPTIONS, TABLE, has_option, head_dims, stretches
 
     if not TABLE:
         return None
@@ -401,8 +406,8 @@ def option_block() -> str | None:
     for option in OPTIONS:
         cells = [names.get(option, f"`{option}`")]
         for which in ("forward", "backward"):
-            have = [str(row["head_dim"]) for row in TABLE if row[which] and has_option(option, which, row["head_dim"])]
-            cells.append(", ".join(have) or "–")
+            have = head_dims(row for row in TABLE if row[which] and has_option(option, which, row["head_dim"]))
+            cells.append(", ".join(f"{first} to {last}" for first, last in stretches(have)) or "–")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

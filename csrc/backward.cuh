@@ -28,7 +28,7 @@ struct BackwardConfig {
   using Capped = BackwardConfig<kRow, Type, true>;  // of the products; what comes before and after them is the same
   static constexpr bool kSoftcap = kCapped;
   static constexpr BackwardPlan kPlan = kLimits[kRow].backward;
-  static constexpr int kHeadDim = kLimits[kRow].head_dim;
+  static constexpr int kHeadDim = kLimits[kRow].head_dim;  // that of the tiles and of sums, filled up with zeros
   static constexpr int kBlockQ = kPlan.block_q;
   static constexpr int kBlockKv = kPlan.block_kv;
   static constexpr int kStages = kPlan.stages;

@@ -29,7 +29,7 @@ struct PrepareArguments {
   int *turns, *keeps_turns;
   int thread_blocks;  // of the products
   Sequences sequences;
-  int heads;
+  int heads, head_dim;
 };
 
 template <class Config>
@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kRowThreads) prepare_kernel(const __grid_const
     float delta = 0.f, dlse = 0.f, lse = -INFINITY;
     if (row < rows) {
       const auto load = [&](const Tensor& from) {
-        return *reinterpret_cast<const uint4*>(
-            element<const T>(from, place.batch, place.row + row, block.head, 8 * lane));
+        const T* at = element<const T>(from, place.batch, place.row + row, block.head, 8 * lane);
+        return 8 * lane < args.head_dim ? *reinterpret_cast<const uint4*>(at) : uint4{};
       };
       const uint4 a = load(args.dout), b = load(args.out);
 #pragma unroll
@@ -110,7 +110,7 @@ struct ConvertArguments {
   ConvertPart dq;
   ConvertPart dkv[4];  // dk and dv of coarse sums, and of fine ones
   Sequences queries, keys;
-  int heads, kv_heads;
+  int heads, kv_heads, head_dim;
 };
 
 // 8 columns of two rows of a strip. Pieces of neighbouring numbers have neighbouring columns, so that rows are written
@@ -154,9 +154,10 @@ struct SumPiece {
     }
   }
 
-  // Writes them, scaled, to a strip of `rows` rows. sum(i) are the i-th two columns.
+  // Writes them, scaled, to a strip of so many rows and columns. sum(i) are the i-th two columns.
   template <class T, class Sum>
-  __device__ __forceinline__ void write(T* strip, int64_t row_stride, int rows, const Sum& sum, float scale) const {
+  __device__ __forceinline__ void write(T* strip, int64_t row_stride, int rows, int columns, const Sum& sum,
+                                        float scale) const {
     uint32_t bits[2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -166,7 +167,7 @@ struct SumPiece {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (row + kRowDistance * r < rows) {
+      if (row + kRowDistance * r < rows && column < columns) {
         *reinterpret_cast<uint4*>(strip + (row + kRowDistance * r) * row_stride + column) =
             make_uint4(bits[r][0], bits[r][1], bits[r][2], bits[r][3]);
       }
@@ -177,7 +178,7 @@ struct SumPiece {
 // The part's last strip but `number`, as in own_block. Its blocks have kBlockRows rows.
 template <class T, int kHeadDim, int kBlockRows, bool kTransposed>
 __device__ __forceinline__ void convert_strip(const ConvertPart& part, int number, const Sequences& sequences,
-                                              int heads) {
+                                              int heads, int head_dim) {
   using Piece = SumPiece<kTransposed>;
   constexpr int kPatches = kHeadDim / 64;
   constexpr int kPieces = kPatches * SumPatch::kQuads * 32 / kRowThreads;  // of a thread
@@ -219,7 +220,7 @@ __device__ __forceinline__ void convert_strip(const ConvertPart& part, int numbe
   T* to = element<T>(part.to, place.batch, place.row + first_row, block.head, 0);
 #pragma unroll
   for (int piece = 0; piece < kPieces; ++piece) {
-    own(piece).write(to, part.to.strides.row, rows, [&](int i) { return sums[piece][i]; }, part.scale);
+    own(piece).write(to, part.to.strides.row, rows, head_dim, [&](int i) { return sums[piece][i]; }, part.scale);
   }
 }
 
@@ -234,13 +235,13 @@ __global__ void __launch_bounds__(kRowThreads, convert_blocks(kStripRows* Config
   int number = static_cast<int>(blockIdx.x);
   if (number < args.dq.strips) {
     convert_strip<T, Config::kHeadDim, Config::kBlockQ, Config::kKvInRegisters>(args.dq, number, args.queries,
-                                                                                args.heads);
+                                                                                args.heads, args.head_dim);
     return;
   }
   number -= args.dq.strips;
   const ConvertPart* part = args.dkv;
   for (; number >= part->strips; ++part) number -= part->strips;
-  convert_strip<T, Config::kHeadDim, Config::kBlockKv, false>(*part, number, args.keys, args.kv_heads);
+  convert_strip<T, Config::kHeadDim, Config::kBlockKv, false>(*part, number, args.keys, args.kv_heads, args.head_dim);
 }
 
 // ------------------------------------------------------------------------------------------------------ rows left out
@@ -338,7 +339,8 @@ void prepare(const BackwardParams& params, cudaStream_t stream) {
                                                         .keeps_turns = workspace.keeps_turns,
                                                         .thread_blocks = workspace.thread_blocks,
                                                         .sequences = workspace.sequences,
-                                                        .heads = static_cast<int>(params.problem.heads)});
+                                                        .heads = static_cast<int>(params.problem.heads),
+                                                        .head_dim = static_cast<int>(params.problem.head_dim)});
   check_cuda(cudaGetLastError(), "launching the kernel before the backward's");
 }
 
@@ -361,7 +363,8 @@ void convert_all(const BackwardParams& params, cudaStream_t stream) {
       .queries = queries,
       .keys = queries.transposed(),
       .heads = heads,
-      .kv_heads = static_cast<int>(problem.kv_heads)};
+      .kv_heads = static_cast<int>(problem.kv_heads),
+      .head_dim = static_cast<int>(problem.head_dim)};
   int strips = args.dq.strips;
   for (const ConvertPart& dkv : args.dkv) strips += dkv.strips;
   if (strips > 0) {
@@ -369,8 +372,7 @@ void convert_all(const BackwardParams& params, cudaStream_t stream) {
                       "launching the kernel after the backward's");
   }
   if (params.dq.data != nullptr && queries.left_out > 0) {
-    zero_kernel<T>
-        <<<1024, kRowThreads, 0, stream>>>(params.dq, queries.count, queries.left_out, heads, Config::kHeadDim);
+    zero_kernel<T><<<1024, kRowThreads, 0, stream>>>(params.dq, queries.count, queries.left_out, heads, args.head_dim);
     check_cuda(cudaGetLastError(), "launching the kernel for rows that see nothing");
   }
   if (params.dsinks != nullptr) {  // last: between `prepare` and the products it would keep them from overlapping

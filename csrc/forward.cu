@@ -42,7 +42,7 @@ struct ForwardConfig {
   using T = Type;
   static constexpr bool kSoftcap = kCapped;
   static constexpr ForwardPlan kPlan = kLimits[kRow].forward;
-  static constexpr int kHeadDim = kLimits[kRow].head_dim;
+  static constexpr int kHeadDim = kLimits[kRow].head_dim;  // that of the tiles, filled up with zeros
   static constexpr int kBlockQ = kPlan.block_q;
   static constexpr int kBlockKv = kPlan.block_kv;
   static constexpr int kStages = kPlan.stages;
@@ -158,7 +158,7 @@ struct ForwardArguments {
   int most_claims;        // at once
   Schedule schedule;
   Sequences sequences;
-  int heads, heads_per_kv_head;
+  int heads, heads_per_kv_head, head_dim;
   float scale_log2;  // with softcap: of the capped scores, which are at most 1
   float cap_log2;    // softmax_scale / softcap * 2 * log2(e)
 };
@@ -443,7 +443,7 @@ struct Consumer {
     const T* const q_rows[2] = {q_row(own_row()), q_row(own_row() + 8)};
     const T* const k_rows =
         element<const T>(args.k_rows, k_place.batch, k_place.row + block * kBlockKv, item().kv_head, 0);
-    product_of_warp<T, kHeadDim>(scores, q_rows, k_rows, args.k_rows.strides.row);
+    product_of_warp<T>(scores, q_rows, k_rows, args.k_rows.strides.row, args.head_dim);
   }
 
   // The item's first block has no P V to hide its softmax behind. Of its keys only the first kColumns are seen.
@@ -663,6 +663,7 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
   args.sequences = sequences;
   args.heads = static_cast<int>(problem.heads);
   args.heads_per_kv_head = problem.heads_per_kv_head();
+  args.head_dim = static_cast<int>(problem.head_dim);
   const auto softcap = static_cast<float>(problem.options.softcap);
   args.scale_log2 = (Config::kSoftcap ? softcap : problem.softmax_scale()) * kLog2E;
   args.cap_log2 = Config::kSoftcap ? problem.softmax_scale() / softcap * 2 * kLog2E : 0.f;

@@ -1,10 +1,12 @@
 // THE TABLE: which head dimensions run, which train, and their plans: sizes of blocks, and how many are in flight.
 //
-// One row per head dimension. Everything that needs to know a limit reads it from here: the kernels' dispatch and
-// static_asserts, _C.limits() and through it Python's checks and every refusal's text, the test cases, and the support
-// table in README.md. A head dimension that the kernels' structure fits is added by its row (and a wgmma wrapper in
-// ptx/wgmma.cuh if its shape is new). The structure does not fit all of them: where dK and dV of a consumer's 64 keys
-// would not fit its registers, another kernel has the backward (backward_wide.cu).
+// A row per head dimension that kernels are compiled for. Those between two rows run on the larger one's: the copy
+// engine fills a row up with zeros on its way into shared memory, and clips what leaves. Everything that needs to know
+// a limit reads it from here: the kernels' dispatch and static_asserts, _C.limits() and through it Python's checks and
+// every refusal's text, the test cases, and the support table in README.md. A head dimension that the kernels'
+// structure fits is added by its row (and a wgmma wrapper in ptx/wgmma.cuh if its shape is new). The structure does not
+// fit all of them: where dK and dV of a consumer's 64 keys would not fit its registers, another kernel has the backward
+// (backward_wide.cu).
 #pragma once
 
 #include <cstddef>
@@ -39,7 +41,7 @@ struct BackwardPlan {
 };
 
 struct HeadDimLimits {
-  int head_dim;
+  int head_dim;  // the largest of the row
   ForwardPlan forward;
   BackwardPlan backward;
 };
@@ -64,11 +66,21 @@ inline constexpr HeadDimLimits kLimits[] = {
      .backward = {.block_q = 64, .block_kv = 128, .stages = 2, .ds_stages = 2, .by_pairs = true}},
 };
 
+inline constexpr int kHeadDimStep = 8;  // head dims are multiples of it: the copy engine moves 16 bytes at a time
+
+// The smallest head dim of a row.
+constexpr int smallest_head_dim(std::size_t row) { return (row == 0 ? 0 : kLimits[row - 1].head_dim) + kHeadDimStep; }
+
+// Whether the head dim is one of the row's.
+constexpr bool has_head_dim(std::size_t row, int64_t head_dim) {
+  return head_dim >= smallest_head_dim(row) && head_dim <= kLimits[row].head_dim && head_dim % kHeadDimStep == 0;
+}
+
 // Calls f.template operator()<row>() for the row of kLimits with this head dim; false if there is none.
 template <class F>
 bool with_limits(int64_t head_dim, F&& f) {
   return [&]<std::size_t... row>(std::index_sequence<row...>) {
-    return ((kLimits[row].head_dim == head_dim && (f.template operator()<row>(), true)) || ...);
+    return ((has_head_dim(row, head_dim) && (f.template operator()<row>(), true)) || ...);
   }(std::make_index_sequence<std::size(kLimits)>{});
 }
 

@@ -32,7 +32,8 @@ def flash_attn_func(
 
     Args:
         q: (batch, seqlen_q, heads, head_dim). float16 or bfloat16 on CUDA; also float32 and float64 on the CPU. Under
-            autocast float32, float16 and bfloat16 inputs are cast to autocast's dtype.
+            autocast float32, float16 and bfloat16 inputs are cast to autocast's dtype. On CUDA head_dim is a multiple
+            of 8, as `supported` has them.
         k, v: (batch, seqlen_k, kv_heads, head_dim), dtype and device of q. heads is a multiple of kv_heads: each group
             of heads // kv_heads neighbouring query heads shares a key and value head (GQA; MQA if kv_heads is 1).
         softmax_scale: factor of the scores before the softmax, finite and > 0. Default: 1/sqrt(head_dim).

@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 
 from flash_attn_ext._binary import _C
-from flash_attn_ext.limits import TABLE, has_option
+from flash_attn_ext.limits import TABLE, has_option, has_pass, row_of, supported
 from flash_attn_ext.options import Options
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -23,6 +23,7 @@ both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "caus
 
 needs_kernels = pytest.mark.skipif(_C is None, reason="flash_attn_ext is installed without its GPU kernels")
 
+# A row's cases have its largest head dim, which fills the tiles up: `between_cases` has the others.
 ROWS = [row for row in TABLE if row["forward"]]
 HEAD_DIMS = [row["head_dim"] for row in ROWS]
 TRAINING_ROWS = [row for row in TABLE if row["backward"]]
@@ -204,6 +205,20 @@ def smoke_cases(row, which="forward"):
         yield Case(row["head_dim"], dtype, seqlen_q, seqlen_k, causal, 2, *GQA)
 
 
+def between_cases(head_dim):
+    """Both passes where the tiles are filled up with zeros: over ragged lengths masks, layouts, kinds of heads and
+    options take turns. Rows that see no key are among them."""
+    plan = row_of(head_dim)["forward"]
+    square, long, short = (plan["block_q"] + 37,) * 2, (67, 2 * plan["block_kv"] + 9), (plan["block_q"] + 70, 45)
+    window, learned = (plan["block_kv"] // 2, 17), {"sinks": True, "dlse": True}
+    yield Case(head_dim, "bf16", *square, True, 2, *MHA)
+    yield Case(head_dim, "fp16", *long, False, 2, *GQA, "bhsd")
+    yield Case(head_dim, "fp16", *short, True, 2, *MQA, "kvpacked", deterministic=True)
+    yield Case(head_dim, "bf16", *long, False, 2, *GQA, "sbhd", window_size=window, softcap=2.0, **learned)
+    yield Case(head_dim, "bf16", *square, True, 2, *GQA, "qkvpacked", window_size=(40, 0), deterministic=True)
+    yield Case(head_dim, "fp16", *short, True, 2, *MHA, softmax_scale=0.3, softcap=30.0, **learned)
+
+
 def extreme_logits(kind, row, dtype):
     """q, k, v on the GPU whose scores are hard for an online softmax."""
     head_dim = row["head_dim"]
@@ -314,14 +329,20 @@ SMOKE = [case for row in ROWS for case in smoke_cases(row)]
 BACKWARD = list(dict.fromkeys(case for row in TRAINING_ROWS for case in backward_cases(row)))
 BACKWARD_SMOKE = [case for row in TRAINING_ROWS for case in smoke_cases(row, "backward")]
 
+# Of each row the smallest and the one before its largest, those that models have, and some whose last 16 bytes are
+# elsewhere in a slab of 64 columns.
+BETWEEN = [d for d in (8, 24, 40, 72, 80, 96, 104, 120, 160, 192, 200, 248) if has_pass("backward", d)]
+BETWEEN_CASES = [case for head_dim in BETWEEN for case in between_cases(head_dim) if case.runs("forward", "backward")]
+
 
 @st.composite
-def random_cases(draw, head_dims):
-    """Cases of any lengths, heads and layout, for hypothesis."""
+def random_cases(draw, which):
+    """Cases of any lengths, heads and layout that have a pass, for hypothesis. Half of them fill a row's tiles up."""
+    filling = [row["head_dim"] for row in TABLE if row[which]] or [0]
     layout = draw(st.sampled_from(list(LAYOUTS)))
     kv_heads, seqlen_q = draw(st.integers(1, 4)), draw(st.integers(1, 700))
     return Case(
-        head_dim=draw(st.sampled_from(head_dims or [0])),
+        head_dim=draw(st.sampled_from(filling) | st.sampled_from(supported()[which] or (0,))),
         dtype=draw(st.sampled_from(list(DTYPES))),
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_q if layout == "qkvpacked" else draw(st.integers(1, 900)),

@@ -9,10 +9,11 @@ import math
 
 import gpu
 import torch
-from cases import TRAINING_HEAD_DIMS, TRAINING_ROWS
+from cases import TRAINING_ROWS
 from oracle import check_gradients, same_bits, same_but_for_order
 
 import flash_attn_ext
+from flash_attn_ext import limits
 
 ONE_BLOCK = min((row["backward"]["block_kv"] for row in TRAINING_ROWS), default=64)  # keys: dq has certain bits
 
@@ -28,13 +29,16 @@ def workspace(q, k):
 
     A float32 sum of dq for each element of q, and lse and delta for each row. Where query heads share a KV head, also
     sums of dk and dv for each key: up to one of both for each query head, as the order of work will have it; where they
-    do not, none, and then this is what the pass needs exactly. Rows and keys in whole blocks.
+    do not, none, and then this is what the pass needs exactly. Rows and keys in whole blocks, head dims filled up to
+    the largest of their row. Packed sequences, each of which is whole blocks, need more than what is counted here.
     """
+    q, k = (x if x.dim() == 4 else x[None] for x in (q, k))
     (batch, seqlen_q, heads, head_dim), (seqlen_k, kv_heads) = q.shape, k.shape[1:3]
-    plan = TRAINING_ROWS[TRAINING_HEAD_DIMS.index(head_dim)]["backward"]
+    row = limits.row_of(head_dim)
+    plan, columns = row["backward"], row["head_dim"]
     rows = math.ceil(seqlen_q / plan["block_q"]) * plan["block_q"]
     keys = math.ceil(seqlen_k / plan["block_kv"]) * plan["block_kv"]
-    numbers = rows * (head_dim + 2) + (keys * 2 * head_dim if heads > kv_heads else 0)
+    numbers = rows * (columns + 2) + (keys * 2 * columns if heads > kv_heads else 0)
     return torch.empty(batch * heads * numbers, dtype=torch.float32, device="meta")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, varlen  # noqa: F401 (varlen is replaced in a test)
 
 import flash_attn_ext
-from flash_attn_ext.limits import TABLE
+from flash_attn_ext.limits import TABLE, has_pass
 from flash_attn_ext.options import Options
 from flash_attn_ext.reference import visible
 
@@ -72,7 +72,7 @@ def test_deterministic_cells_are_the_papers_of_many_tokens():
 
 @pytest.mark.parametrize("grid", ["paper", "models"])
 @pytest.mark.parametrize("name", PASSES)
-def test_a_pass_has_the_head_dims_that_ours_has(grid, name):
+def test_a_pass_has_the_largest_head_dim_of_each_row(grid, name):
     assert {cell.head_dim for cell in attention.GRIDS[grid](name, "bf16")} == {r["head_dim"] for r in TABLE if r[name]}
 
 
@@ -82,6 +82,33 @@ def test_options_select_cells_of_models():
         cell for cell in every if cell.head_dim == 64 and cell.seqlen_q in (2048, 4096)
     ]
     assert cells_of("models", head_dims=[96]) == cells_of("models", masks=["full"]) == []
+
+
+def test_the_papers_grid_at_any_head_dim():
+    """Heads are whole: as many as make the papers' hidden size, or nearly so."""
+    cells = cells_of("paper", head_dims=[72, 80, 96, 128, 192, 4096], seqlens=[2048], masks=["full"])
+    heads = {72: 28, 80: 26, 96: 21, 128: 16, 192: 11, 4096: 1}
+    assert [(cell.head_dim, cell.heads, cell.batch) for cell in cells] == [(d, heads[d], 8) for d in heads] * len(
+        PASSES
+    )
+
+
+def test_other_head_dims():
+    """Of language models on the papers' shapes, of vision towers over packed images that see all of themselves."""
+    cells = cells_of("dims")
+    assert {cell.head_dim for cell in cells} == {72, 80, 96, 192} and all(
+        has_pass(c.pass_name, c.head_dim) for c in cells
+    )
+    papers = [cell for cell in cells if not cell.packing]
+    assert papers == cells_of("dims", head_dims=[96, 192]) == cells_of("paper", head_dims=[96, 192])
+    assert len(papers) == len(PASSES) * 2 * 2 * len(attention.SEQLENS)
+    images = [cell for cell in cells if cell.packing]
+    assert images == cells_of("dims", head_dims=[72, 80]) == cells_of("dims", head_dims=[72, 80], masks=["full"])
+    assert {(c.head_dim, c.batch, c.seqlen_q) for c in images} == {
+        (d, *x) for d in (72, 80) for x in ((16, 1024), (4, 4096))
+    }
+    assert {(c.heads, c.kv_heads, c.batch * c.seqlen_q, c.causal) for c in images} == {(16, 16, 16384, False)}
+    assert [c.seqlen_q for c in cells_of("dims", seqlens=[1024], masks=["full"])] == [1024] * 4 * len(PASSES)
 
 
 def test_no_cell_is_left(monkeypatch, capsys):
@@ -116,13 +143,15 @@ def test_visible_pairs(length, window):
 
 def test_flops_of_windows_and_packed_sequences():
     def pairs(**changes):
-        cell = attention.Cell("forward", 128, True, 1, 32768, 32768, 32, 8, "bf16", **changes)
+        cell = attention.Cell("forward", 128, True, 1, 32768, 32768, 32, 8, "bf16")
+        cell = dataclasses.replace(cell, **changes)
         assert cell.flops == 4 * 32 * 128 * cell.pairs
         return cell.pairs
 
     assert pairs() == 32768**2 / 2
     assert pairs(window=1024) == 1024 * 1025 // 2 + (32768 - 1024) * 1024
     assert pairs(packing="8 of 2048") == 8 * 2048 * 2049 // 2
+    assert pairs(packing="4 of 4096", causal=False) == 4 * 4096**2
 
 
 def test_packings():
@@ -131,7 +160,7 @@ def test_packings():
     assert equal == (2048,) * 8
     assert (len(tailed), sum(tailed), min(tailed), max(tailed)) == (24, 39577, 71, 8157)
     assert (len(short), sum(short), min(short), max(short)) == (1024, 65379, 48, 83)
-    assert all(16384 <= sum(lengths) <= 65536 for lengths in attention.PACKINGS.values())
+    assert all(16384 <= sum(lengths) <= 65536 for lengths in attention.LENGTHS.values())
 
 
 @pytest.mark.parametrize("grid", ["packed", "windows"])
@@ -146,7 +175,7 @@ def test_every_grid_has_its_peers(grid, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["attention.py", "--grid", grid])
     named = attention.parse_args().chosen_peers
     assert named == [peer for peer in peers.BINDERS if peer in named], "in the order of the tables"
-    assert ("cudnn" in named) == (grid in ("paper", "models"))
+    assert ("cudnn" in named) == (grid in ("paper", "models", "dims"))
     first = ["ours", "ours_deterministic", "fa3"] if grid == "deterministic" else ["ours", "fa3"]
     assert set(named) <= tables.OURS if grid == "options" else named[: len(first)] == first
 
@@ -216,7 +245,8 @@ def varlen_attn(monkeypatch):
         outs = []
         for begin, end in itertools.pairwise(cu_seqlens.tolist()):
             alone = [x[begin:end].transpose(0, 1) for x in (q, k, v)]
-            seen = torch.ones(end - begin, end - begin, dtype=torch.bool).tril(right)
+            seen = torch.ones(end - begin, end - begin, dtype=torch.bool)
+            seen = seen.tril(right) if right >= 0 else seen
             seen = seen.triu(-left) if left >= 0 else seen
             out = torch.nn.functional.scaled_dot_product_attention(*alone, seen, enable_gqa=True)
             outs.append(out.transpose(0, 1))
@@ -242,6 +272,25 @@ def test_peers_see_the_same_keys(name, lengths, window, fa3, varlen_attn):
         assert worst_errors(results, expected, name) > attention.MAX_ERROR
         with pytest.raises(NotImplementedError, match="neither windows nor packed"):
             peers.BINDERS["cudnn"][name](q, k, v, dout, pattern)()
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_peers_see_the_same_keys_of_images(name, fa3, varlen_attn, monkeypatch):
+    """Packed sequences of one length, without a mask: cuDNN's are a dense batch, and nobody sees another image."""
+    monkeypatch.setitem(peers.BINDERS, "cudnn", MATH)
+    q, k, v, dout = (torch.randn(3 * 70, 4, 16) for _ in range(4))
+    pattern = peers.Pattern.packed((70,) * 3, device="cpu", causal=False)
+    with torch.no_grad():
+        expected = peers.BINDERS["fa2"][name](q, k, v, dout, pattern)()
+        for peer in tables.grid_peers("dims"):
+            results = peers.BINDERS[peer][name](q, k, v, dout, pattern)()
+            assert worst_errors(results, expected, name) < 1e-4
+        for other in (
+            peers.Pattern.packed((70,) * 3, device="cpu"),
+            peers.Pattern.packed((105,) * 2, device="cpu", causal=False),
+        ):
+            results = peers.BINDERS["ours"][name](q, k, v, dout, other)()
+            assert worst_errors(results, expected, name) > attention.MAX_ERROR
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -340,7 +389,7 @@ def test_nothing_is_published(published):
 
 
 def test_the_table_of_models(published, monkeypatch):
-    monkeypatch.setitem(attention.HEAD_DIMS, "backward", (64, 128))
+    monkeypatch.setattr(attention, "has_pass", lambda name, head_dim: name == "forward" or head_dim <= 128)
     published("h100", "models")
     full = tables.full_block()
     shapes = {tables.shape(cell.record()) for cell in cells_of("models")}
@@ -400,6 +449,22 @@ def test_the_table_of_deterministic_gradients(published):
     assert "![backward speed, deterministic gradients](images/h100-deterministic-bf16-backward.png)" in full
     assert rows(tables.standing_block())[1:] == ["| H100, deterministic gradients | – | 1.10 (1.10) | – | – |"]
     assert tables.readme_block() == tables.NOT_MEASURED
+
+
+def test_the_table_of_other_head_dims(published):
+    """Where a head dim has no such cell there is a dash."""
+    published("h100", "dims")
+    full = tables.full_block()
+    assert "Other head dims, backward, bf16, TFLOP/s: flash_attn_ext / FA3 / cuDNN" in full
+    dashes = {length: "–" for length in attention.SEQLENS}
+    for head_dim, first in ((72, 524), (80, 526)):  # after the papers' shapes of the pass
+        row = dashes | {1024: f"{first} / 500 / 400", 4096: f"{first + 1} / 500 / 400"}
+        assert f"| {head_dim} | full | {' | '.join(row.values())} |" in full
+    assert "| 96 | causal | 506 / 500 / 400 |" in full and "| 72 | causal |" not in full
+    assert "least 1.000 (head dim 96 full 512)" in full and "least 1.048 (16/16 x 72, 16 of 1024)" in full
+    assert rows(tables.standing_block())[1:] == [
+        "| H100, other head dims | 1.03 (1.00) | 1.08 (1.06) | 1.28 (1.25) | 1.35 (1.32) |"
+    ]
 
 
 def test_files_without_the_name_of_their_grid(published):
@@ -472,6 +537,7 @@ def test_documents_are_rewritten_and_checked(published, tmp_path, monkeypatch, c
     [
         ("paper", ["h100-paper-bf16-forward.png", "h100-paper-bf16-backward.png"]),
         ("deterministic", ["h100-deterministic-bf16-backward.png"]),
+        ("dims", ["h100-dims-bf16-forward.png", "h100-dims-bf16-backward.png"]),
         *((grid, [f"h100-{grid}-bf16.png"]) for grid in attention.LISTS),
     ],
 )

@@ -29,7 +29,7 @@ def watched():
     and back.
 
     With GQA dk and dv are summed in memory here, since so few blocks leave every query head to an item of its own. With
-    a KV head for each head they are stored by TMA.
+    a KV head for each head they are stored by TMA. Both at the row's smallest head dim too, where tiles are filled up.
 
     Inputs come from the CPU, so that no kernel but ours runs and costs the sanitizer time.
     """
@@ -40,11 +40,13 @@ def watched():
 
     for row in ROWS:
         plan = row["backward"] or row["forward"]
-        kinds = itertools.product(((False, "fp16"), (True, "bf16")), (4, 2), (0.0, 2.0))
-        for (causal, dtype), heads, softcap in kinds:
+        largest, smallest = row["head_dim"], row["smallest"]
+        kinds = [*itertools.product([largest], ((False, "fp16"), (True, "bf16")), (4, 2), (0.0, 2.0))]
+        kinds += itertools.product([smallest], [(True, "bf16")], (4, 2), [0.0])
+        for head_dim, (causal, dtype), heads, softcap in kinds:
             options = {"causal": causal, "softcap": softcap}
             seqlen_q, seqlen_k = 2 * row["forward"]["block_q"] + 3, plan["block_kv"] + 5
-            inputs = Case(row["head_dim"], dtype, seqlen_q, seqlen_k, causal, 1, heads, 2).inputs("cpu")
+            inputs = Case(head_dim, dtype, seqlen_q, seqlen_k, causal, 1, heads, 2).inputs("cpu")
             q, k, v, dout = (x.cuda() for x in (*inputs, torch.ones_like(inputs[0])))
             out, lse = flash_attn_ext.forward(q, k, v, **options)
             results = [out]

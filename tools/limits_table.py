@@ -26,7 +26,15 @@ def parse(source: str) -> list[dict]:
     def plan(fields: str) -> dict[str, int] | None:
         return {name: int(number) for name, number in re.findall(r"\.(\w+) = (\d+)", fields)} or None
 
-    return [{"head_dim": int(d), "forward": plan(forward), "backward": plan(backward)} for d, forward, backward in rows]
+    step = re.search(r"kHeadDimStep = (\d+)", source)
+    if not step:
+        raise ValueError("csrc/limits.h does not say which head dims there are between two rows (kHeadDimStep)")
+    table, smallest, step = [], int(step[1]), int(step[1])
+    for head_dim, forward, backward in rows:
+        plans = {"forward": plan(forward), "backward": plan(backward)}
+        table.append({"head_dim": int(head_dim), "smallest": smallest, "step": step, **plans})
+        smallest = int(head_dim) + step
+    return table
 
 
 def write() -> None:

@@ -125,18 +125,19 @@ __device__ __forceinline__ void product_rs(float (&acc)[kRegisters], const uint3
 }
 
 // Q K^T of the warp's 16 rows and kRegisters * 2 keys, by the warp alone and from global memory: slow. `q` are the
-// thread's two rows, `k` the block's first key, `k_stride` the distance from key to key.
-template <class T, int kColumns, int kRegisters>
+// thread's two rows, `k` the block's first key, `k_stride` the distance from key to key; rows have `columns` columns, a
+// multiple of 8.
+template <class T, int kRegisters>
 __device__ __forceinline__ void product_of_warp(float (&acc)[kRegisters], const T* const (&q)[2], const T* k,
-                                                int64_t k_stride) {
-  const int column = threadIdx.x % 4 * 2;
+                                                int64_t k_stride, int columns) {
   const auto load = [&](const T* row, int step, int half) {
-    return *reinterpret_cast<const uint32_t*>(row + 16 * step + 8 * half + column);
+    const int column = 16 * step + 8 * half;
+    return column < columns ? *reinterpret_cast<const uint32_t*>(row + column + threadIdx.x % 4 * 2) : 0;
   };
 #pragma unroll
   for (float& x : acc) x = 0.f;
 #pragma unroll 1
-  for (int step = 0; step < kColumns / 16; ++step) {
+  for (int step = 0; 16 * step < columns; ++step) {
     const uint32_t a[4] = {load(q[0], step, 0), load(q[1], step, 0), load(q[0], step, 1), load(q[1], step, 1)};
     const T* key = k + threadIdx.x % 32 / 4 * k_stride;
 #pragma unroll

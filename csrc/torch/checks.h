@@ -31,10 +31,9 @@ inline int compute_capability(c10::DeviceIndex device) {
 
 // The row of the table; an empty one where there is none.
 inline HeadDimLimits limits_of(int64_t head_dim) {
-  for (const HeadDimLimits& row : kLimits) {
-    if (row.head_dim == head_dim) return row;
-  }
-  return {};
+  HeadDimLimits limits{};
+  with_limits(head_dim, [&]<std::size_t row>() { limits = kLimits[row]; });
+  return limits;
 }
 
 // Whether every kernel has what the options ask for, as every backward is deterministic where it is asked to be. Of the

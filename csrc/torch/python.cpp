@@ -157,8 +157,10 @@ py::list limits() {
     return numbers;
   };
   py::list rows;
-  for (const HeadDimLimits& row : kLimits) {
-    rows.append(py::dict(py::arg("head_dim") = row.head_dim, py::arg("forward") = plan(row.forward),
+  for (std::size_t i = 0; i < std::size(kLimits); ++i) {
+    const HeadDimLimits& row = kLimits[i];
+    rows.append(py::dict(py::arg("head_dim") = row.head_dim, py::arg("smallest") = smallest_head_dim(i),
+                         py::arg("step") = kHeadDimStep, py::arg("forward") = plan(row.forward),
                          py::arg("backward") = plan(row.backward)));
   }
   return rows;
@@ -175,7 +177,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("register", register_python, py::kw_only(), py::arg("options"), py::arg("forward"), py::arg("check"),
         py::arg("check_backward"), py::arg("check_derivatives"),
         "Registers Python's say in calls that are not plainly fine.");
-  m.def("limits", limits, "The table of csrc/limits.h, a dict per head dimension; None stands for 'not built'.");
+  m.def("limits", limits,
+        "The table of csrc/limits.h, a dict per row: of the head dims `smallest`, `smallest` + `step` ... `head_dim`. "
+        "None\n"
+        "stands for 'not built'.");
   m.def("compute_capability", torch::wrap_pybind_function(compute_capability), py::arg("device"),
         "Compute capability of the CUDA device with this index, 90 for 9.0.");
   using at::Tensor;

@@ -1,4 +1,7 @@
-// Tensor maps, the ring, swizzled tiles and the fragment store: a tensor travels through shared memory and back.
+// Tensor maps, the ring, swizzled tiles and the fragment store: a tensor travels through shared memory and back. It may
+// have fewer columns than the tiles, which are filled up with zeros then.
+#include <algorithm>
+#include <cmath>
 #include <cuda/ptx>
 
 #include "../../csrc/tensor_map.h"
@@ -12,11 +15,10 @@ using namespace flash_attn_ext;
 using test::DeviceArray;
 using T = __nv_bfloat16;
 
-constexpr int kColumns = 128, kTileRows = 64, kStages = 2;
+constexpr int kTileRows = 64, kStages = 2;
 constexpr int kBatch = 2, kSeqlen = 150, kHeads = 3;  // 150 rows: the third tile is ragged
 
-using Tile = SmemTile<T, kTileRows, kColumns>;
-
+template <class Tile>
 struct Smem {
   Tile in[kStages], out;
   Ring<kStages> ring;
@@ -24,10 +26,12 @@ struct Smem {
 
 // Warp 0 copies the tiles of a sequence into the ring; warps 4 to 7 read them by address, double each element and store
 // them as a fragment would be stored.
+template <class Tile>
 __global__ void round_trip(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to,
                            float* raw) {
+  constexpr int kColumns = Tile::kColumns;
   extern __shared__ __align__(1024) unsigned char dynamic_smem[];
-  auto& smem = *reinterpret_cast<Smem*>(dynamic_smem);
+  auto& smem = *reinterpret_cast<Smem<Tile>*>(dynamic_smem);
   const int head = blockIdx.x % kHeads, batch = blockIdx.x / kHeads, tiles = (kSeqlen + kTileRows - 1) / kTileRows;
   if (threadIdx.x == 0) {
     smem.ring.init(4);
@@ -67,11 +71,13 @@ __global__ void round_trip(const __grid_constant__ CUtensorMap from, const __gri
   }
 }
 
-int main() {
-  test::require_hopper();
-  // Rows beyond the sequence belong to a guard that must neither be read nor written.
+// Rows beyond the sequence and columns beyond a head's belong to guards that must neither be read nor written.
+template <int kColumns>
+static void check_columns(int head_dim) {
+  using Tile = SmemTile<T, kTileRows, kColumns>;
   constexpr int kGuard = 7, kRows = kSeqlen + kGuard;
-  const Strides strides{.batch = kRows * kHeads * kColumns, .row = kHeads * kColumns, .head = kColumns};
+  const int64_t width = head_dim + 8;
+  const Strides strides{.batch = kRows * kHeads * width, .row = kHeads * width, .head = width};
   const auto offset = [&](int batch, int row, int head) {
     return batch * strides.batch + row * strides.row + head * strides.head;
   };
@@ -80,7 +86,7 @@ int main() {
   for (int batch = 0; batch < kBatch; ++batch) {
     for (int row = 0; row < kSeqlen; ++row) {
       for (int head = 0; head < kHeads; ++head) {
-        for (int c = 0; c < kColumns; ++c) {
+        for (int c = 0; c < head_dim; ++c) {
           input[offset(batch, row, head) + c] = T(static_cast<float>(static_cast<int>(generator() % 200) - 100));
         }
       }
@@ -90,9 +96,9 @@ int main() {
   DeviceArray<T> in_device(input), out_device(input.size());
   DeviceArray<float> raw_device(kBatch * kHeads * tiles * kTileRows * kColumns);
   const auto map = [&](const char* name, T* data) {
-    return make_tensor_map<Tile>(name, {data, strides}, {kBatch, kSeqlen, kHeads, kColumns});
+    return make_tensor_map<Tile>(name, {data, strides}, {kBatch, kSeqlen, kHeads, head_dim});
   };
-  test::launch(round_trip, kBatch * kHeads, 256, static_cast<int>(sizeof(Smem)), map("in", in_device.data),
+  test::launch(round_trip<Tile>, kBatch * kHeads, 256, static_cast<int>(sizeof(Smem<Tile>)), map("in", in_device.data),
                map("out", out_device.data), raw_device.data);
   const std::vector<T> output = out_device.host();
   const std::vector<float> raw = raw_device.host();
@@ -100,19 +106,31 @@ int main() {
   for (int batch = 0; batch < kBatch; ++batch) {
     for (int head = 0; head < kHeads; ++head) {
       for (int row = 0; row < tiles * kTileRows; ++row) {
-        for (int c = 0; c < kColumns; ++c) {
-          const std::string name = "row " + std::to_string(row) + " column " + std::to_string(c);
-          const float read = raw[((batch * kHeads + head) * tiles * kTileRows + row) * kColumns + c];
-          const float expected = row < kSeqlen ? float(input[offset(batch, row, head) + c]) : 0.f;
-          test::check(read == expected, name + " arrives (zero past the end)");
-          if (row < kSeqlen) {
-            test::check(float(output[offset(batch, row, head) + c]) == 2 * expected, name + " leaves doubled");
-          } else if (row < kRows) {
-            test::check(std::isnan(float(output[offset(batch, row, head) + c])), name + " past the end is not written");
+        for (int c = 0; c < std::max<int64_t>(kColumns, width); ++c) {
+          const std::string name = std::to_string(head_dim) + " of " + std::to_string(kColumns) + " columns, row " +
+                                   std::to_string(row) + " column " + std::to_string(c);
+          const bool is_inside = row < kSeqlen && c < head_dim;
+          const float expected = is_inside ? float(input[offset(batch, row, head) + c]) : 0.f;
+          if (c < kColumns) {
+            const float read = raw[((batch * kHeads + head) * tiles * kTileRows + row) * kColumns + c];
+            test::check(read == expected, name + " arrives (zero past the end)");
+          }
+          if (row >= kRows || c >= width) continue;
+          const auto written = float(output[offset(batch, row, head) + c]);
+          if (is_inside) {
+            test::check(written == 2 * expected, name + " leaves doubled");
+          } else {
+            test::check(std::isnan(written), name + " past the end is not written");
           }
         }
       }
     }
   }
+}
+
+int main() {
+  test::require_hopper();
+  for (int head_dim : {8, 24, 40, 56, 64}) check_columns<64>(head_dim);
+  for (int head_dim : {8, 24, 64, 72, 80, 96, 120, 128}) check_columns<128>(head_dim);
   return test::finish("copy");
 }

@@ -529,7 +529,21 @@ static void check_real_shapes() {
   }
 }
 
+// Each head dim belongs to the first row that is as large, if it is a multiple of the step.
+static void check_rows() {
+  for (int64_t head_dim = -8; head_dim <= kLimits[std::size(kLimits) - 1].head_dim + 16; ++head_dim) {
+    std::size_t expected = 0;
+    while (expected < std::size(kLimits) && kLimits[expected].head_dim < head_dim) ++expected;
+    std::size_t found = std::size(kLimits);
+    int rows = 0;
+    with_limits(head_dim, [&]<std::size_t row>() { found = row, ++rows; });
+    const bool runs = head_dim > 0 && head_dim % kHeadDimStep == 0 && expected < std::size(kLimits);
+    test::check(rows == (runs ? 1 : 0) && (!runs || found == expected), "the row of " + std::to_string(head_dim));
+  }
+}
+
 int main() {
+  check_rows();
   check_small_sizes();
   check_small_key_schedules();
   check_real_shapes();
