@@ -377,22 +377,22 @@ def train_step_block() -> str:
 
 
 def support_block() -> str | None:
-    """Which head dims run and which train, from csrc/limits.h; None where setup.py never ran."""
+    """Which head dims run and which train, from csrc/limits.h, row by row; None where setup.py never ran."""
     from flash_attn_ext.limits import GPU_DTYPES, TABLE
 
     if not TABLE:
         return None
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in GPU_DTYPES)
-    lines = ["| head dim | forward | backward |", "|---|---|---|"]
+    lines = [f"| head dim, a multiple of {TABLE[0]['step']} | forward | backward |", "|---|---|---|"]
     for row in TABLE:
         forward, backward = (dtypes if row[name] else "–" for name in ("forward", "backward"))
-        lines.append(f"| {row['head_dim']} | {forward} | {backward} |")
+        lines.append(f"| {row['smallest']} to {row['head_dim']} | {forward} | {backward} |")
     return "\n".join(lines)
 
 
 def option_block() -> str | None:
     """The head dims at which the kernels have an option, from flash_attn_ext/limits.py."""
-    from flash_attn_ext.limits import OPTIONS, TABLE, has_option
+    from flash_attn_ext.limits import OPTIONS, TABLE, has_option, head_dims, stretches
 
     if not TABLE:
         return None
@@ -401,8 +401,8 @@ def option_block() -> str | None:
     for option in OPTIONS:
         cells = [names.get(option, f"`{option}`")]
         for which in ("forward", "backward"):
-            have = [str(row["head_dim"]) for row in TABLE if row[which] and has_option(option, which, row["head_dim"])]
-            cells.append(", ".join(have) or "–")
+            have = head_dims(row for row in TABLE if row[which] and has_option(option, which, row["head_dim"]))
+            cells.append(", ".join(f"{first} to {last}" for first, last in stretches(have)) or "–")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -602,7 +602,7 @@ def check(options: Namespace, shape: Shape, world: World) -> None:
             refuse(f"--{name.replace('_', '-')} is {value}; it must be greater than 0, and finite.")
     if options.width % 64:
         refuse(
-            f"--width is {options.width}; it must be a multiple of 64, as every head dim is: "
+            f"--width is {options.width}; it must be a multiple of 64, as every --head-dim is: "
             f"{options.width // 64 * 64 or 64} or {(options.width // 64 + 1) * 64}."
         )
     if options.batch % (world.size * options.accumulate):

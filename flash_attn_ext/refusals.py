@@ -332,14 +332,18 @@ def _of_devices(q, k, v, device_type: str, on_device: bool, autocast: bool) -> E
 
 
 def _no_forward(head_dim: int) -> ValueError | None:
-    runs = limits.supported()["forward"]
-    if not limits.TABLE or head_dim in runs:
+    if not limits.TABLE or limits.has_pass("forward", head_dim):
         return None
-    larger = [dim for dim in runs if dim > head_dim]
-    padding = f"pad q, k and v with zeros to {larger[0]} and pass softmax_scale={head_dim}**-0.5, or " if larger else ""
+    padding = ""
+    if larger := next((dim for dim in limits.supported()["forward"] if dim > head_dim), None):
+        padding = (
+            f"pad q, k and v with zeros to {larger}, as torch.nn.functional.pad(q, (0, {larger - head_dim})), pass "
+            f"softmax_scale={head_dim}**-0.5 and keep out[..., :{head_dim}]; "
+        )
     return ValueError(
-        f"head_dim is {head_dim}; the GPU kernels are built for head_dim {_list(runs)}. Ways out: {padding}"
-        "choose the model's number of heads so that hidden_size / num_heads is one of these."
+        f"head_dim is {head_dim}; on the GPU {limits.what_runs()}. Ways out: {padding}choose the model's number of "
+        "heads so that hidden_size / num_heads is one of these; or use "
+        "torch.nn.functional.scaled_dot_product_attention."
     )
 
 
@@ -355,16 +359,16 @@ def _of_sizes(q, k) -> ValueError | None:
 
 
 def _no_backward(head_dim: int, ways_out: str, why: str = "") -> ValueError | None:
-    trains = limits.supported()["backward"]
-    if not limits.TABLE or head_dim in trains:
+    if not limits.TABLE or limits.has_pass("backward", head_dim):
         return None
+    trains = limits.supported()["backward"]
     if any(dim > head_dim for dim in trains):
         ways_out += "pad the head_dim with zeros to one that trains, "
     if trains:
         ways_out += "change the model's number of heads, "
     return ValueError(
         f"{why}head_dim {head_dim} has no backward kernel; head dimensions that train: "
-        f"{_list(trains) if trains else 'none in this version'}. {ways_out}"
+        f"{limits.in_words(trains) if trains else 'none in this version'}. {ways_out}"
         "or train with torch.nn.functional.scaled_dot_product_attention."
     )
 
@@ -376,8 +380,8 @@ def _no_option(asked: dict, which: str, head_dim: int, ways_out: str = "", why: 
             continue
         is_tensor = isinstance(value, torch.Tensor)
         what = "lse has a gradient" if name == "dlse" else f"{name} is {'given' if is_tensor else value}"
-        dims = limits.OPTIONS[name][which]
-        have = f"have it at head_dim {_list(dims)}, not at {head_dim}" if dims else "do not have that yet"
+        dims = limits.head_dims(row for row in limits.TABLE if limits.has_option(name, which, row["head_dim"]))
+        have = f"have it at {limits.in_words(dims)}, not at head_dim {head_dim}" if dims else "do not have that yet"
         return ValueError(
             f"{why}{what}; the {which} kernels on the GPU {have}. Ways out: {ways_out}{OF_OPTIONS[name]}, or call with "
             "CPU tensors, which may have every option."

@@ -65,7 +65,7 @@ def fixed_seed():
 
 @pytest.fixture(params=[row["head_dim"] for row in limits.TABLE if row["forward"]], ids=lambda head_dim: f"d{head_dim}")
 def forward_only(request, monkeypatch):
-    """A head dim that runs and, as Python's table says for the time of the test, does not train.
+    """The largest head dim of a row that runs and, as Python's table says for the time of the test, does not train.
 
     The compiled module says yes by its own table to calls that ask for no option; with one it leaves them to Python.
     """

@@ -22,7 +22,7 @@ pytestmark = needs_kernels
 
 # The same for every option: right for some, for others out of range or of a wrong type.
 VALUES = [True, False, None, 0.1, 1e38, 0.0, -0.1, math.nan, math.inf, 1e-46, 1e-40, 1e39, 0, 1, -1, (0, 1), "1"]
-SIZES = [0, 1, 2, 3, 5, 7, 8, 63, 64, 96, 128, 256]
+SIZES = [0, 1, 2, 3, 5, 7, 8, 63, 64, 72, 100, 128, 256, 264]
 random_calls = settings(
     max_examples=1000, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck)
 )
@@ -104,6 +104,17 @@ def test_no_forward_that_python_refuses_is_plainly_fine(data):
 def test_no_backward_that_python_refuses_is_plainly_fine(data):
     with FakeTensorMode():
         assert_yes_is_sound(data.draw(backward_calls()), refusals.of_backward)
+
+
+def test_both_sides_have_the_same_head_dims():
+    """In calls that nothing else can be wrong with."""
+    with FakeTensorMode():
+        for head_dim in range(1, 300):
+            q = torch.empty(2, 5, 4, head_dim, dtype=torch.bfloat16, device="cuda")
+            forward, backward = (q, q, q, Options()), (q,) * 5 + (torch.empty(2, 4, 5, device="cuda"), Options())
+            for which, call in (("forward", forward), ("backward", backward)):
+                refusal = getattr(refusals, f"of_{which}")(*call, on_device=False)
+                assert is_plainly_fine(*call) == (refusal is None) == (head_dim in flash_attn_ext.supported()[which])
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import needs_kernels
+from cases import HEAD_DIMS, ROWS, needs_kernels
 from gpu import on_hopper
 
 import flash_attn_ext
@@ -350,10 +350,10 @@ def test_layers_of_another_kind_make_the_answer_a_part(capsys):
 def test_a_learned_scale_is_not_guessed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(limits, "TABLE", rows_where((64, 128)))
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": "gemma4_audio", "hidden_size": 768, "num_attention_heads": 8}))
+    path.write_text(json.dumps({"model_type": "gemma4_audio", "hidden_size": 800, "num_attention_heads": 8}))
     _, answer = json_of(capsys, "check", path)
     assert answer["parts"][0]["softmax_scale"] is None
-    assert "the scale is not known" in (words := run(capsys, "check", path)[1]) and "96**-0.5" not in words
+    assert "the scale is not known" in (words := run(capsys, "check", path)[1]) and "100**-0.5" not in words
 
 
 def test_code_of_its_own_was_not_read(tmp_path, capsys):
@@ -438,29 +438,49 @@ def test_scales_that_are_not_the_default():
 
 
 def test_padding_says_what_it_costs(capsys):
-    code, answer = json_of(capsys, "check", "--hidden-size", 3072, "--num-heads", 32)
-    assert code == (0 if 96 in DIMS["backward"] else 1)
-    if 96 not in DIMS["forward"] and 128 in DIMS["forward"]:
-        ways_out = {way["change"]: way for way in answer["parts"][0]["ways_out"]}
-        assert ways_out["pad 96 to 128"]["costs"].startswith("33 % more")
-        assert ways_out["pad 96 to 128"]["backward"] == (128 in DIMS["backward"])
-        assert "a new model: 24 heads of 128" in ways_out
-        assert "pad 96 to 128" in run(capsys, "check", "--head-dim", 96)[1]
+    """The kernels that 104 runs on fill it up to 128."""
+    code, answer = json_of(capsys, "check", "--hidden-size", 3200, "--num-heads", 32)
+    ways_out = {way["change"]: way for way in answer["parts"][0]["ways_out"]}
+    full = limits.row_of(104)["head_dim"]
+    assert code == 1 and ways_out["pad 100 to 104"]["costs"].startswith(f"{full - 100} % more")
+    assert ways_out["pad 100 to 104"]["backward"] == (104 in DIMS["backward"])
+    words = run(capsys, "check", "--head-dim", 100)[1]
+    assert "pad 100 to 104" in words and "softmax_scale=100**-0.5 and keep out's first 100 columns" in words
+
+
+def test_new_models_fill_the_kernels(monkeypatch):
+    """Other head dims would run as well, and multiply by zeros."""
+    monkeypatch.setattr(limits, "TABLE", rows_where((64, 128)))
+    (attention,) = models.read({"hidden_size": 2560, "num_attention_heads": 25})
+    changes = [way.change for way in check.judge(attention).ways_out]
+    assert changes[:-1] == ["a new model: 20 heads of 128", "a new model: 40 heads of 64"]
+
+
+@pytest.mark.parametrize("head_dim", [72, 80, 96, 192])
+def test_head_dims_between_rows_run_and_train(capsys, head_dim):
+    code, answer = json_of(capsys, "check", "--head-dim", head_dim, "--num-heads", 16)
+    assert code == 0 and answer["runs"] and answer["trains"] and not answer["parts"][0]["ways_out"]
 
 
 def rows_where(trains):
-    return [{"head_dim": d, "forward": {"block_q": 64}, "backward": d in trains or None} for d in (64, 128, 256)]
+    """Rows up to 64, 128 and 256, of which some train."""
+    ends = {64: 8, 128: 72, 256: 136}
+    return [
+        {"head_dim": d, "smallest": ends[d], "step": 8, "forward": {"block_q": 64}, "backward": d in trains or None}
+        for d in ends
+    ]
 
 
 @pytest.mark.parametrize(
     "trains, head_dim, changes",
     [
         ((64, 128), 128, []),
-        ((64, 128), 96, ["pad 96 to 128"]),
-        ((64, 128), 256, []),  # nothing larger trains
-        ((64, 128), 160, ["pad 160 to 256"]),
-        ((64, 256), 96, ["pad 96 to 128", "pad 96 to 256"]),  # one to run, another to train
-        ((64, 256), 128, ["pad 128 to 256"]),
+        ((64, 128), 96, []),
+        ((64, 128), 100, ["pad 100 to 104"]),
+        ((64, 128), 160, []),  # nothing larger trains
+        ((64, 128), 130, ["pad 130 to 136"]),
+        ((64, 256), 100, ["pad 100 to 104", "pad 100 to 136"]),  # one to run, another to train
+        ((64, 256), 96, ["pad 96 to 136"]),
         ((64, 256), 512, []),
     ],
 )
@@ -469,7 +489,7 @@ def test_what_to_pad_to(monkeypatch, trains, head_dim, changes):
     (attention,) = models.read({"num_attention_heads": 1, "head_dim": head_dim})
     answer = check.judge(attention)
     assert [way.change for way in answer.ways_out if way.change.startswith("pad")] == changes
-    assert answer.trains == (head_dim in trains) and answer.runs == (head_dim in (64, 128, 256))
+    assert (answer.runs, answer.trains) == tuple(limits.has_pass(which, head_dim) for which in ("forward", "backward"))
 
 
 def test_exit_code_of_a_model_that_runs_and_trains(monkeypatch, capsys):
@@ -668,7 +688,7 @@ def test_check_reads_standard_input():
     assert process.returncode == 1 and "standard input (gpt2)" in process.stdout and "dropout" in process.stdout
 
 
-@pytest.mark.parametrize("arguments", [["info"], ["check", str(MODELS / "phi-3-mini-4k.json")]])
+@pytest.mark.parametrize("arguments", [["info"], ["check", str(MODELS / "deepseek-v3.json")]])
 def test_plain_text_without_rich(arguments):
     start = f"import sys; sys.modules['rich'] = None; from flash_attn_ext.cli import main; sys.exit(main({arguments}))"
     process = python(start)
@@ -743,8 +763,8 @@ def test_selftest_goes_on_after_an_exception(monkeypatch, capsys):
 
     monkeypatch.setattr(selftest, "test_row", broken)
     code, stdout, _ = run(capsys, "selftest", "--device", "cpu")
-    assert code == 1 and stdout.count("WRONG") == 2 * len(DIMS["forward"])
-    for head_dim in DIMS["forward"]:
+    assert code == 1 and stdout.count("WRONG") == 2 * len(ROWS)
+    for head_dim in HEAD_DIMS:
         assert f"head dim {head_dim}, bfloat16: RuntimeError: broken for {head_dim}\n" in stdout
 
 
@@ -809,7 +829,7 @@ def test_selftest_and_bench_on_the_gpu(capsys):
         (f"{name}: " in stdout) == bool(by_pass.get("forward", by_pass["backward"]))
         for name, by_pass in limits.OPTIONS.items()
     )
-    code, figures = json_of(capsys, "bench", "--head-dim", DIMS["forward"][0], "--seqlen", 1024, "--rounds", 2)
+    code, figures = json_of(capsys, "bench", "--head-dim", 96, "--seqlen", 1024, "--rounds", 2)
     assert code == 0 and {"flash_attn_ext"} <= {figure["implementation"] for figure in figures["figures"]}
 
 

@@ -28,8 +28,8 @@ from flash_attn_ext.limits import TABLE
 README = Path(__file__).parents[1] / "README.md"
 operator = torch.ops.flash_attn_ext.forward.default
 
-RUNS = [row["head_dim"] for row in TABLE if row["forward"]]
-D = RUNS[0] if RUNS else 64
+RUNS = flash_attn_ext.supported()["forward"]
+D = TABLE[0]["head_dim"] if TABLE else 64
 
 
 def good(device, head_dim=D, dtype=torch.bfloat16):
@@ -408,20 +408,36 @@ def test_nothing_wrong():
 
 
 def outside_the_table():
-    return sorted({1, 8, 32, 96, 127, 512, *(d + 8 for d in RUNS), *(d - 8 for d in RUNS)} - set(RUNS))
+    of_rows = {row["head_dim"] + more for row in TABLE for more in (-4, -1, 1, 4, 8)}
+    return sorted({1, 2, 7, 100, 127, 260, 512, *of_rows} - set(RUNS))
 
 
 @each("head_dim", outside_the_table())
 def test_head_dim_outside_the_table(head_dim):
     with FakeTensorMode():
         arguments = good("cuda", head_dim)
-        text = assert_refused(lambda: operator(**arguments), ValueError, [f"head_dim is {head_dim}", "hidden_size"])
-    assert all(str(runs) in text for runs in RUNS)
+        words = [f"head_dim is {head_dim}", limits.what_runs(), "hidden_size", "scaled_dot_product_attention"]
+        text = assert_refused(lambda: operator(**arguments), ValueError, words)
     larger = [runs for runs in RUNS if runs > head_dim]
     if larger:
-        assert f"pad q, k and v with zeros to {larger[0]} and pass softmax_scale={head_dim}**-0.5" in text
+        assert f"pad q, k and v with zeros to {larger[0]}, as " in text
+        assert f"pass softmax_scale={head_dim}**-0.5 and keep out[..., :{head_dim}]" in text
     else:
         assert "pad" not in text
+
+
+@each("head_dim", [1, 20, 71, 100, 127, 250])
+def test_the_way_out_of_a_head_dim_is_exact(head_dim):
+    """What the text says, done on CPU tensors, where the head dim runs as it is too."""
+    q, k, v = (torch.randn(2, 9, 3, head_dim, dtype=torch.float64) for _ in range(3))
+    with FakeTensorMode():
+        text = explain(**good("cuda", head_dim), target="hopper")
+    pattern = r"functional\.pad\(q, \(0, (\d+)\)\), pass softmax_scale=(\d+)\*\*-0\.5 and keep out\[\.\.\., :(\d+)\]"
+    zeros, of_scale, columns = map(int, re.search(pattern, text).groups())
+    padded = [torch.nn.functional.pad(x, (0, zeros)) for x in (q, k, v)]
+    assert padded[0].shape[-1] in RUNS
+    out = flash_attn_func(*padded, softmax_scale=of_scale**-0.5, causal=True)
+    torch.testing.assert_close(out[..., :columns], flash_attn_func(q, k, v, causal=True))
 
 
 @each("wanted", ["q", "k", "v", "qkv"])
@@ -433,7 +449,7 @@ def test_gradient_without_a_backward_kernel(forward_only, wanted):
             arguments[name].requires_grad_()
         call = partial(operator, softcap=30.0)
         words = [f"head_dim {forward_only} has no backward", "torch.no_grad()", ", ".join(wanted[:-1]) or wanted]
-        text = assert_refused(lambda: call(**arguments), ValueError, [*words, *map(str, trains)])
+        text = assert_refused(lambda: call(**arguments), ValueError, [*words, f"train: {limits.in_words(trains)}."])
         assert ("pad the head_dim with zeros" in text) == any(head_dim > forward_only for head_dim in trains)
         with torch.no_grad():
             assert not call(**arguments)[0].requires_grad
@@ -449,11 +465,11 @@ def test_gradient_where_no_head_dim_trains(monkeypatch):
 
 
 def assert_names_where_it_is_had(text, option, which):
-    dims = limits.OPTIONS[option][which]
-    assert all(f" {d}" in text for d in dims) if dims else "do not have that yet" in text
+    dims = limits.head_dims(map(limits.row_of, limits.OPTIONS[option][which]))
+    assert (f"have it at {limits.in_words(dims)}, not at" if dims else "do not have that yet") in text
 
 
-had_at = each("dims", [(), (D + 64,)], ids=["nowhere", "elsewhere"])
+had_at = each("dims", [(), tuple(row["head_dim"] for row in TABLE[1:])], ids=["nowhere", "elsewhere"])
 
 
 @had_at
@@ -519,7 +535,7 @@ def test_wrong_type_on_gpu(change, words):
 @on_hopper
 @each("head_dim", outside_the_table())
 def test_head_dim_outside_the_table_on_gpu(head_dim):
-    words = [f"head_dim is {head_dim}", "hidden_size", *map(str, RUNS)]
+    words = [f"head_dim is {head_dim}", "hidden_size", limits.what_runs()]
     assert_call_refused(good("cuda", head_dim), ValueError, words)
 
 
@@ -587,7 +603,7 @@ def test_calls_run_or_say_what_explain_says(data):
     draw = data.draw
     sizes = {name: [2, 5, 4, D] for name in "qkv"}
     for _ in range(draw(st.integers(0, 3))):  # sizes to spoil, of one tensor or of all three
-        dim, size = draw(st.integers(0, 3)), draw(st.sampled_from([0, 1, 2, 3, 8, 63, 64, 96, 128, 256]))
+        dim, size = draw(st.integers(0, 3)), draw(st.sampled_from([0, 1, 2, 3, 8, 63, 64, 72, 96, 128, 256]))
         for name in draw(st.sampled_from(["q", "k", "v", "kv", "qkv"])):
             sizes[name][dim] = size
     dtypes = st.sampled_from([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32])

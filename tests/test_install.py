@@ -33,7 +33,7 @@ TABLE[-1]["backward"] = None  # the compiled module has another table: it leaves
 def tensors(device, head_dim, dtype):
     return [torch.ones(2, 5, 4, head_dim, dtype=dtype, device=device).requires_grad_() for _ in range(3)]
 
-for head_dim in (64, 96, TABLE[-1]["head_dim"], 512):
+for head_dim in (64, 72, 100, TABLE[-1]["head_dim"], 512):
     for dtype in (torch.bfloat16, torch.float32):
         text = flash_attn_ext.explain(*tensors("meta", head_dim, dtype), softcap=30.0, target="hopper")
         print(head_dim, dtype, text)
@@ -81,7 +81,7 @@ def test_refusals_need_no_kernels(package):
     """They are the same with and without: of head dims outside the table, of gradients, of dtypes."""
     stdout, _ = python(package, "-W", "ignore", "-c", REFUSALS)
     with_kernels, _ = python(Path(flash_attn_ext.__file__).parent, "-W", "ignore", "-c", REFUSALS)
-    assert stdout == with_kernels and stdout.count("head_dim is 96;") == 3 and stdout.count("float32; on cuda") == 12
+    assert stdout == with_kernels and stdout.count("head_dim is 100;") == 3 and stdout.count("float32; on cuda") == 15
     assert stdout.count("has no backward kernel") == 3
     assert stdout.startswith("64 torch.bfloat16 None\n")
 

@@ -33,14 +33,57 @@ def test_the_compiled_table_is_the_one_in_the_source():
 
 
 def test_rows_are_sane():
-    dims = [row["head_dim"] for row in limits.TABLE]
-    assert dims == sorted(set(dims)), "one row per head dim, in order"
+    dims = limits.head_dims(limits.TABLE)
+    assert list(dims) == sorted(set(dims)), "rows are in order, and no head dim is in two of them"
+    assert limits.stretches(dims) == [(8, limits.TABLE[-1]["head_dim"])], "none is left out"
     assert not [row for row in limits.TABLE if row["backward"] and not row["forward"]]
+
+
+def test_every_head_dim_has_its_row():
+    """The first one, in order, that is as large; and what is no multiple of the step has none."""
+    for head_dim in range(-8, limits.TABLE[-1]["head_dim"] + 20):
+        row = next((row for row in limits.TABLE if row["head_dim"] >= head_dim > 0), None)
+        assert limits.row_of(head_dim) is (row if row and head_dim % row["step"] == 0 else None)
 
 
 def test_supported_is_the_table():
     for which in ("forward", "backward"):
-        assert flash_attn_ext.supported()[which] == tuple(row["head_dim"] for row in limits.TABLE if row[which])
+        dims = flash_attn_ext.supported()[which]
+        assert [d for d in range(1, 600) if d in dims] == [d for d in range(1, 600) if limits.has_pass(which, d)]
+        assert set(dims) == {d for row in limits.TABLE if row[which] for d in limits.head_dims([row])}
+        assert 72 in dims and 96 in dims and 100 not in dims
+
+
+def test_an_option_is_had_by_whole_rows(monkeypatch):
+    first, *others = limits.TABLE
+    monkeypatch.setitem(limits.OPTIONS, "softcap", {"forward": (first["head_dim"],), "backward": ()})
+    have = [d for d in range(600) if limits.has_option("softcap", "forward", d)]
+    assert tuple(have) == limits.head_dims([first])
+    assert not any(limits.has_option("softcap", "backward", d) for d in range(600))
+    monkeypatch.undo()
+    assert [d for d in range(600) if limits.has_option("softcap", "forward", d)] == [*have, *limits.head_dims(others)]
+
+
+def without_backward(monkeypatch, *head_dims):
+    rows = [row | {"backward": None} if row["head_dim"] in head_dims else row for row in limits.TABLE]
+    monkeypatch.setattr(limits, "TABLE", rows)
+
+
+def test_head_dims_in_words(monkeypatch):
+    (small, *_), (middle, *_, large) = (limits.head_dims(limits.TABLE[:1]), limits.head_dims(limits.TABLE[1:]))
+    (first, *_, last) = limits.TABLE
+    every = f"every multiple of 8 from {small} to {large}"
+    assert limits.what_runs() == f"{every} runs and trains"
+    without_backward(monkeypatch, first["head_dim"])
+    assert limits.what_runs() == f"{every} runs and every multiple of 8 from {middle} to {large} trains"
+    monkeypatch.undo()
+    between = [row["head_dim"] for row in limits.TABLE if row not in (first, last)]
+    without_backward(monkeypatch, *between)
+    trains = f"from {small} to {first['head_dim']} and from {last['smallest']} to {large}"
+    assert limits.what_runs() == f"{every} runs and every multiple of 8 {trains} trains"
+    without_backward(monkeypatch, *(row["head_dim"] for row in limits.TABLE))
+    assert limits.what_runs() == f"{every} runs and none trains"
+    assert limits.in_words([8]) == "every multiple of 8 from 8 to 8" and limits.in_words([]) == "none"
 
 
 def assert_edges_are_tested(cases, plan):
@@ -77,8 +120,19 @@ def test_documents_have_the_table(document):
     begin, end = "<!-- support-table:begin -->", "<!-- support-table:end -->"
     block = (ROOT / document).read_text().split(begin)[1].split(end)[0]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.strip().splitlines()[2:]]
-    shown = [(int(head_dim), forward != "–", backward != "–") for head_dim, forward, backward in cells]
-    assert shown == [(row["head_dim"], bool(row["forward"]), bool(row["backward"])) for row in limits.TABLE]
+    shown = [(head_dims, forward != "–", backward != "–") for head_dims, forward, backward in cells]
+    assert shown == [
+        (f"{row['smallest']} to {row['head_dim']}", bool(row["forward"]), bool(row["backward"])) for row in limits.TABLE
+    ]
+
+
+def test_the_table_of_options_has_the_head_dims_of_rows(monkeypatch):
+    (first, *_, last) = limits.TABLE
+    assert f"| `softcap` | 8 to {last['head_dim']} | 8 to {last['head_dim']} |" in tables.option_block()
+    ends = first["head_dim"], last["head_dim"]
+    monkeypatch.setitem(limits.OPTIONS, "softcap", {"forward": ends, "backward": ()})
+    shown = f"8 to {first['head_dim']}, {last['smallest']} to {last['head_dim']}"
+    assert f"| `softcap` | {shown} | – |" in tables.option_block()
 
 
 def kilobytes(size):

@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("--head-dim", type=positive_int, default=128, metavar="D", help="default: 128")
     option("--seqlen", type=positive_int, default=4096, metavar="S", help="of queries and keys (default: 4096)")
     option("--batch", type=positive_int, metavar="B", help="default: 16384 tokens in all")
-    option("--heads", type=positive_int, metavar="H", help="default: 2048 / head dim")
+    option("--heads", type=positive_int, metavar="H", help="default: 2048 / head dim, rounded")
     option("--kv-heads", type=positive_int, metavar="H", help="default: as many as heads")
     option("--causal", action="store_true", help="with a causal mask, which counts half the FLOPs")
     option("--dtype", choices=list(DTYPES), default="bf16", help="default: bf16")
@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     head_dim, seqlen = options.head_dim, options.seqlen
     batch = options.batch or max(1, 16384 // seqlen)
-    heads = options.heads or options.kv_heads or max(1, 2048 // head_dim)
+    heads = options.heads or options.kv_heads or max(1, round(2048 / head_dim))
     kv_heads = options.kv_heads or heads
     if heads % kv_heads != 0:
         show.error(f"bench: --heads {heads} is no multiple of --kv-heads {kv_heads}.")

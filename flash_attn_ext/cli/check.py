@@ -207,11 +207,10 @@ def judge(attention: Attention) -> Answer:
         problems.append(f"q and k have head dim {d} and v has {dv}; the kernels want one for all three")
         forward.append("head dims")
     elif d not in runs:
-        ours = f"{listed(runs)} run and train" if runs == trains else f"{listed(runs)} run and {listed(trains)} train"
-        problems.append(f"head dim {d} has no kernel; {ours}")
+        problems.append(f"head dim {d} has no kernel; {limits.what_runs()}")
         forward.append("head dim")
     elif d not in trains:
-        problems.append(f"head dim {d} runs, but has no backward kernel; {listed(trains)} train")
+        problems.append(f"head dim {d} runs, but has no backward kernel; {limits.in_words(trains)} trains")
         backward.append("head dim")
     ways_out = ways_out_of(attention, runs, trains) if forward + backward else []
     if attention.heads and attention.heads % attention.kv_heads != 0:
@@ -245,7 +244,8 @@ def ways_out_of(attention: Attention, runs: list[int], trains: list[int]) -> lis
     width = attention.heads * d if attention.heads and d else attention.hidden_size
     if width and attention.heads and d == dv:
         useful = trains or ([] if d in runs else runs)
-        for target in sorted(useful, key=lambda t: abs(t - (d or width / attention.heads))):
+        filled = [row["head_dim"] for row in table.rows() if row["head_dim"] in useful]  # no multiplication by 0
+        for target in sorted(filled, key=lambda t: abs(t - (d or width / attention.heads))):
             if width % target == 0 and target != d:
                 ways.append(split_differently(attention, width // target, target, target in trains))
     sdpa = "torch's scaled_dot_product_attention"
@@ -254,7 +254,7 @@ def ways_out_of(attention: Attention, runs: list[int], trains: list[int]) -> lis
 
 def pad(attention: Attention, target: int, trains: bool) -> WayOut:
     d, dv = attention.head_dim, attention.head_dim_v
-    more = 100 * (2 * target / (d + dv) - 1)
+    more = 100 * (2 * limits.row_of(target)["head_dim"] / (d + dv) - 1)  # the kernels fill up to that
     what = f"{d} to {target}" if d == dv else f"q, k from {d} and v from {dv} to {target}"
     return WayOut(f"pad {what}", True, trains, f"{more:.0f} % more attention FLOPs, and memory for q, k, v, out")
 
@@ -266,10 +266,6 @@ def split_differently(attention: Attention, heads: int, head_dim: int, trains: b
     same = heads // kv_heads == group
     costs = "as many parameters and FLOPs" if same else "more KV heads: more parameters, a larger KV cache"
     return WayOut(f"a new model: {heads} heads{of_kv} of {head_dim}", True, trains, costs)
-
-
-def listed(dims: list[int]) -> str:
-    return ", ".join(map(str, dims)) or "none"
 
 
 # ---- output ----

@@ -88,7 +88,7 @@ def in_words(facts: dict) -> dict[str, str]:
     }
     where = "on a Hopper GPU, were the kernels built: " if facts["kernels_missing"] else ""
     for which, dims in facts["head_dims"].items():
-        lines[f"{which} head dims"] = where + (", ".join(map(str, dims)) or "none")
+        lines[f"{which} head dims"] = where + limits.in_words(dims)
     for device in facts["devices"]:
         lines[device["device"]] = (
             f"{device['name']}, compute capability {device['compute_capability']}, {device['memory_gib']:g} GiB, "

@@ -1,4 +1,4 @@
-"""Accuracy of every head dim of the table on this GPU, against attention in float64.
+"""Accuracy of every row of the table on this GPU, at its largest head dim, against attention in float64.
 
 The largest error may be twice that of plain PyTorch attention in the same low precision, plus the rounding of the
 format; the mean error one and a half times its mean. Head dims that train are tested with their gradients. Options

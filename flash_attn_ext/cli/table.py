@@ -18,4 +18,5 @@ def rows() -> list[dict]:
 
 def head_dims() -> dict[str, list[int]]:
     """Head dims that run ("forward") and that train ("backward") on a Hopper GPU with the kernels built."""
-    return {which: [row["head_dim"] for row in rows() if row[which]] for which in ("forward", "backward")}
+    rows()
+    return {which: list(dims) for which, dims in limits.supported().items()}
