@@ -136,4 +136,4 @@ def test_readme_counts_them():
         f"Of {len(MODELS)} open models `check` says that {whole} run and train, {dropout} more once their dropout of "
         f"attention probabilities is set to 0, and {in_part} as far as it can look"
     ) in said
-    assert f"The other {len(MODELS) - whole - dropout - in_part} need something that is not here: {words}." in said
+    assert f"The other {len(MODELS) - whole - dropout - in_part} need something that is not here: {words}" in said
