@@ -21,22 +21,11 @@ from flash_attn_ext import limits
 from flash_attn_ext.cli import check, info, main, models, selftest, show, table
 
 CONFIGS = Path(__file__).parent / "configs"
+MODELS = CONFIGS / "models"
 PLACE = Path(flash_attn_ext.__file__).parents[1]  # where a subprocess finds the same package, installed or not
 DIMS = table.head_dims()
 
-# Part, heads, KV heads, head dims of q and of v; and what the kernels of this version would have to learn.
-KNOWN = {
-    "llama-3-8b": ([("model", 32, 8, 128, 128)], set()),
-    "gemma-2-9b": ([("model", 16, 8, 256, 256)], {"softcap", "sliding window"}),
-    "phi-3-mini-4k": ([("model", 32, 32, 96, 96)], {"sliding window"}),
-    "gpt2": ([("model", 12, 12, 64, 64)], {"dropout"}),
-    "gpt-oss-20b": ([("model", 64, 8, 64, 64)], {"sliding window", "attention sinks"}),
-    "deepseek-v3": ([("model", 128, 128, 192, 128)], set()),
-    "qwen3-0.6b": ([("model", 16, 8, 128, 128)], set()),
-    "gemma-3-4b": ([("text_config", 8, 4, 256, 256), ("vision_config", 16, 16, 72, 72)], {"sliding window"}),
-}
-
-# The same for keys that the files above do not have.
+# Heads, KV heads, head dim; and what else it needs: for keys that no file of configs/models has (test_models.py).
 FAMILIES = {
     "falcon 7b": ({"hidden_size": 4544, "n_head": 71, "multi_query": True, "alibi": False}, (71, 1, 64), set()),
     "falcon 40b": (
@@ -84,20 +73,6 @@ FAMILIES = {
         (32, 2, 128),
         set(),
     ),
-    "llama 4": (
-        {
-            "text_config": {
-                "hidden_size": 5120,
-                "num_attention_heads": 40,
-                "num_key_value_heads": 8,
-                "head_dim": 128,
-                "attention_chunk_size": 8192,
-                "max_position_embeddings": 10485760,
-            }
-        },
-        (40, 8, 128),
-        {"chunked attention"},
-    ),
     "gpt-neo": (
         {
             "model_type": "gpt_neo",
@@ -125,11 +100,6 @@ FAMILIES = {
         {"head_dim": 128, "num_heads": 32, "blocksparse_block_size": 64, "dense_attention_every_n_layers": 1},
         (32, 32, 128),
         set(),
-    ),
-    "modernbert": (
-        {"hidden_size": 768, "num_attention_heads": 12, "local_attention": 128, "max_position_embeddings": 8192},
-        (12, 12, 64),
-        {"sliding window"},
     ),
     "big bird": (
         {"model_type": "big_bird", "hidden_size": 768, "num_attention_heads": 12},
@@ -189,8 +159,6 @@ ANSWERS = {
     "deepseek-v2-rope-parameters": ([(*MLA, "0.114721", set())], [], "softmax_scale=0.114721: rope_parameters"),
     "deepseek-v3-rope-parameters": ([(*MLA, "0.135234", set())], [], "softmax_scale=0.135234: rope_parameters"),
     "deepseek-v3-default-rope": ([(*MLA, "192**-0.5", set())], [], ""),
-    "ministral-3": ([("model", 24, 8, 128, 128, "128**-0.5", set())], [], ""),  # its mscale is the rotary embedding's
-    "gemma-3n": ([("text_config", 4, 2, 256, 256, "1.0", {"sliding window"})], [], "softmax_scale=1.0"),
     "gemma-4": (
         [
             ("text_config, sliding_attention", 8, 4, 256, 256, "1.0", {"sliding window"}),
@@ -226,14 +194,6 @@ ANSWERS = {
         [],
         "",
     ),
-    "mimo-v2-swa-keys": (
-        [
-            ("model, full_attention", 32, 4, 192, 128, "192**-0.5", set()),
-            ("model, sliding_attention", 32, 8, 192, 128, "192**-0.5", {"sliding window", "attention sinks"}),
-        ],
-        [],
-        "",
-    ),
     "deepseek-v4": (
         [("model", 32, 1, 512, 512, "512**-0.5", {"sliding window", "attention sinks", "sparse attention"})],
         [
@@ -258,11 +218,6 @@ ANSWERS = {
         ],
         "",
     ),
-    "qwen3-next": (
-        [("model", 8, 2, 128, 128, "128**-0.5", set())],
-        ["linear_attention in 6 of 8 layers of model"],
-        "",
-    ),
     "recurrent-gemma": (
         [("model", 8, 1, 128, 128, "128**-0.5", {"sliding window"})],
         ["recurrent in 4 of 5 layers of model"],
@@ -278,7 +233,6 @@ ANSWERS = {
     "paligemma": ([("text_config", 8, 1, 128, 128, "128**-0.5", {"prefix mask"})], [], ""),
     "hrm-text": ([("model", 8, 8, 128, 128, "128**-0.5", {"prefix mask"})], [], ""),
     "bert": ([("model", 8, 8, 64, 64, "64**-0.5", set())], [], PADDING),
-    "llama-3-8b": ([("model", 32, 8, 128, 128, "128**-0.5", set())], [], ""),
 }
 
 # What is said of each part of a model, and what of it cannot be looked at.
@@ -378,26 +332,6 @@ def test_a_table_that_cannot_be_read_fails_the_build(monkeypatch):
 # ---- check ----
 
 
-@pytest.mark.parametrize("name", KNOWN)
-def test_known_models(name, capsys):
-    parts, features = KNOWN[name]
-    read = models.read(json.loads((CONFIGS / f"{name}.json").read_text()))
-    assert [(a.part, a.heads, a.kv_heads, a.head_dim, a.head_dim_v) for a in read] == parts
-    assert set().union(*map(names, read)) == features
-
-    code, answer = json_of(capsys, "check", CONFIGS / f"{name}.json")
-    not_built = {need["name"] for part in answer["parts"] for need in part["not_built"]}
-    missing = {
-        which: {n.name for a in read for n in a.needs if not check.is_built(n, which, a.head_dim, DIMS[which])}
-        for which in DIMS
-    }
-    assert not_built == missing["forward"] | missing["backward"]
-    runs, trains = (all(d == dv and d in DIMS[which] for *_, d, dv in parts) for which in ("forward", "backward"))
-    assert answer["runs"] == (runs and missing["forward"] <= {"dropout"})
-    assert answer["trains"] == (trains and not not_built)
-    assert code == (0 if answer["runs"] and answer["trains"] else 1)
-
-
 @pytest.mark.parametrize("name", ANSWERS)
 def test_whole_answers(name):
     parts, not_looked_at, note = ANSWERS[name]
@@ -423,7 +357,7 @@ def test_a_learned_scale_is_not_guessed(monkeypatch, tmp_path, capsys):
 
 
 def test_code_of_its_own_was_not_read(tmp_path, capsys):
-    config = json.loads((CONFIGS / "llama-3-8b.json").read_text())
+    config = json.loads((MODELS / "llama-3-8b.json").read_text())
     for name, told in (("AutoConfig", False), ("AutoModelForCausalLM", True)):
         path = tmp_path / "config.json"
         path.write_text(json.dumps(config | {"auto_map": {name: "code_x.X"}}))
@@ -499,7 +433,7 @@ def test_scales_that_are_not_the_default():
     assert gemma_2_27b.softmax_scale == "144**-0.5" and "softmax_scale=144**-0.5" in gemma_2_27b.notes[0]
     phi_3_small = models.read(heads | {"mup_use_scaling": True, "mup_attn_multiplier": 2.0})[0]
     assert phi_3_small.softmax_scale == "2/128" and "softmax_scale=2/128" in phi_3_small.notes[0]
-    deepseek = models.read(json.loads((CONFIGS / "deepseek-v3.json").read_text()))[0]
+    deepseek = models.read(json.loads((MODELS / "deepseek-v3.json").read_text()))[0]
     assert float(deepseek.softmax_scale) == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2, rel=1e-5)
 
 
@@ -560,18 +494,18 @@ def test_what_to_pad_to(monkeypatch, trains, head_dim, changes):
 
 def test_exit_code_of_a_model_that_runs_and_trains(monkeypatch, capsys):
     monkeypatch.setattr(limits, "TABLE", rows_where((64, 128)))
-    code, stdout, _ = run(capsys, "check", CONFIGS / "llama-3-8b.json")
+    code, stdout, _ = run(capsys, "check", MODELS / "llama-3-8b.json")
     assert code == 0 and "runs and trains" in stdout
 
 
 def test_dropout_is_a_switch_and_no_lack_of_kernels(monkeypatch, capsys):
     monkeypatch.setattr(limits, "TABLE", rows_where((64,)))
-    code, stdout, _ = run(capsys, "check", CONFIGS / "gpt2.json")
+    code, stdout, _ = run(capsys, "check", MODELS / "gpt2.json")
     row = next(line.split() for line in stdout.splitlines() if line.startswith("model"))
     assert code == 1 and row == "model 12 12 64 yes yes, without dropout".split()
     assert "set attn_pdrop to 0" in stdout and "It does not train as it is." in stdout
     monkeypatch.setattr(limits, "TABLE", rows_where(()))
-    assert "no: head dim, dropout" in run(capsys, "check", CONFIGS / "gpt2.json")[1]
+    assert "no: head dim, dropout" in run(capsys, "check", MODELS / "gpt2.json")[1]
 
 
 def test_kv_heads_that_do_not_divide(capsys):
@@ -689,7 +623,7 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path, capsys):
 def test_input_that_is_not_there(capsys):
     assert run(capsys, "check", "nowhere.json")[::2] == (2, "check: nowhere.json: no such file\n")
     assert run(capsys, "check")[0] == 2
-    assert run(capsys, "check", CONFIGS / "gpt2.json", "--head-dim", 64)[0] == 2
+    assert run(capsys, "check", MODELS / "gpt2.json", "--head-dim", 64)[0] == 2
     with pytest.raises(SystemExit) as error:
         main(["check", "--head-dim", "-1"])
     assert error.value.code == 2
@@ -754,7 +688,7 @@ def test_check_reads_standard_input():
     assert process.returncode == 1 and "standard input (gpt2)" in process.stdout and "dropout" in process.stdout
 
 
-@pytest.mark.parametrize("arguments", [["info"], ["check", str(CONFIGS / "deepseek-v3.json")]])
+@pytest.mark.parametrize("arguments", [["info"], ["check", str(MODELS / "deepseek-v3.json")]])
 def test_plain_text_without_rich(arguments):
     start = f"import sys; sys.modules['rich'] = None; from flash_attn_ext.cli import main; sys.exit(main({arguments}))"
     process = python(start)

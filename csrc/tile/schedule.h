@@ -87,6 +87,7 @@ struct KeySchedule {
   static constexpr int kManyItems = 20;
   // So many blocks of a head must run together for the direction of their walks to matter to L2.
   static constexpr int kTogether = 8;
+  static constexpr int64_t kMostBytes = int64_t{48} << 20;  // of a section that is wider than L2's share; L2 has 50 MB
 
   Schedule coarse, fine;
   int kv_heads;     // of a sequence
@@ -168,7 +169,8 @@ struct KeySchedule {
     int width = Schedule::section_pairs(heads * call.head_bytes, 1, call.l2_bytes);
     if (call.ordered && heads == 1) {  // two items for each multiprocessor: neighbours begin far enough from each other
       const int enough = quotient(2 * call.multiprocessors, call.blocks) + 1;
-      if (width < enough) width = enough;
+      const int held = Schedule::section_pairs(call.head_bytes, 1, kMostBytes);
+      if (width < enough) width = enough < held ? enough : held;
     }
     if (!one_width) return width;
     const int sections = quotient(pairs, width);

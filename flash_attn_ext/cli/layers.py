@@ -61,6 +61,8 @@ def _layer_kinds(values: Values) -> tuple[str, ...]:
         return tuple(HYBRID_LETTERS.get(letter, letter) for letter in letters)
     if isinstance(switches := values["hybrid_layer_pattern"], list):  # MiMo-V2
         return tuple("sliding_attention" if switch else "full_attention" for switch in switches)
+    if isinstance(switches := values["attn_type_list"], list):  # MiniMax
+        return tuple("full_attention" if switch else "linear_attention" for switch in switches)
     count = values.whole(*LAYERS) or 0
     if not 0 < count < MOST_LAYERS:
         return ()

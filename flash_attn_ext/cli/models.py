@@ -304,7 +304,9 @@ def _needs(values: Values, layers: Layers, seqlen: int | None, notes: list[str])
             "to train, torch.nn.attention.flex_attention, likewise",
             "sinks",
         )
-    if values["alibi"] is True or values["position_embedding_type"] == "alibi":
+    # Baichuan's code alone tells: rotary positions in the models of 7B, whose width is 4096, and ALiBi in those of 13B.
+    of_its_code = values["model_type"] == "baichuan" and values["hidden_size"] != 4096
+    if values["alibi"] is True or values["position_embedding_type"] == "alibi" or of_its_code:
         yield Need(
             "ALiBi",
             "a bias that grows with the distance is added to the scores",

@@ -8,12 +8,13 @@ import copy
 HEADS = (
     *("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "num_query_heads"),
     "attention_heads",  # the vision part of Llama 3.2
+    "vt_num_attention_heads",  # that of Kimi-K2.5
 )
 DECODER_HEADS = ("decoder_attention_heads",)
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads", "kv_n_heads", "num_query_groups")
 HEAD_DIM = ("head_dim", "attention_head_dim", "kv_channels", "d_kv", "d_head")
 # embed_dim first: the vision part of Qwen2-VL has it beside a hidden_size that is the language model's.
-HIDDEN_SIZE = ("embed_dim", "hidden_size", "n_embd", "d_model", "n_embed", "dim")
+HIDDEN_SIZE = ("embed_dim", "hidden_size", "n_embd", "d_model", "n_embed", "dim", "vt_hidden_size")
 LONGEST = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
 DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attention_dropout_prob")
 SOFTCAP = (
