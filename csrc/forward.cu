@@ -265,7 +265,7 @@ __device__ __forceinline__ void find_items(const ForwardArguments& args, Forward
     }
 
     constexpr int kShares = 4;  // of what is left, for each thread block
-    claims = max(1, min(args.most_claims, (items - first) / static_cast<int>(kShares * gridDim.x)));
+    claims = max(1, min(args.most_claims, quotient(quotient(items - first, kShares), gridDim.x)));
     if (lane == 0) first = gridDim.x + atomicAdd(&args.item_counters[0], claims);
     first = __shfl_sync(~0u, first, 0);
   }

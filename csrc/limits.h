@@ -53,7 +53,7 @@ inline constexpr HeadDimLimits kLimits[] = {
      .forward = {.block_q = 192, .block_kv = 128, .stages = 2, .turns = true},
      .backward = {.block_q = 64, .block_kv = 128, .stages = 4, .ds_stages = 3, .kv_in_registers = true}},
     {.head_dim = 96,
-     .forward = {.block_q = 128, .block_kv = 128, .stages = 2, .keeps_offset = true},
+     .forward = {.block_q = 192, .block_kv = 96, .stages = 2, .turns = true},
      .backward = {.block_q = 64, .block_kv = 128, .stages = 3, .ds_stages = 2}},
     // Without turns where each block takes a maximum: two warpgroups then keep out of step by themselves
     // (docs/tuning.md).
@@ -62,7 +62,7 @@ inline constexpr HeadDimLimits kLimits[] = {
      .forward = {.block_q = 128, .block_kv = 128, .stages = 2, .keeps_offset = true},
      .backward = {.block_q = 64, .block_kv = 128, .stages = 3, .ds_stages = 2}},
     {.head_dim = 192,
-     .forward = {.block_q = 128, .block_kv = 112, .stages = 2, .turns = true},
+     .forward = {.block_q = 128, .block_kv = 96, .stages = 2, .turns = true},
      .backward = {.block_q = 64, .block_kv = 128, .stages = 2, .ds_stages = 2, .by_pairs = true}},
     // O takes 128 registers a thread, so that there are two warpgroups, and beside Q's 64 KB shared memory holds two
     // blocks of 80 keys of K and of V.

@@ -194,7 +194,7 @@ def scores_again(kernel):
     """
     direction, index, dtype, softcap, _ = kernel
     row = TABLE[index]
-    keeps_offset = direction == "forward" and row["head_dim"] in (96, 128) and dtype == "bf16" and not softcap
+    keeps_offset = direction == "forward" and row["head_dim"] == 128 and dtype == "bf16" and not softcap
     return ["HMMA.16816.F32.BF16"] * (2 * row["forward"]["block_kv"] // 16) if keeps_offset else []
 
 

@@ -238,10 +238,10 @@ template <class T>
 void check_type(const std::string& type) {
   check_product<T, 64, Form::kSs>(type + " ss");
   check_product<T, 80, Form::kSs>(type + " ss");
-  check_product<T, 112, Form::kSs>(type + " ss");
+  check_product<T, 96, Form::kSs>(type + " ss");
   check_product<T, 128, Form::kSs>(type + " ss");
   check_product<T, 64, Form::kSs, kNarrowDepth>(type + " ss, slabs of 32 columns,");
-  check_product<T, 128, Form::kSs, kNarrowDepth>(type + " ss, slabs of 32 columns,");
+  check_product<T, 96, Form::kSs, kNarrowDepth>(type + " ss, slabs of 32 columns,");
   check_product<T, 64, Form::kRs>(type + " rs");
   check_product<T, 64, Form::kRs, kNarrowDepth>(type + " rs, slabs of 32 columns,");
   check_product<T, 64, Form::kRsMn>(type + " rs_mn");
