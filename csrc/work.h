@@ -10,6 +10,18 @@ namespace flash_attn_ext {
 // How much of L2 a section's memory may take. Hoppers have 50 MB or 60 MB, and results pass through it as well.
 inline constexpr int64_t kL2Bytes = int64_t{32} << 20;
 
+// Whether the forward takes the plan that its row of the table has for rows that see few keys: in bf16, as its blocks
+// keep their offset. Not packed sequences, which fill large Q blocks badly where they are short, and a few rows
+// neither.
+inline bool has_short_forward(const Problem& problem, const ForwardPlan& plan) {
+  constexpr int64_t kFewKeys = 4096;
+  const Sequences sequences = problem.sequences();
+  const Sequence& each = sequences.each;
+  const bool has_few_keys = each.keys <= kFewKeys || int64_t{each.left} + each.right < kFewKeys;
+  return problem.dtype == DType::kBFloat16 && problem.options.softcap == 0 && !sequences.is_packed() &&
+         each.rows >= plan.block_q && has_few_keys;
+}
+
 // Blocks of query rows. The query heads of a KV head read the same K and V.
 inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan) {
   constexpr int kElementBytes = 2;
