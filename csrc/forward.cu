@@ -37,11 +37,11 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------------- config
 
-template <int kRow, class Type, bool kCapped = false>
+template <int kRow, class Type, bool kCapped = false, bool kShort = false>
 struct ForwardConfig {
   using T = Type;
   static constexpr bool kSoftcap = kCapped;
-  static constexpr ForwardPlan kPlan = kLimits[kRow].forward;
+  static constexpr ForwardPlan kPlan = kShort ? kLimits[kRow].short_forward : kLimits[kRow].forward;
   static constexpr int kHeadDim = kLimits[kRow].head_dim;  // that of the tiles, filled up with zeros
   static constexpr int kBlockQ = kPlan.block_q;
   static constexpr int kBlockKv = kPlan.block_kv;
@@ -49,19 +49,20 @@ struct ForwardConfig {
   static constexpr int kConsumers = kPlan.consumers();
   static constexpr int kThreads = 128 * (1 + kConsumers);
 
-  // The SM's 65536 registers, shared out by setmaxnreg in multiples of 8: 40 + 2 * 232 = 504, 32 + 3 * 160 = 512.
-  // With two consumers the kernel starts with 168 a thread, 504 of the 512; the producer's threads need more than 24.
+  // The SM's 65536 registers, shared out by setmaxnreg in multiples of 8: 40 + 2 * 232 = 504, 32 + 3 * 160 = 512,
+  // 32 + 4 * 112 = 480. A kernel starts with as many for each thread: with two consumers 168, 504 of the 512, with four
+  // 96, 480 of them. The producer's threads need more than 24.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 112;
 
-  // With a buffer of its own, O leaves while V of the next item arrives. Where it does not fit beside Q, K, V and 3 KB
+  // With a buffer of its own, O leaves while V of the next item arrives. Where it does not fit beside Q, K, V and 4 KB
   // of barriers and items, O leaves through V's.
   static constexpr bool kOwnOutBuffer =
-      (2 * kBlockQ + 2 * kStages * kBlockKv) * kHeadDim * sizeof(T) + 3072 < kSharedMemoryBytes;
+      (2 * kBlockQ + 2 * kStages * kBlockKv) * kHeadDim * sizeof(T) + 4096 < kSharedMemoryBytes;
 
   // Where the first block's later half is masked for all rows of a consumer, it is not computed. At head dim 128 this
   // was measured to cost more than it saves, since the consumers then fall into step (docs/tuning.md).
-  static constexpr bool kHalfFirstBlock = kHeadDim == 64;
+  static constexpr bool kHalfFirstBlock = kHeadDim == 64 && kBlockKv == 128;
 
   // Only bf16 has float32's range, which P takes at an offset that stays. With it consumers need turns.
   static constexpr bool kKeepsOffset = kPlan.keeps_offset && std::is_same_v<T, __nv_bfloat16> && !kSoftcap;
@@ -69,7 +70,7 @@ struct ForwardConfig {
 
   static_assert(kPlan.built() && kBlockQ == 64 * kConsumers && kBlockKv % 16 == 0 && kHeadDim % 32 == 0);
   static_assert(kOwnOutBuffer || (kStages >= kConsumers && kBlockKv >= 64), "each consumer's O takes a stage of V");
-  static_assert(kConsumers == 2 || kConsumers == 3, "register counts are chosen for two or three consumers");
+  static_assert(kConsumers >= 2 && kConsumers <= 4, "register counts are chosen for two to four consumers");
 };
 
 // ---------------------------------------------------------------------------------------------------- shared memory
@@ -146,8 +147,8 @@ struct ForwardSmem {
 
 // Named barriers; 0 is __syncthreads.
 constexpr int kTurnBarrier = 1;   // + consumer: the one before me has issued its products, the tensor cores are mine
-constexpr int kOutBarrier = 4;    // + consumer: my four warps agree on the state of my O buffer
-constexpr int kVDoneBarrier = 7;  // no consumer multiplies with V any more
+constexpr int kOutBarrier = 5;    // + consumer: my four warps agree on the state of my O buffer
+constexpr int kVDoneBarrier = 9;  // no consumer multiplies with V any more
 
 struct ForwardArguments {
   CUtensorMap q, k, v, out;
@@ -478,20 +479,23 @@ struct Consumer {
     release_k();
     if (last) release_q();
     if constexpr (Config::kSoftcap) cap(scores, args.cap_log2);
-    bool rescales;
+    bool rescales, lost = false;
     if constexpr (kMasked || !Config::kKeepsOffset) {
       if constexpr (kMasked) mask(scores, block);
       rescales = softmax.update(scores, rescale);
     } else {
       const auto result = softmax.update_at_offset(scores, rescale);
       rescales = result != OnlineSoftmax::AtOffset::kKept;
-      if (result == OnlineSoftmax::AtOffset::kLost) [[unlikely]] {
+      lost = result == OnlineSoftmax::AtOffset::kLost;
+    }
+    ptx::wgmma_wait_group<0>(out);
+    release_v();
+    if constexpr (!kMasked && Config::kKeepsOffset) {
+      if (lost) [[unlikely]] {  // here, where P's registers are free
         score_again(block);
         rescales = softmax.update(scores, rescale);
       }
     }
-    ptx::wgmma_wait_group<0>(out);
-    release_v();
     to_operand<T>(p, scores);
     if (rescales) {
 #pragma unroll
@@ -681,6 +685,11 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
 
 void launch_forward(const ForwardParams& params, cudaStream_t stream) {
   const auto launch_type = [&]<std::size_t row, bool kSoftcap>() {
+    if constexpr (kLimits[row].short_forward.built() && !kSoftcap) {
+      if (has_short_forward(params.problem, kLimits[row].short_forward)) {
+        return launch<ForwardConfig<row, __nv_bfloat16, kSoftcap, true>>(params, stream);
+      }
+    }
     if (params.problem.dtype == DType::kFloat16) {
       launch<ForwardConfig<row, __half, kSoftcap>>(params, stream);
     } else {
@@ -699,10 +708,15 @@ void launch_forward(const ForwardParams& params, cudaStream_t stream) {
   if (!found) throw std::runtime_error("no forward kernel for head_dim " + std::to_string(params.problem.head_dim));
 }
 
-int forward_shared_memory(int head_dim) {
+int forward_shared_memory(int head_dim, bool short_forward) {
   int bytes = 0;
   with_limits(head_dim, [&]<std::size_t row>() {
-    if constexpr (kLimits[row].forward.built()) bytes = sizeof(ForwardSmem<ForwardConfig<row, __half>>);
+    if constexpr (kLimits[row].short_forward.built()) {
+      if (short_forward) bytes = sizeof(ForwardSmem<ForwardConfig<row, __nv_bfloat16, false, true>>);
+    }
+    if constexpr (kLimits[row].forward.built()) {
+      if (!short_forward) bytes = sizeof(ForwardSmem<ForwardConfig<row, __half>>);
+    }
   });
   return bytes;
 }

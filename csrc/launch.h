@@ -63,8 +63,8 @@ void launch_backward(const BackwardParams& params, cudaStream_t stream);
 // needed.
 int64_t backward_workspace_bytes(const BackwardParams& params);
 
-// Bytes of shared memory that a thread block of the pass takes at this head dim; 0 where it is not built.
-int forward_shared_memory(int head_dim);
+// Bytes of shared memory that a thread block takes at this head dim; 0 where the plan is not built.
+int forward_shared_memory(int head_dim, bool short_forward);
 int backward_shared_memory(int head_dim);
 
 // Faults that tests inject, because no test machine shows them by itself.

@@ -10,6 +10,18 @@ namespace flash_attn_ext {
 // How much of L2 a section's memory may take. Hoppers have 50 MB or 60 MB, and results pass through it as well.
 inline constexpr int64_t kL2Bytes = int64_t{32} << 20;
 
+// Whether the forward takes the plan that its row of the table has for rows that see few keys: in bf16, as its blocks
+// keep their offset. Not packed sequences, which fill large Q blocks badly where they are short, and a few rows
+// neither.
+inline bool has_short_forward(const Problem& problem, const ForwardPlan& plan) {
+  constexpr int64_t kFewKeys = 4096;
+  const Sequences sequences = problem.sequences();
+  const Sequence& each = sequences.each;
+  const bool has_few_keys = each.keys <= kFewKeys || int64_t{each.left} + each.right < kFewKeys;
+  return problem.dtype == DType::kBFloat16 && problem.options.softcap == 0 && !sequences.is_packed() &&
+         each.rows >= plan.block_q && has_few_keys;
+}
+
 // Blocks of query rows. The query heads of a KV head read the same K and V.
 inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan) {
   constexpr int kElementBytes = 2;
@@ -22,12 +34,13 @@ inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan
   const int blocks =
       packed ? quotient(sequences.blocks_each(64) - 1, plan.consumers()) + 1 : sequences.blocks_each(plan.block_q);
   check_counts({packed ? int64_t{heads} * sequences.blocks_each(64) : sequences.block_count(heads, plan.block_q)});
+  const int pairs = (packed ? 1 : sequences.count) * heads;
   return {.blocks = blocks,
           .heads = heads,
           .first_pair = 0,
-          .pairs = (packed ? 1 : sequences.count) * heads,
-          .section = Schedule::section_pairs(2 * problem.seqlen_k * problem.head_dim * kElementBytes,
-                                             problem.heads_per_kv_head(), kL2Bytes),
+          .pairs = pairs,
+          .section = Schedule::even_section(pairs, 2 * problem.seqlen_k * problem.head_dim * kElementBytes,
+                                            problem.heads_per_kv_head(), kL2Bytes),
           .by_cost =
               packed || sequences.each.right != Sequence::kUnbounded};  // later rows see more, until a window is full
 }

@@ -32,7 +32,7 @@ TRAINING_HEAD_DIMS = [row["head_dim"] for row in TRAINING_ROWS]
 
 def is_by_pairs(row):
     """Whether a pair of thread blocks shares out the head dim in the backward: by_pairs of csrc/limits.h."""
-    return bool(row["backward"]) and row["head_dim"] > 128
+    return bool(row["backward"]) and "by_pairs" in row["backward"]
 
 
 MHA, GQA, MQA = (3, 3), (6, 2), (5, 1)  # heads, kv_heads
@@ -141,21 +141,33 @@ def edge_lengths(block):
     return (1, block - 1, block, block + 1, 2 * block + 3)
 
 
+def forward_plans(row):
+    return [plan for plan in (row["forward"], row["short_forward"]) if plan]
+
+
+def edges(plans, block):
+    return sorted({length for plan in plans for length in edge_lengths(plan[block])})
+
+
 def forward_cases(row):
     """All cases of one row of limits."""
-    plan = row["forward"]
-    return _cases(row, plan, edge_lengths(plan["block_q"]), edge_lengths(plan["block_kv"]))
+    plans = forward_plans(row)
+    yield from _cases(row, plans[0], edges(plans, "block_q"), edges(plans, "block_kv"))
+    if row["short_forward"]:  # rows that see too many keys for it, one by one and by a window
+        seqlen_q, seqlen_k = 2 * row["short_forward"]["block_q"] + 37, 4096 + 133
+        for causal in (False, True):
+            yield Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, causal, 2, *GQA)
+            yield Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, causal, 1, *GQA, window_size=(4095, 0))
+            yield Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, causal, 1, *GQA, window_size=(4096, 0))
 
 
 def backward_cases(row):
     """The same around the plan of the backward pass, at the edges of both passes' blocks."""
-    plans = row["backward"], row["forward"]
-    lengths_q, lengths_k = (
-        sorted({length for plan in plans for length in edge_lengths(plan[block])}) for block in ("block_q", "block_kv")
-    )
-    yield from _cases(row, plans[0], lengths_q, lengths_k)
+    plan = row["backward"]
+    plans = plan, row["forward"]
+    yield from _cases(row, plan, edges(plans, "block_q"), edges(plans, "block_kv"))
     for dtype in DTYPES:  # more than 65535 queries
-        yield Case(row["head_dim"], dtype, 70001, plans[0]["block_kv"] + 1, False, 1, 1, 1)
+        yield Case(row["head_dim"], dtype, 70001, plan["block_kv"] + 1, False, 1, 1, 1)
 
 
 def _cases(row, plan, lengths_q, lengths_k):

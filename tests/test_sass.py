@@ -19,27 +19,36 @@ import nvcc  # noqa: E402 (the build's own reader of ptxas output)
 
 KERNEL = re.compile(
     r"(?P<direction>forward|backward)(?P<wide>_wide)?_kernel.*?(?:Forward|Backward)ConfigILi(?P<row>\d+)E"
-    r"(?:13__nv_(?P<bf16>bfloat16)|6__half)Lb(?P<softcap>[01])EE(?:EL\w*?9GradientsE(?P<gradients>\d))?"
+    r"(?:13__nv_(?P<bf16>bfloat16)|6__half)Lb(?P<softcap>[01])E(?:Lb(?P<short>[01])E)?E"
+    r"(?:EL\w*?9GradientsE(?P<gradients>\d))?"
 )
 GRADIENTS = ("all", "dq", "dkv")  # csrc/backward.cu's enum class Gradients
 DTYPES = ("fp16", "bf16")
 SOFTCAP = ("", "softcap")  # kernels without and with it
 
 
-def gradients_of(direction, row):
-    """What the kernels of a pass compute, one after the other. The wide one computes all, and writes what is needed."""
-    return [""] if direction == "forward" else ["wide"] if is_by_pairs(row) else GRADIENTS
+def variants(direction, row, dtype, softcap):
+    """Of the forward, the kernel of the row's plan, and that for rows that see few keys. Of the backward, what kernels
+    compute, one after the other; the wide one computes all, and writes what is needed."""
+    if direction == "forward":
+        return ["", "short"] if row["short_forward"] and (dtype, softcap) == ("bf16", "") else [""]
+    return ["wide"] if is_by_pairs(row) else GRADIENTS
 
 
 KERNELS = [
-    (direction, index, dtype, softcap, gradients)
+    (direction, index, dtype, softcap, variant)
     for direction in ("forward", "backward")
     for index, row in enumerate(TABLE)
     if row[direction]
     for dtype in DTYPES
     for softcap in SOFTCAP
-    for gradients in gradients_of(direction, row)
+    for variant in variants(direction, row, dtype, softcap)
 ]
+
+
+def plan_of(kernel):
+    direction, index, *_, variant = kernel
+    return TABLE[index]["short_forward" if variant == "short" else direction]
 
 
 def kernel_id(kernel):
@@ -75,8 +84,9 @@ def by_kernel(output):
     for name, text in zip(parts[1::2], parts[2::2], strict=True):
         if match := KERNEL.search(name):
             dtype, softcap = "bf16" if match["bf16"] else "fp16", SOFTCAP[int(match["softcap"])]
-            gradients = GRADIENTS[int(match["gradients"])] if match["gradients"] else "wide" if match["wide"] else ""
-            found[match["direction"], int(match["row"]), dtype, softcap, gradients] = text
+            variant = "short" if match["short"] == "1" else "wide" if match["wide"] else ""
+            variant = GRADIENTS[int(match["gradients"])] if match["gradients"] else variant
+            found[match["direction"], int(match["row"]), dtype, softcap, variant] = text
     return found
 
 
@@ -117,11 +127,10 @@ def products(kernel):
     A form is N and the wrapper's name in csrc/ptx/wgmma.cuh. M is 64, K 16.
     """
     direction, index, _, _, gradients = kernel
-    row = TABLE[index]
-    head_dim, plan = row["head_dim"], row[direction]
+    head_dim, plan = TABLE[index]["head_dim"], plan_of(kernel)
     if direction == "forward":
         return {"S": {(plan["block_kv"], "ss"): head_dim // 16}, "O": {(head_dim, "rs_mn"): plan["block_kv"] // 16}}
-    in_registers = head_dim == 64  # K and V: kv_in_registers of csrc/limits.h
+    in_registers = "kv_in_registers" in plan
     scores = {(plan["block_q"], "rs" if in_registers else "ss"): head_dim // 16}
     keys = {(columns(kernel), "rs_mn"): plan["block_q"] // 16}
     part = 64 if columns(kernel) % 64 == 0 else columns(kernel)  # of dQ's columns, one after the other
@@ -138,8 +147,8 @@ def products(kernel):
 
 def multipliers(kernel):
     """The names of the products of each kind of warpgroup that multiplies, and how many there are of it."""
-    direction, index, *_, gradients = kernel
-    names, plan = products(kernel), TABLE[index][direction]
+    direction, *_, gradients = kernel
+    names, plan = products(kernel), plan_of(kernel)
     if direction == "forward":
         return [(names, plan["block_q"] // 64)]
     own_keys = [name for name in names if name in ("S", "dP", "dV", "dK")]
@@ -189,13 +198,13 @@ def test_products_are_wgmma(sass, kernel):
 
 
 def scores_again(kernel):
-    """The products by which a warp computes lost scores again: 16 rows by 8 keys by 16 columns each, in a loop over the
+    """The products by which a warp computes lost scores again: 16 rows by 8 keys by 8 columns each, in a loop over the
     head dim. Where blocks without a mask take no maximum: keeps_offset of csrc/limits.h, in bf16 and without softcap.
     """
-    direction, index, dtype, softcap, _ = kernel
-    row = TABLE[index]
-    keeps_offset = direction == "forward" and row["head_dim"] == 128 and dtype == "bf16" and not softcap
-    return ["HMMA.16816.F32.BF16"] * (2 * row["forward"]["block_kv"] // 16) if keeps_offset else []
+    _, _, dtype, softcap, _ = kernel
+    plan = plan_of(kernel)
+    keeps_offset = "keeps_offset" in plan and dtype == "bf16" and not softcap
+    return ["HMMA.1688.F32.BF16"] * (plan["block_kv"] // 8) if keeps_offset else []
 
 
 @needs_kernels
@@ -213,10 +222,10 @@ def test_the_backward_multiplies_no_more_than_it_needs(sass, kernel):
     not with softcap; and dQ, for steps that both consumers see, and for either of them alone. The wide kernel leaves
     nothing out of dQ.
     """
-    direction, index, _, softcap, gradients = kernel
+    direction, _, _, softcap, gradients = kernel
     if direction == "backward":
         step = products(kernel)
-        twice = {"S"} | ({"dP"} if TABLE[index]["head_dim"] == 64 and not softcap else set())
+        twice = {"S"} | ({"dP"} if "kv_in_registers" in plan_of(kernel) and not softcap else set())
         twice |= {"dQ"} if gradients != "wide" else set()
         issued = Counter(filter(None, (form(text) for _, text in instructions(sass[kernel]))))
         assert issued == added([*step.values(), *(step[name] for name in twice & step.keys()), additions(kernel)])
@@ -306,20 +315,19 @@ def test_documents_count_the_instructions_of_the_main_loop(sass, kernel):
     compiler = re.search(r"\bnvcc (\d+\.\d+)", document)[1]
     if BUILD["cuda"] != compiler:
         pytest.skip(f"docs/{direction}.md counts what nvcc {compiler} makes, and this binary is nvcc {BUILD['cuda']}'s")
-    if softcap or gradients not in ("", "all", "wide"):
+    if softcap or gradients not in ("", "short", "all", "wide"):
         pytest.skip("only kernels of all gradients, and without softcap, are in the table")
-    row = TABLE[index]
+    plan = plan_of(kernel)
+    name = rf"{TABLE[index]['head_dim']} \({plan['block_q']} x {plan['block_kv']}[^|]*?\)"
     step, threads, cycles = products(kernel), [], 0
     for names, warpgroups in multipliers(kernel):
         issued = added([*(step[name] for name in names), additions(kernel) if "dQ" in names else {}])
         threads.append(shortest_round(sass[kernel], issued))
         cycles += warpgroups * threads[-1]  # four warps a warpgroup, four instructions a cycle
     end_of_line = " | ".join([str(cycles), " + ".join(map(str, threads))])
-    lines = re.findall(
-        rf"^\| {row['head_dim']} \([^|]*?\)(?:, (\w+))? \|.* \| (\d+ \| [\d +]+) \|$", document, re.MULTILINE
-    )
+    lines = re.findall(rf"^\| {name}(?:, (\w+))? \|.* \| (\d+ \| [\d +]+) \|$", document, re.MULTILINE)
     found = [end for of_dtype, end in lines if of_dtype in ("", kernel[2])]
-    assert found == [end_of_line], f"docs/{direction}.md, cycle budget of head dim {row['head_dim']}"
+    assert found == [end_of_line], f"docs/{direction}.md, cycle budget of {name}"
 
 
 @needs_kernels

@@ -14,25 +14,29 @@ MODULE = ROOT / "flash_attn_ext" / "_limits_table.py"
 
 
 def parse(source: str) -> list[dict]:
-    """The rows as the compiled module gives them: whole numbers by their names, None for a pass that is not built."""
+    """The rows as the compiled module gives them: plans with whole numbers by their names and the flags that are set,
+    None for one that is not built."""
     source = re.sub(r"//[^\n]*", "", source)
     table = re.search(r"kLimits\[\]\s*=\s*\{(.*?)\n\};", source, re.DOTALL)
     body = table[1] if table else ""
-    row = r"\{\s*\.head_dim = (\d+),\s*\.forward = \{([^{}]*)\},\s*\.backward = \{([^{}]*)\},?\s*\}"
+    plans = ("forward", "short_forward", "backward")
+    fields = (rf"(?:\.{name} = \{{([^{{}}]*)\}},?\s*)?" for name in plans)
+    row = rf"\{{\s*\.head_dim = (\d+),\s*{''.join(fields)}\}}"
     rows = re.findall(row, body)
     if not rows or len(rows) != body.count(".head_dim"):
         raise ValueError("the table kLimits in csrc/limits.h has a row that tools/limits_table.py cannot read")
 
-    def plan(fields: str) -> dict[str, int] | None:
-        return {name: int(number) for name, number in re.findall(r"\.(\w+) = (\d+)", fields)} or None
+    def plan(fields: str) -> dict[str, int | bool] | None:
+        values = re.findall(r"\.(\w+) = (\d+|true)", fields)
+        return {name: True if value == "true" else int(value) for name, value in values} or None
 
     step = re.search(r"kHeadDimStep = (\d+)", source)
     if not step:
         raise ValueError("csrc/limits.h does not say which head dims there are between two rows (kHeadDimStep)")
     table, smallest, step = [], int(step[1]), int(step[1])
-    for head_dim, forward, backward in rows:
-        plans = {"forward": plan(forward), "backward": plan(backward)}
-        table.append({"head_dim": int(head_dim), "smallest": smallest, "step": step, **plans})
+    for head_dim, *found in rows:
+        row = {"head_dim": int(head_dim), "smallest": smallest, "step": step}
+        table.append(row | {name: plan(fields) for name, fields in zip(plans, found, strict=True)})
         smallest = int(head_dim) + step
     return table
 

@@ -133,20 +133,15 @@ __device__ __forceinline__ void product_rs(float (&acc)[kRegisters], const uint3
 template <class T, int kRegisters>
 __device__ __forceinline__ void product_of_warp(float (&acc)[kRegisters], const T* const (&q)[2], const T* k,
                                                 int64_t k_stride, int columns) {
-  const auto load = [&](const T* row, int step, int half) {
-    const int column = 16 * step + 8 * half;
-    return column < columns ? *reinterpret_cast<const uint32_t*>(row + column + threadIdx.x % 4 * 2) : 0;
-  };
+  const auto load = [&](const T* row) { return *reinterpret_cast<const uint32_t*>(row + threadIdx.x % 4 * 2); };
 #pragma unroll
   for (float& x : acc) x = 0.f;
 #pragma unroll 1
-  for (int step = 0; 16 * step < columns; ++step) {
-    const uint32_t a[4] = {load(q[0], step, 0), load(q[1], step, 0), load(q[0], step, 1), load(q[1], step, 1)};
-    const T* key = k + threadIdx.x % 32 / 4 * k_stride;
+  for (int column = 0; column < columns; column += 8) {
+    const uint32_t a[2] = {load(q[0] + column), load(q[1] + column)};
+    const T* key = k + column + threadIdx.x % 32 / 4 * k_stride;
 #pragma unroll
-    for (int i = 0; i < kRegisters / 4; ++i, key += 8 * k_stride) {
-      ptx::mma_m16n8k16<T>(acc + 4 * i, a, load(key, step, 0), load(key, step, 1));
-    }
+    for (int i = 0; i < kRegisters / 4; ++i, key += 8 * k_stride) ptx::mma_m16n8k8<T>(acc + 4 * i, a, load(key));
   }
 }
 

@@ -32,6 +32,15 @@ struct Schedule {
     return pairs < INT32_MAX ? static_cast<int>(pairs) : INT32_MAX;
   }
 
+  // The same for so many pairs in as few sections, all of about one width: a narrow last one would have few items for
+  // the end, and costly ones.
+  static HOST_DEVICE int even_section(int pairs, int64_t group_bytes, int group, int64_t l2_bytes) {
+    const int width = section_pairs(group_bytes, group, l2_bytes);
+    if (pairs <= width) return width;
+    const int groups = pairs / group, sections = (groups - 1) / (width / group) + 1;
+    return ((groups - 1) / sections + 1) * group;
+  }
+
   HOST_DEVICE int items() const { return blocks * pairs; }
 
   // The item that is handed out as number `index`.

@@ -153,7 +153,17 @@ py::list limits() {
   const auto plan = []<class Plan>(const Plan& p) -> py::object {
     if (!p.built()) return py::none();
     py::dict numbers(py::arg("block_q") = p.block_q, py::arg("block_kv") = p.block_kv, py::arg("stages") = p.stages);
-    if constexpr (std::is_same_v<Plan, BackwardPlan>) numbers["ds_stages"] = p.ds_stages;
+    const auto flag = [&](const char* name, bool set) {  // the others are not there
+      if (set) numbers[name] = true;
+    };
+    if constexpr (std::is_same_v<Plan, BackwardPlan>) {
+      numbers["ds_stages"] = p.ds_stages;
+      flag("kv_in_registers", p.kv_in_registers);
+      flag("by_pairs", p.by_pairs);
+    } else {
+      flag("turns", p.turns);
+      flag("keeps_offset", p.keeps_offset);
+    }
     return numbers;
   };
   py::list rows;
@@ -161,7 +171,7 @@ py::list limits() {
     const HeadDimLimits& row = kLimits[i];
     rows.append(py::dict(py::arg("head_dim") = row.head_dim, py::arg("smallest") = smallest_head_dim(i),
                          py::arg("step") = kHeadDimStep, py::arg("forward") = plan(row.forward),
-                         py::arg("backward") = plan(row.backward)));
+                         py::arg("short_forward") = plan(row.short_forward), py::arg("backward") = plan(row.backward)));
   }
   return rows;
 }
@@ -189,9 +199,13 @@ PYBIND11_MODULE(_C, m) {
       "options) of the backward.";
   m.def("is_plainly_fine", is_plainly_fine_call<Tensor, Tensor, Tensor>, fine);
   m.def("is_plainly_fine", is_plainly_fine_call<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>, fine);
-  const auto shared_memory = [](int d) { return std::tuple(forward_shared_memory(d), backward_shared_memory(d)); };
+  const auto shared_memory = [](int d) {
+    return std::tuple(forward_shared_memory(d, false), forward_shared_memory(d, true), backward_shared_memory(d));
+  };
   m.def("shared_memory", shared_memory, py::arg("head_dim"),
-        "For tests: bytes of shared memory that a thread block takes, (forward, backward); 0 stands for 'not built'.");
+        "For tests: bytes of shared memory that a thread block takes, (forward, short_forward, backward); 0 stands for "
+        "'not\n"
+        "built'.");
   m.def("set_test_faults", set_test_faults, py::kw_only(), py::arg("tensor_map_encode_fails") = false,
         py::arg("compute_capability") = 0, py::arg("multiprocessors") = 0,
         "For tests only: makes the driver seem to refuse tensor maps, every GPU seem to be of this compute capability\n"

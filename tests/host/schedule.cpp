@@ -73,6 +73,12 @@ static void check_small_sizes() {
   test::check(Schedule::section_pairs(1000, 3, 999) == 3, "a group that does not fit is a section");
   test::check(Schedule::section_pairs(0, 1, 32 << 20) == 32 << 20, "nothing to read");
   test::check(Schedule::section_pairs(1, 100, int64_t{1} << 40) == INT32_MAX, "more than an int holds");
+  test::check(Schedule::even_section(32, 1000, 1, 10000) == 8, "32 in sections of 10 at most: 8 in each of 4");
+  test::check(Schedule::even_section(21, 1000, 3, 2500) == 6, "7 groups of 3, two a section");
+  test::check(Schedule::even_section(9, 1000, 3, 2500) == 6, "3 groups: two sections, of one and two");
+  test::check(Schedule::even_section(20, 1000, 5, 999) == 5, "a group that does not fit");
+  test::check(Schedule::even_section(0, 1000, 3, 2500) >= 1 && Schedule::even_section(4, 0, 2, 2500) >= 4,
+              "one section");
 }
 
 // Each block of keys meets each query head of its KV head once; the copies are numbered from 0, and an item that has a
@@ -389,6 +395,11 @@ static void check_shape(int64_t heads, int64_t kv_heads, int head_dim, int64_t b
     constexpr ForwardPlan kForward = kLimits[row].forward;
     constexpr BackwardPlan kBackward = kLimits[row].backward;
     check_balance(name + ", forward", forward_costs(problem, kForward, forward_schedule(problem, kForward)));
+    if constexpr (constexpr ForwardPlan kShort = kLimits[row].short_forward; kShort.built()) {
+      if (has_short_forward(problem, kShort)) {
+        check_balance(name + ", short forward", forward_costs(problem, kShort, forward_schedule(problem, kShort)));
+      }
+    }
     if constexpr (kBackward.built()) {
       const KeySchedule backward = backward_schedule(problem, kBackward, workers(kBackward));
       check_balance(name + ", backward", backward_costs(problem, kBackward, backward), workers(kBackward));
