@@ -192,8 +192,9 @@ __device__ __forceinline__ void describe_tile(const ForwardArguments& args, cons
   tile.stored = stored;
   tile.first_row = first_row;
   ptx::forget_memory();  // what is read again below takes no registers above
-  tile.blocks = sequence.blocks(first_row, 64, Config::kBlockKv);
   tile.full = sequence.full_blocks(first_row, min(64, sequence.rows - first_row), Config::kBlockKv);
+  ptx::forget_memory();
+  tile.blocks = sequence.blocks(first_row, 64, Config::kBlockKv);
   tile.end_key = sequence.seen(first_row, 64).end;
   ptx::forget_memory();
   tile.q = sequences.origin_of_used(at.sequence);
@@ -266,7 +267,7 @@ __device__ __forceinline__ void find_items(const ForwardArguments& args, Forward
     }
 
     constexpr int kShares = 4;  // of what is left, for each thread block
-    claims = max(1, min(args.most_claims, quotient(quotient(items - first, kShares), gridDim.x)));
+    claims = max(1, min(args.most_claims, (items - first) / static_cast<int>(kShares * gridDim.x)));
     if (lane == 0) first = gridDim.x + atomicAdd(&args.item_counters[0], claims);
     first = __shfl_sync(~0u, first, 0);
   }

@@ -35,13 +35,13 @@ struct Sequence {
   // The blocks of so many keys that hold one of them.
   HOST_DEVICE Range blocks(int row, int n, int block) const {
     const auto [first, end] = seen(row, n);
-    return first < end ? Range{quotient(first, block), quotient(end - 1, block) + 1} : Range{0, 0};
+    return first < end ? Range{first / block, (end - 1) / block + 1} : Range{0, 0};
   }
 
   // Of these blocks, those that all of the rows row <= i < row + n see whole: they need no mask.
   HOST_DEVICE Range full_blocks(int row, int n, int block) const {
     const int first = first_key(row + n - 1), end = end_key(row);
-    return {quotient(first + block - 1, block), quotient(end, block)};
+    return {first / block + (first % block != 0), end / block};
   }
 
   // The same sequence from the keys' side: row i sees key j here iff row j sees key i there.
