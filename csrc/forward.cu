@@ -627,6 +627,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
   __syncthreads();
 
   if (warpgroup == 0) {
+    // The next kernel may begin where thread blocks end. What is above goes beside the end of the kernel before: of what
+    // that writes nothing is read ahead of the loads, and of what it reads nothing is written ahead of their data.
+    cudaTriggerProgrammaticLaunchCompletion();
+    cudaGridDependencySynchronize();
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     if (threadIdx.x == 0) load_kv<Config>(args, smem);
     if (threadIdx.x == 32) load_q<Config>(args, smem);
@@ -678,8 +682,8 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
   const int device = current_device();
   allow_shared_memory<forward_kernel<Config>, kBytes>(device);
   const int blocks = std::min(multiprocessors(device), args.schedule.items());
-  forward_kernel<Config><<<blocks, Config::kThreads, kBytes, stream>>>(args);
-  check_cuda(cudaGetLastError(), "launching the forward kernel");
+  launch_overlapped(forward_kernel<Config>, blocks, Config::kThreads, kBytes, stream, args,
+                    "launching the forward kernel");
 }
 
 }  // namespace
