@@ -445,7 +445,8 @@ struct Consumer {
     const T* const q_rows[2] = {q_row(own_row()), q_row(own_row() + 8)};
     const T* const k_rows =
         element<const T>(args.k_rows, k_place.batch, k_place.row + block * kBlockKv, item().kv_head, 0);
-    product_of_warp<T>(scores, q_rows, k_rows, args.k_rows.strides.row, args.head_dim);
+    constexpr int kHalves = Config::kConsumers == 2 ? 2 : 1;  // with more consumers, registers run out
+    product_of_warp<T, kHalves>(scores, q_rows, k_rows, args.k_rows.strides.row, args.head_dim);
   }
 
   // The item's first block has no P V to hide its softmax behind. Of its keys only the first kColumns are seen.
@@ -627,8 +628,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
   __syncthreads();
 
   if (warpgroup == 0) {
-    // The next kernel may begin where thread blocks end. What is above goes beside the end of the kernel before: of what
-    // that writes nothing is read ahead of the loads, and of what it reads nothing is written ahead of their data.
+    // The next kernel may begin where thread blocks end. What is above goes beside the end of the kernel before: of
+    // what that writes nothing is read ahead of the loads, and of what it reads nothing is written ahead of their data.
     cudaTriggerProgrammaticLaunchCompletion();
     cudaGridDependencySynchronize();
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();

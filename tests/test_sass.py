@@ -198,13 +198,15 @@ def test_products_are_wgmma(sass, kernel):
 
 
 def scores_again(kernel):
-    """The products by which a warp computes lost scores again: 16 rows by 8 keys by 8 columns each, in a loop over the
-    head dim. Where blocks without a mask take no maximum: keeps_offset of csrc/limits.h, in bf16 and without softcap.
+    """The products by which a warp computes lost scores again: 16 rows by 8 keys by 16 columns each, or by 8 where
+    registers run short, in a loop over the head dim. Where blocks without a mask take no maximum: keeps_offset of
+    csrc/limits.h, in bf16 and without softcap.
     """
     _, _, dtype, softcap, _ = kernel
     plan = plan_of(kernel)
     keeps_offset = "keeps_offset" in plan and dtype == "bf16" and not softcap
-    return ["HMMA.1688.F32.BF16"] * (plan["block_kv"] // 8) if keeps_offset else []
+    name = "HMMA.16816.F32.BF16" if plan["block_q"] == 128 else "HMMA.1688.F32.BF16"
+    return [name] * (plan["block_kv"] // 8) if keeps_offset else []
 
 
 @needs_kernels
