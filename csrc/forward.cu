@@ -54,6 +54,7 @@ struct ForwardConfig {
   // 96, 480 of them. The producer's threads need more than 24.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 112;
+  static constexpr int kHalvesAgain = kConsumerRegisters > 112 ? 2 : 1;  // of 16 columns, when lost scores are computed
 
   // With a buffer of its own, O leaves while V of the next item arrives. Where it does not fit beside Q, K, V and 4 KB
   // of barriers and items, O leaves through V's.
@@ -445,8 +446,7 @@ struct Consumer {
     const T* const q_rows[2] = {q_row(own_row()), q_row(own_row() + 8)};
     const T* const k_rows =
         element<const T>(args.k_rows, k_place.batch, k_place.row + block * kBlockKv, item().kv_head, 0);
-    constexpr int kHalves = Config::kConsumers == 2 ? 2 : 1;  // with more consumers, registers run out
-    product_of_warp<T, kHalves>(scores, q_rows, k_rows, args.k_rows.strides.row, args.head_dim);
+    product_of_warp<T, Config::kHalvesAgain>(scores, q_rows, k_rows, args.k_rows.strides.row, args.head_dim);
   }
 
   // The item's first block has no P V to hide its softmax behind. Of its keys only the first kColumns are seen.
@@ -628,8 +628,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
   __syncthreads();
 
   if (warpgroup == 0) {
-    // The next kernel may begin where thread blocks end. What is above goes beside the end of the kernel before: of
-    // what that writes nothing is read ahead of the loads, and of what it reads nothing is written ahead of their data.
+    // The next kernel may begin where thread blocks end. What is above goes beside the end of the kernel before: what
+    // that writes is not read ahead of this wait. Consumers need no wait of their own: they touch global memory only
+    // after an item has come through it.
     cudaTriggerProgrammaticLaunchCompletion();
     cudaGridDependencySynchronize();
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
@@ -691,7 +692,7 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
 
 void launch_forward(const ForwardParams& params, cudaStream_t stream) {
   const auto launch_type = [&]<std::size_t row, bool kSoftcap>() {
-    if constexpr (kLimits[row].short_forward.built() && !kSoftcap) {
+    if constexpr (kLimits[row].short_forward.built() && !kSoftcap) {  // has_short_forward says no to the others
       if (has_short_forward(params.problem, kLimits[row].short_forward)) {
         return launch<ForwardConfig<row, __nv_bfloat16, kSoftcap, true>>(params, stream);
       }

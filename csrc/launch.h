@@ -37,7 +37,7 @@ struct ForwardParams {
   Tensor out;
   float* lse;          // (batch, heads, seqlen_q), packed (heads, seqlen_q), contiguous; natural logarithm
   const float* sinks;  // (heads,): a logit that joins each row's sum of exponentials, and no value; null: none
-  int* item_counters;  // two; 0 when the kernel starts, and 0 again when it is done; used by one launch at a time
+  int* item_counters;  // two; 0 when the kernel claims, and 0 again when it is done; used by one launch at a time
 };
 
 struct BackwardParams {

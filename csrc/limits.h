@@ -50,9 +50,8 @@ struct HeadDimLimits {
 inline constexpr HeadDimLimits kLimits[] = {
     // Bound by exp2 as much as by the products: three warpgroups share the units best, and without turns they fall into
     // step and use one unit at a time. With four, beginnings and ends of items are hidden better and no maximum is
-    // needed, but blocks are of 64 keys, and products of 64 columns read as much shared memory as there is time for:
-    // what
-    // wins in short items loses in long ones.
+    // needed, but blocks are of 64 keys, and products of 64 columns read as much shared memory as there is time for. So
+    // that plan wins where items are short.
     {.head_dim = 64,
      .forward = {.block_q = 192, .block_kv = 128, .stages = 2, .turns = true},
      .short_forward = {.block_q = 256, .block_kv = 64, .stages = 8, .keeps_offset = true},

@@ -8,7 +8,8 @@
 namespace flash_attn_ext {
 
 // How much of L2 a section's memory may take. Hoppers have 50 MB or 60 MB, and results pass through it as well.
-inline constexpr int64_t kL2Bytes = int64_t{32} << 20;
+// Sections of the deterministic backward may take more where that lets its items wait less.
+inline constexpr int64_t kL2Bytes = int64_t{32} << 20, kMostL2Bytes = int64_t{48} << 20;
 
 // Whether the forward takes the plan that its row of the table has for rows that see few keys: in bf16, as its blocks
 // keep their offset. Not packed sequences, which fill large Q blocks badly where they are short, and a few rows
@@ -18,7 +19,7 @@ inline bool has_short_forward(const Problem& problem, const ForwardPlan& plan) {
   const Sequences sequences = problem.sequences();
   const Sequence& each = sequences.each;
   const bool has_few_keys = each.keys <= kFewKeys || int64_t{each.left} + each.right < kFewKeys;
-  return problem.dtype == DType::kBFloat16 && problem.options.softcap == 0 && !sequences.is_packed() &&
+  return plan.built() && problem.dtype == DType::kBFloat16 && problem.options.softcap == 0 && !sequences.is_packed() &&
          each.rows >= plan.block_q && has_few_keys;
 }
 
@@ -60,12 +61,13 @@ inline Sequences backward_sequences(const Problem& problem) { return problem.seq
 // Blocks of keys. They read Q and dO of each query head, and add to its float32 dQ. Sections are smaller where an item
 // has one query head, which was measured to be better (docs/tuning.md).
 inline KeySchedule backward_schedule(const Problem& problem, const BackwardPlan& plan, int multiprocessors) {
-  constexpr int kBytesPerElement = 2 + 2 + 4;
   const Sequences sequences = backward_sequences(problem), keys = sequences.transposed();
   const Sequence& each = sequences.each;
   const int heads = static_cast<int>(problem.heads), kv_heads = static_cast<int>(problem.kv_heads);
   check_counts({sequences.block_count(heads, plan.block_q), keys.block_count(kv_heads, plan.block_kv)});
   const bool is_causal = each.right == 0 && each.left == Sequence::kUnbounded;
+  int64_t sum_columns = problem.head_dim;  // of the sums, filled up with zeros
+  with_limits(problem.head_dim, [&]<std::size_t row>() { sum_columns = kLimits[row].head_dim; });
   // Rows of a sequence, as far as that is known here, that see a key.
   const int rows = sequences.is_packed() ? quotient(each.rows, sequences.count) + 1 : each.rows;
   const int64_t reach = int64_t{each.left} + each.right + plan.block_kv;
@@ -77,8 +79,9 @@ inline KeySchedule backward_schedule(const Problem& problem, const BackwardPlan&
                             .by_cost = is_causal || keys.is_packed(),
                             .falls = is_causal && each.keys <= 2 * each.rows,
                             .ordered = problem.options.deterministic,
-                            .head_bytes = int64_t{each.rows} * problem.head_dim * kBytesPerElement,
+                            .head_bytes = each.rows * ((2 + 2) * problem.head_dim + 4 * sum_columns),
                             .l2_bytes = heads == kv_heads ? kL2Bytes / 2 : kL2Bytes,
+                            .most_bytes = kMostL2Bytes,
                             .multiprocessors = multiprocessors});
 }
 

@@ -96,7 +96,6 @@ struct KeySchedule {
   static constexpr int kManyItems = 20;
   // So many blocks of a head must run together for the direction of their walks to matter to L2.
   static constexpr int kTogether = 8;
-  static constexpr int64_t kMostBytes = int64_t{48} << 20;  // of a section that is wider than L2's share; L2 has 50 MB
 
   Schedule coarse, fine;
   int kv_heads;     // of a sequence
@@ -115,7 +114,8 @@ struct KeySchedule {
     bool falls;          // and the last ones next to nothing
     bool ordered;        // blocks of a head add to the same sums in turn
     int64_t head_bytes;  // of a query head's rows and of what is added to for them
-    int64_t l2_bytes;
+    int64_t l2_bytes;    // that a section's pairs may take
+    int64_t most_bytes;  // the same where sections of an ordered schedule are better wider
     int multiprocessors;
   };
 
@@ -172,18 +172,20 @@ struct KeySchedule {
   }
 
  private:
-  // How many pairs make a section, of items of so many query heads; all of one width, so that the last is no smaller
-  // than the others, or as wide as L2 allows.
+  // How many pairs make a section, of items of so many query heads: as many as L2 allows, or all of one width, so that
+  // the last is no smaller than the others.
   static HOST_DEVICE int section(const Call& call, int pairs, int heads, bool one_width) {
-    int width = Schedule::section_pairs(heads * call.head_bytes, 1, call.l2_bytes);
+    const auto held = [&](int64_t bytes) { return Schedule::section_pairs(heads * call.head_bytes, 1, bytes); };
+    int width = held(call.l2_bytes);
+    const int most = call.ordered ? held(call.most_bytes) : INT32_MAX;
     if (call.ordered && heads == 1) {  // two items for each multiprocessor: neighbours begin far enough from each other
       const int enough = quotient(2 * call.multiprocessors, call.blocks) + 1;
-      const int held = Schedule::section_pairs(call.head_bytes, 1, kMostBytes);
-      if (width < enough) width = enough < held ? enough : held;
+      if (width < enough) width = enough < most ? enough : most;
     }
     if (!one_width) return width;
-    const int sections = quotient(pairs, width);
-    return sections > 1 ? quotient(pairs - 1, sections) + 1 : pairs;
+    const auto wide = [&](int sections) { return sections > 1 ? quotient(pairs - 1, sections) + 1 : pairs; };
+    const int widest = wide(quotient(pairs, width));
+    return widest <= most ? widest : wide(quotient(pairs - 1, width) + 1);
   }
 
   // How many of the last (sequence, KV head) pairs are shared out.

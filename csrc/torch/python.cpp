@@ -188,9 +188,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("check_backward"), py::arg("check_derivatives"),
         "Registers Python's say in calls that are not plainly fine.");
   m.def("limits", limits,
-        "The table of csrc/limits.h, a dict per row: of the head dims `smallest`, `smallest` + `step` ... `head_dim`. "
-        "None\n"
-        "stands for 'not built'.");
+        "The table of csrc/limits.h, a dict per row: of the head dims `smallest`, `smallest` + `step` ... `head_dim`.\n"
+        "None stands for 'not built'.");
   m.def("compute_capability", torch::wrap_pybind_function(compute_capability), py::arg("device"),
         "Compute capability of the CUDA device with this index, 90 for 9.0.");
   using at::Tensor;
@@ -202,10 +201,10 @@ PYBIND11_MODULE(_C, m) {
   const auto shared_memory = [](int d) {
     return std::tuple(forward_shared_memory(d, false), forward_shared_memory(d, true), backward_shared_memory(d));
   };
-  m.def("shared_memory", shared_memory, py::arg("head_dim"),
-        "For tests: bytes of shared memory that a thread block takes, (forward, short_forward, backward); 0 stands for "
-        "'not\n"
-        "built'.");
+  m.def(
+      "shared_memory", shared_memory, py::arg("head_dim"),
+      "For tests: bytes of shared memory that a thread block takes, (forward, short_forward, backward). 0 stands for\n"
+      "'not built'.");
   m.def("set_test_faults", set_test_faults, py::kw_only(), py::arg("tensor_map_encode_fails") = false,
         py::arg("compute_capability") = 0, py::arg("multiprocessors") = 0,
         "For tests only: makes the driver seem to refuse tensor maps, every GPU seem to be of this compute capability\n"

@@ -347,6 +347,40 @@ static void check_ordered(int64_t heads, int64_t kv_heads, int head_dim, int64_t
   });
 }
 
+// However far apart neighbours should begin, a section's heads fit L2.
+static void check_ordered_sections() {
+  for (int head_dim = kHeadDimStep; head_dim <= 256; head_dim += kHeadDimStep) {
+    for (int64_t seqlen : {1000, 4096, 10000, 16384, 24576, 65536}) {
+      for (int64_t heads : {8, 10, 11, 14, 16, 21, 32}) {
+        for (int64_t group : {int64_t{1}, heads % 2 == 0 ? 2 : heads}) {
+          for (bool causal : {false, true}) {
+            const Problem problem{1,
+                                  seqlen,
+                                  seqlen,
+                                  heads,
+                                  heads / group,
+                                  head_dim,
+                                  DType::kBFloat16,
+                                  {.softmax_scale = {}, .causal = causal, .deterministic = true}};
+            with_limits(head_dim, [&]<std::size_t row>() {
+              constexpr BackwardPlan kPlan = kLimits[row].backward;
+              const KeySchedule schedule = backward_schedule(problem, kPlan, workers(kPlan));
+              const int64_t head_bytes = seqlen * (4 * head_dim + 4 * kLimits[row].head_dim);
+              const auto fits = [&](const Schedule& part, int of_item) {
+                const int section = std::min(part.section, part.pairs);
+                return section <= 1 || section * of_item * head_bytes <= kMostL2Bytes;
+              };
+              test::check(fits(schedule.coarse, schedule.most_heads) && fits(schedule.fine, 1),
+                          std::to_string(heads) + " heads of " + std::to_string(head_dim) + ", " +
+                              std::to_string(seqlen) + ": a section is larger than L2");
+            });
+          }
+        }
+      }
+    }
+  }
+}
+
 static void check_ordered_schedules() {
   for (const HeadDimLimits& row : kLimits) {
     const int64_t heads = 2048 / row.head_dim;
@@ -562,6 +596,7 @@ int main() {
   check_packings();
   check_sharing_is_bounded();
   check_directions();
+  check_ordered_sections();
   check_ordered_schedules();
   return test::finish("schedule");
 }
