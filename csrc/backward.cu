@@ -75,7 +75,7 @@ struct BackwardSmem {
   // V's place.
   KvTile out_dk[Config::kConsumers];
   static constexpr bool kOwnOutDv = 4 * sizeof(k) + 2 * sizeof(q) + sizeof(ds) + 4096 < kSharedMemoryBytes;
-  static_assert(kOwnOutDv || !Config::kKvInRegisters, "V is handed back before there is a dV");
+  static_assert(kOwnOutDv || !Config::kVInRegisters, "V is handed back before there is a dV");
   struct None {};
   struct OutBuffer {
     KvTile dv[Config::kConsumers];
@@ -225,7 +225,8 @@ struct Consumer {
   using QTile = typename Smem::QTile;
   static constexpr int kHeadDim = Config::kHeadDim, kBlockQ = Config::kBlockQ;
   static constexpr bool kNeedsDq = kGradients != Gradients::kDkv, kNeedsDkv = kGradients != Gradients::kDq;
-  static constexpr bool kKvInRegisters = Config::kKvInRegisters, kSoftcap = Config::kSoftcap;
+  static constexpr bool kKvInRegisters = Config::kKvInRegisters, kVInRegisters = Config::kVInRegisters;
+  static constexpr bool kSoftcap = Config::kSoftcap;
   static constexpr bool kTwoAhead = kKvInRegisters && !kSoftcap;  // elsewhere it needs more registers than there are
 
   const BackwardArguments<Config>& args;
@@ -247,7 +248,7 @@ struct Consumer {
   int diagonal[2];
 
   float dk[kHeadDim / 2], dv[kHeadDim / 2];
-  uint32_t k_operand[kKvInRegisters ? kHeadDim / 16 : 1][4], v_operand[kKvInRegisters ? kHeadDim / 16 : 1][4];
+  uint32_t k_operand[kKvInRegisters ? kHeadDim / 16 : 1][4], v_operand[kVInRegisters ? kHeadDim / 16 : 1][4];
 
   __device__ __forceinline__ Consumer(const BackwardArguments<Config>& args, Smem& smem, int index)
       : args(args),
@@ -346,7 +347,7 @@ struct Consumer {
     }
   }
   __device__ __forceinline__ void issue_dp(float (&dp)[kBlockQ / 2]) {
-    if constexpr (kKvInRegisters) {
+    if constexpr (kVInRegisters) {
       product_rs(dp, v_operand, dout.at(at.stage), false);
     } else {
       product_ss(dp, v, dout.at(at.stage));
@@ -520,11 +521,11 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.f;
     smem.v_ring.wait_full(item_at);
-    if constexpr (kKvInRegisters) {
-      load_operand(k_operand, smem.k[index]);
+    if constexpr (kKvInRegisters) load_operand(k_operand, smem.k[index]);
+    if constexpr (kVInRegisters) {
       load_operand(v_operand, smem.v[index]);
       __syncwarp();
-      smem.k_ring.release(item_at);
+      if constexpr (kKvInRegisters) smem.k_ring.release(item_at);
       smem.v_ring.release(item_at);
     }
     if (find_seen_step()) {
@@ -536,7 +537,7 @@ struct Consumer {
     }
     if constexpr (!kKvInRegisters) {
       smem.k_ring.release(item_at);
-      if constexpr (Smem::kOwnOutDv) smem.v_ring.release(item_at);
+      if constexpr (Smem::kOwnOutDv && !kVInRegisters) smem.v_ring.release(item_at);
     }
     if constexpr (kNeedsDkv) {
       const Item& item = smem.items[item_count % Smem::kItems];
@@ -573,9 +574,8 @@ template <class Config>
 __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, BackwardSmem<Config>& smem) {
   using Smem = BackwardSmem<Config>;
   constexpr int kConsumers = Config::kConsumers;
-  constexpr int kHeadDim = Config::kHeadDim, kParts = kHeadDim % 64 == 0 ? kHeadDim / 64 : 1;
-  constexpr int kPartColumns = kHeadDim / kParts;  // of dQ, one part after the other
-  static_assert(kParts == 1 || Smem::KvTile::kSlabColumns == kPartColumns);
+  // 64 columns of dQ at a time, and at last what is left of them.
+  constexpr int kParts = (Config::kHeadDim + 63) / 64, kLastColumns = Config::kHeadDim - 64 * (kParts - 1);
   const MnMajor<typename Smem::DsTile> ds(smem.ds[0][0]);
   const bool leads = threadIdx.x % 32 == 0;
   uint32_t k_operand[kConsumers][Config::kKvInRegisters ? 4 : 1][4];
@@ -603,14 +603,20 @@ __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, Ba
     }
     SumPatch* sums = args.dq_sums + int64_t{q_block} * Workspace<Config>::kQPatches;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part, sums += kPartColumns / 8) {
-      float dq[kPartColumns / 2];
+    for (int part = 0; part < kParts; ++part, sums += 8) {
+      float dq[32];
+      auto& last_dq = reinterpret_cast<float (&)[kLastColumns / 2]>(dq);
       const auto product = [&](int consumer, bool accumulate) {
         const auto ds_rows = ds.at(kConsumers * at.stage + consumer);
         if constexpr (Config::kKvInRegisters) {
           product_rs(dq, k_operand[consumer], ds_rows, accumulate);
         } else {
-          product_ss(dq, ds_rows, MnMajor(smem.k[consumer], part), accumulate);
+          const MnMajor k(smem.k[consumer], 64 / Smem::KvTile::kSlabColumns * part);
+          if (kLastColumns < 64 && part + 1 == kParts) {
+            product_ss(last_dq, ds_rows, k, accumulate);
+          } else {
+            product_ss(dq, ds_rows, k, accumulate);
+          }
         }
       };
       if (Step::is_shared(flags)) {
@@ -641,7 +647,7 @@ __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, Ba
       }
       if (in_turn && part == 0) smem.turns.wait(turn_at);
 #pragma unroll
-      for (int i = 0; i < kPartColumns / 8; ++i) {
+      for (int i = 0; i < (part + 1 == kParts ? kLastColumns : 64) / 8; ++i) {
         ptx::red_add_v4(&sums[i].quad[threadIdx.x % 128].x, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
       }
     }

@@ -34,15 +34,19 @@ struct BackwardConfig {
   static constexpr int kStages = kPlan.stages;
   static constexpr int kDsStages = kPlan.ds_stages;
   static constexpr bool kKvInRegisters = kPlan.kv_in_registers;
+  static constexpr bool kVInRegisters = kKvInRegisters || kPlan.v_in_registers;
   static constexpr bool kByPairs = kPlan.by_pairs;
+  static constexpr bool kOwnInRegisters = kPlan.own_in_registers;
   static constexpr int kTileColumns = kByPairs ? kHeadDim / 2 : kHeadDim;  // of tiles in shared memory
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (2 + kConsumers);
 
-  // The SM's 65536 registers, shared out by setmaxnreg in multiples of 8: producer + 2 * consumer + dQ <= 512. Tiles of
-  // three slabs are three copies, for which 32 are too few.
+  // The SM's 65536 registers, shared out by setmaxnreg in multiples of 8: producer + 2 * consumer + dQ <= 512. To copy
+  // tiles of three slabs the producer needs more than 32.
   static constexpr int kProducerRegisters = kHeadDim == 96 ? 40 : 32;
-  static constexpr int consumer_registers(bool needs_dq) { return needs_dq && kHeadDim <= 96 ? 192 : 208; }
+  static constexpr int consumer_registers(bool needs_dq) {
+    return !needs_dq || kHeadDim > 96 ? 208 : kHeadDim == 96 ? 200 : 192;
+  }
   static constexpr int dq_registers(bool needs_dq) {
     return 512 - kProducerRegisters - kConsumers * consumer_registers(needs_dq);
   }

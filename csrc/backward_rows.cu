@@ -130,13 +130,12 @@ struct SumPiece {
 
   __device__ __forceinline__ explicit SumPiece(unsigned number) {
     if constexpr (kTransposed) {  // a patch's rows are columns: 8 threads that are 4 apart hold 8 of them, of two rows
-      static_assert(kHeadDim == 64);
-      const unsigned chunk = number % 8, row_pair = number / 8 % 4;
-      patch = number / 32 % 8;
+      const unsigned chunk = number % 8, row_pair = number / 8 % 4, slab = number / 256;
+      patch = 8 * slab + number / 32 % 8;
       thread = 32 * (chunk / 2) + row_pair;
       half = chunk % 2;
-      row = 8 * patch + 2 * row_pair;
-      column = 8 * chunk;
+      row = 8 * (patch % 8) + 2 * row_pair;
+      column = 64 * slab + 8 * chunk;
     } else {  // four neighbouring threads hold 8 columns of two rows
       constexpr int kPatches = slab_columns(kHeadDim) / 8;
       const unsigned group = number / kPatches % 32;

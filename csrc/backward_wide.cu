@@ -228,6 +228,9 @@ struct OwnKeys {
   float dk[kOwnColumns / 2], dv[kOwnColumns / 2];
   bool accumulate = false;  // not in the first step
   Operand p, sloped_p;      // sloped_p: with softcap
+  // Of K and V, own columns, where there is room: the left operands of their part of S and dP.
+  static constexpr bool kInRegisters = Config::kOwnInRegisters;
+  uint32_t k_operand[kInRegisters ? kOwnColumns / 16 : 1][4], v_operand[kInRegisters ? kOwnColumns / 16 : 1][4];
 
   __device__ __forceinline__ OwnKeys(const BackwardArguments<Config>& args, Smem& smem, int rank)
       : args(args),
@@ -257,13 +260,21 @@ struct OwnKeys {
     smem.other_q_ring.wait_full(other_at(at));
     product_ss(scores, over_columns(smem.k[1]), over_columns(smem.other_q));
     smem.q_ring.wait_full(at);
-    product_ss(scores, over_columns(smem.k[0]), over_columns(smem.q[0]).at(at.stage), true);
+    if constexpr (kInRegisters) {
+      product_rs(scores, k_operand, over_columns(smem.q[0]).at(at.stage), true);
+    } else {
+      product_ss(scores, over_columns(smem.k[0]), over_columns(smem.q[0]).at(at.stage), true);
+    }
   }
   __device__ __forceinline__ void issue_dp(float (&dp)[kBlockQ / 2]) {
     smem.other_dout_ring.wait_full(other_at(at));
     product_ss(dp, over_columns(smem.v[1]), over_columns(smem.other_dout));
     smem.dout_ring.wait_full(at);
-    product_ss(dp, over_columns(smem.v[0]), over_columns(smem.dout[0]).at(at.stage), true);
+    if constexpr (kInRegisters) {
+      product_rs(dp, v_operand, over_columns(smem.dout[0]).at(at.stage), true);
+    } else {
+      product_ss(dp, over_columns(smem.v[0]), over_columns(smem.dout[0]).at(at.stage), true);
+    }
   }
 
   // P of the step at hand, in registers and in shared memory.
@@ -318,6 +329,7 @@ struct OwnKeys {
   __device__ __forceinline__ void run() {
     find_diagonal(diagonal, smem.item, smem.item.first_key + 64 * rank);
     wait_phase(&smem.k_full, 0);
+    if constexpr (kInRegisters) load_operand(k_operand, smem.k[0]);
     {
       float scores[kBlockQ / 2];
       float2 lse_log2[kBlockQ / 8];
@@ -328,6 +340,7 @@ struct OwnKeys {
       make_p(scores, lse_log2);
     }
     wait_phase(&smem.v_full, 0);
+    if constexpr (kInRegisters) load_operand(v_operand, smem.v[0]);
     for (;;) {
       Operand ds;
       {
@@ -376,18 +389,17 @@ __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& a
   using HalfTile = typename Smem::HalfTile;
   using DsTile = typename Smem::DsTile;
   constexpr int kOwnColumns = Smem::kOwnColumns, kQPatches = Workspace<Config>::kQPatches;
-  constexpr int kParts = kOwnColumns % 64 == 0 ? kOwnColumns / 64 : 1;
-  constexpr int kPartColumns = kOwnColumns / kParts;  // of dQ, one part after the other
-  static_assert(kParts <= 2 && (kParts == 1 || HalfTile::kSlabColumns == kPartColumns));
+  constexpr int kColumns[2] = {64, kOwnColumns - 64};  // of dQ, one part after the other
   const Item& item = smem.item;
   const Peer peer(&smem, rank);
   const KMajor<DsTile> peer_p(smem.peer_p[0], kBitsInCluster), peer_ds(smem.peer_ds[0], kBitsInCluster);
   const MnMajor<DsTile> ds_rows(smem.ds[0], 0, kBitsInCluster), peer_ds_rows(smem.peer_ds[0], 0, kBitsInCluster);
   const MnMajor<HalfTile> q(smem.q[0], 0, kBitsInCluster), dout(smem.dout[0], 0, kBitsInCluster);
+  constexpr int kSlab = 64 / HalfTile::kSlabColumns;  // the second part's first
   const MnMajor<HalfTile> k[2] = {MnMajor<HalfTile>(smem.k[0], 0, kBitsInCluster),
-                                  MnMajor<HalfTile>(smem.k[0], 1, kBitsInCluster)};
+                                  MnMajor<HalfTile>(smem.k[0], kSlab, kBitsInCluster)};
   const MnMajor<HalfTile> peer_k[2] = {MnMajor<HalfTile>(smem.peer_k, 0, kBitsInCluster),
-                                       MnMajor<HalfTile>(smem.peer_k, 1, kBitsInCluster)};
+                                       MnMajor<HalfTile>(smem.peer_k, kSlab, kBitsInCluster)};
   const bool leads = threadIdx.x % 32 == 0;
   float dk[kOwnColumns / 2], dv[kOwnColumns / 2];
 
@@ -421,42 +433,35 @@ __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& a
     product_ss(dk, peer_ds.at(at.stage), q.at(at.stage), accumulate);
     accumulate = true;
 
-    float dq[kParts][kPartColumns / 2];
-    product_ss(dq[0], peer_ds_rows.at(at.stage), peer_k[0]);
+    float first_dq[kColumns[0] / 2], second_dq[kColumns[1] / 2];
+    product_ss(first_dq, peer_ds_rows.at(at.stage), peer_k[0]);
     wait_phase(&smem.ds_full[at.stage], at.phase);
-    product_ss(dq[0], ds_rows.at(at.stage), k[0], true);
-    if constexpr (kParts == 2) {
-      product_ss(dq[1], peer_ds_rows.at(at.stage), peer_k[1]);
-      product_ss(dq[1], ds_rows.at(at.stage), k[1], true);
-    }
-    constexpr int kDqGroups = 2 * kParts;
-    ptx::wgmma_wait_group<kDqGroups + 1>(dv);
+    product_ss(first_dq, ds_rows.at(at.stage), k[0], true);
+    product_ss(second_dq, peer_ds_rows.at(at.stage), peer_k[1]);
+    product_ss(second_dq, ds_rows.at(at.stage), k[1], true);
+    ptx::wgmma_wait_group<5>(dv);
     smem.dout_ring.release(at);
-    ptx::wgmma_wait_group<kDqGroups>(dk);
+    ptx::wgmma_wait_group<4>(dk);
     smem.q_ring.release(at);
 
     SumPatch* const sums = first_sums + walk.head * head_patches + walk.block * kQPatches;
-    const auto add = [&](int part) {
+    const auto add = [&]<int kRegisters>(SumPatch* to, const float (&dq)[kRegisters]) {
       if (!needs_dq) return;
 #pragma unroll
-      for (int i = 0; i < kPartColumns / 8; ++i) {
-        const float* x = dq[part] + 4 * i;
-        ptx::red_add_v4(&sums[part * (kPartColumns / 8) + i].quad[threadIdx.x % 128].x, x[0], x[1], x[2], x[3]);
+      for (int i = 0; i < kRegisters; i += 4) {
+        ptx::red_add_v4(&to[i / 4].quad[threadIdx.x % 128].x, dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
       }
     };
-    if constexpr (kParts == 2) {
-      ptx::wgmma_wait_group<2>(dq[0]);
-      if (in_turn) smem.turns.wait(turn_at);
-      add(0);
-    }
-    ptx::wgmma_wait_group<0>(dq[kParts - 1]);
+    ptx::wgmma_wait_group<2>(first_dq);
+    if (in_turn) smem.turns.wait(turn_at);
+    add(sums, first_dq);
+    ptx::wgmma_wait_group<0>(second_dq);
     if (leads) {
       cuda::ptx::mbarrier_arrive(&smem.ds_empty[at.stage]);
       ptx::mbarrier_arrive_remote(peer(smem_address(&smem.ds_empty[at.stage])));
     }
     __syncwarp();
-    if (kParts == 1 && in_turn) smem.turns.wait(turn_at);
-    add(kParts - 1);
+    add(sums + kColumns[0] / 8, second_dq);
     if (in_turn) {
       smem.turns.finish(turn_at);
       turn_at.next();

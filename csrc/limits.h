@@ -36,7 +36,9 @@ struct BackwardPlan {
   int ds_stages = 0;  // dS blocks in flight, from the consumers to the warpgroup that computes dQ
   // K and V stay in registers as the left operands of S, dP and dQ^T. Otherwise they are read from shared memory.
   bool kv_in_registers = false;
-  bool by_pairs = false;  // a pair of thread blocks shares out the head dim (backward_wide.cu)
+  bool v_in_registers = false;    // V alone does, as the left operand of dP
+  bool by_pairs = false;          // a pair of thread blocks shares out the head dim (backward_wide.cu)
+  bool own_in_registers = false;  // and each keeps its own columns of K and V in registers, as those of S and dP
   constexpr bool built() const { return block_q > 0; }
 };
 
@@ -56,18 +58,23 @@ inline constexpr HeadDimLimits kLimits[] = {
      .forward = {.block_q = 192, .block_kv = 128, .stages = 2, .turns = true},
      .short_forward = {.block_q = 256, .block_kv = 64, .stages = 8, .keeps_offset = true},
      .backward = {.block_q = 64, .block_kv = 128, .stages = 4, .ds_stages = 3, .kv_in_registers = true}},
+    // Three warpgroups, since two fall behind on long sequences. With 112 keys a block softcap spills.
+    // Backward: V takes 24 registers a thread, which K's would not find beside them. It is for shared memory that the
+    // products wait.
     {.head_dim = 96,
      .forward = {.block_q = 192, .block_kv = 96, .stages = 2, .turns = true},
-     .backward = {.block_q = 64, .block_kv = 128, .stages = 3, .ds_stages = 2}},
+     .backward = {.block_q = 64, .block_kv = 128, .stages = 3, .ds_stages = 2, .v_in_registers = true}},
     // Without turns where each block takes a maximum: two warpgroups then keep out of step by themselves
     // (docs/tuning.md).
     // Backward: dK and dV take 128 registers a thread, which leaves room for one of S and dP at a time.
     {.head_dim = 128,
      .forward = {.block_q = 128, .block_kv = 128, .stages = 2, .keeps_offset = true},
      .backward = {.block_q = 64, .block_kv = 128, .stages = 3, .ds_stages = 2}},
+    // As 256; the backward has registers for what it reads of K and V most often.
     {.head_dim = 192,
      .forward = {.block_q = 128, .block_kv = 96, .stages = 2, .turns = true},
-     .backward = {.block_q = 64, .block_kv = 128, .stages = 2, .ds_stages = 2, .by_pairs = true}},
+     .backward =
+         {.block_q = 64, .block_kv = 128, .stages = 2, .ds_stages = 2, .by_pairs = true, .own_in_registers = true}},
     // O takes 128 registers a thread, so that there are two warpgroups, and beside Q's 64 KB shared memory holds two
     // blocks of 80 keys of K and of V.
     // Backward: dK and dV of 64 keys alone would take 256 registers a thread.

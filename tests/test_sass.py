@@ -130,15 +130,24 @@ def products(kernel):
     head_dim, plan = TABLE[index]["head_dim"], plan_of(kernel)
     if direction == "forward":
         return {"S": {(plan["block_kv"], "ss"): head_dim // 16}, "O": {(head_dim, "rs_mn"): plan["block_kv"] // 16}}
-    in_registers = "kv_in_registers" in plan
-    scores = {(plan["block_q"], "rs" if in_registers else "ss"): head_dim // 16}
+
+    def over_columns(name):
+        steps = head_dim // 16
+        from_registers = steps if "kv_in_registers" in plan else 0
+        if "v_in_registers" in plan and name == "dP":
+            from_registers = steps
+        if "own_in_registers" in plan:
+            from_registers = steps // 2
+        return +Counter({(plan["block_q"], "rs"): from_registers, (plan["block_q"], "ss"): steps - from_registers})
+
     keys = {(columns(kernel), "rs_mn"): plan["block_q"] // 16}
-    part = 64 if columns(kernel) % 64 == 0 else columns(kernel)  # of dQ's columns, one after the other
-    queries = {(part, "rs_mn" if in_registers else "ss_mn"): columns(kernel) // part * plan["block_kv"] // 16}
+    parts = Counter(min(64, columns(kernel) - first) for first in range(0, columns(kernel), 64))  # of dQ's columns
+    form_of_dq = "rs_mn" if "kv_in_registers" in plan else "ss_mn"
+    queries = {(part, form_of_dq): count * plan["block_kv"] // 16 for part, count in parts.items()}
     peer_keys = {(columns(kernel), "ss_b_mn"): plan["block_q"] // 16}
     dkv, dq = gradients != "dq", gradients != "dkv"
     return (
-        {"S": scores, "dP": scores}
+        {"S": over_columns("S"), "dP": over_columns("dP")}
         | ({"dV": keys, "dK": keys} if dkv else {})
         | ({"peer's dV": peer_keys, "peer's dK": peer_keys} if gradients == "wide" else {})
         | ({"dQ": queries} if dq else {})

@@ -20,7 +20,7 @@ def parse(source: str) -> list[dict]:
     table = re.search(r"kLimits\[\]\s*=\s*\{(.*?)\n\};", source, re.DOTALL)
     body = table[1] if table else ""
     plans = ("forward", "short_forward", "backward")
-    fields = (rf"(?:\.{name} = \{{([^{{}}]*)\}},?\s*)?" for name in plans)
+    fields = (rf"(?:\.{name} =\s+\{{([^{{}}]*)\}},?\s*)?" for name in plans)
     row = rf"\{{\s*\.head_dim = (\d+),\s*{''.join(fields)}\}}"
     rows = re.findall(row, body)
     if not rows or len(rows) != body.count(".head_dim"):

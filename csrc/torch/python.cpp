@@ -159,7 +159,9 @@ py::list limits() {
     if constexpr (std::is_same_v<Plan, BackwardPlan>) {
       numbers["ds_stages"] = p.ds_stages;
       flag("kv_in_registers", p.kv_in_registers);
+      flag("v_in_registers", p.v_in_registers);
       flag("by_pairs", p.by_pairs);
+      flag("own_in_registers", p.own_in_registers);
     } else {
       flag("turns", p.turns);
       flag("keeps_offset", p.keeps_offset);

@@ -141,8 +141,8 @@ struct TransposedSmem {
   SmemTile<T, kDepth / 2, 64> a_slab[2];
 };
 
-// d = a^T b, b MN-major in shared memory, a likewise or from registers. Of a (128 x 128) it takes the second slab, and
-// of b (128 x kBColumns) as well where N are fewer columns.
+// d = a^T b, b MN-major in shared memory, a likewise or from registers. Of a (128 x 128) it takes the second slab, of b
+// (128 x kBColumns) the last N columns.
 template <class T, int N, int kBColumns, bool kFromRegisters>
 __global__ void multiply_transposed(const T* a, const T* b, float* d) {
   extern __shared__ __align__(1024) unsigned char dynamic_smem[];
@@ -158,7 +158,7 @@ __global__ void multiply_transposed(const T* a, const T* b, float* d) {
   __syncthreads();
   float acc[N / 2];
   set(acc, 1000.f);  // the first product must ignore it
-  constexpr int kSlab = N < kBColumns ? 1 : 0;
+  constexpr int kSlab = (kBColumns - N) / SmemTile<T, kDepth / 2, kBColumns>::kSlabColumns;
   for (int i = 0; i < 2; ++i) {
     if constexpr (kFromRegisters) {
       uint32_t operand[kDepth / 32][4];
@@ -252,7 +252,8 @@ void check_type(const std::string& type) {
   check_product<T, 96, Form::kSsBMn>(type + " ss_b_mn");
   check_product<T, 128, Form::kSsBMn>(type + " ss_b_mn");
   check_transposed_product<T, 64, 128, false>(type + " ss_mn");
-  check_transposed_product<T, 96, 96, false>(type + " ss_mn");
+  check_transposed_product<T, 64, 96, false>(type + " ss_mn, slabs of 32 columns,");
+  check_transposed_product<T, 32, 96, false>(type + " ss_mn");
   check_transposed_product<T, 64, 128, true>(type + " rs_mn of a transposed operand");
 }
 
