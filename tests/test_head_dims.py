@@ -1,5 +1,5 @@
 """Both passes on the GPU at head dims between two rows of the table: the copy engine fills the tiles of the next row up
-with zeros, clips what leaves them, and no other access reaches beyond a row's columns.
+with zeros, clips what leaves them, and no other access reaches beyond a query's or key's columns.
 
 What lies there in memory is the next head, or the next row: here it is NaN wherever that can be.
 """
