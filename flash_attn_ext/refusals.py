@@ -107,7 +107,7 @@ def of_forward(
         or _of_shapes(q, k, v, options)
         or _of_sinks(options.sinks, q)
         or _of_lengths(q, k, options)
-        or _of_devices(q, k, v, device_type, on_device and not on_hopper, autocast)
+        or _of_devices(q, k, v, options, device_type, on_device and not on_hopper, autocast)
         or (_no_option(options.asked(), "forward", q.shape[-1]) if device_type == "cuda" else None)
     )
 
@@ -209,10 +209,7 @@ def _of_shapes(q, k, v, options: Options) -> ValueError | None:
     if k.shape[-2] != v.shape[-2]:
         return ValueError(f"k has {k.shape[-2]} heads but v has {v.shape[-2]}; they must be equal.")
     if k.shape[-1] != head_dim or v.shape[-1] != head_dim:
-        return ValueError(
-            f"q, k and v have head_dim {head_dim}, {k.shape[-1]} and {v.shape[-1]}; they must be equal. "
-            "A smaller one can be padded with zeros: torch.nn.functional.pad(v, (0, n)), then out[..., :-n]."
-        )
+        return _of_head_dims(*(int(tensor.shape[-1]) for tensor in (q, k, v)), options)
     if head_dim == 0:
         return ValueError("q, k and v have head_dim 0; it must be at least 1.")
     if k.shape[-2] == 0:
@@ -224,6 +221,23 @@ def _of_shapes(q, k, v, options: Options) -> ValueError | None:
             "model."
         )
     return None
+
+
+def _of_head_dims(of_q: int, of_k: int, of_v: int, options: Options) -> ValueError:
+    """Of those that differ."""
+    if of_q != of_k:
+        way_out = "Check how q and k are split into heads."
+    elif of_v < of_q:
+        way_out = f"Pad v with zeros: torch.nn.functional.pad(v, (0, {of_q - of_v})), and keep out[..., :{of_v}]."
+    else:
+        padding = f"Pad q and k with zeros, as torch.nn.functional.pad(q, (0, {of_v - of_q}))"
+        way_out = f"{_list([padding, *_true_scale(of_q, options)], 'and')}."
+    return ValueError(f"q, k and v have head_dim {of_q}, {of_k} and {of_v}; they must be equal. {way_out}")
+
+
+def _true_scale(head_dim: int, options: Options) -> list[str]:
+    """What to do about the scale of padded q and k: the default would be that of the head dim they are padded to."""
+    return [f"pass softmax_scale={head_dim}**-0.5"] if options.softmax_scale is None else []
 
 
 def _of_sinks(sinks, q) -> ValueError | None:
@@ -307,7 +321,7 @@ def _of_length_values(x, side: str, options: Options) -> ValueError | None:
     return None
 
 
-def _of_devices(q, k, v, device_type: str, on_device: bool, autocast: bool) -> Exception | None:
+def _of_devices(q, k, v, options: Options, device_type: str, on_device: bool, autocast: bool) -> Exception | None:
     if not q.device == k.device == v.device:
         return ValueError(f"q, k and v are on {q.device}, {k.device} and {v.device}; they must be on one device.")
     dtypes = [_dtype_after_autocast(tensor.dtype, device_type) if autocast else tensor.dtype for tensor in (q, k, v)]
@@ -328,18 +342,18 @@ def _of_devices(q, k, v, device_type: str, on_device: bool, autocast: bool) -> E
         return None
     if on_device and (reason := limits.why_unavailable(q.device)):
         return RuntimeError(reason)
-    return _no_forward(q.shape[-1]) or _of_sizes(q, k)
+    return _no_forward(q.shape[-1], options) or _of_sizes(q, k)
 
 
-def _no_forward(head_dim: int) -> ValueError | None:
+def _no_forward(head_dim: int, options: Options) -> ValueError | None:
     if not limits.TABLE or limits.has_pass("forward", head_dim):
         return None
+    head_dim = int(head_dim)  # a symbol where shapes are dynamic
     padding = ""
     if larger := next((dim for dim in limits.supported()["forward"] if dim > head_dim), None):
-        padding = (
-            f"pad q, k and v with zeros to {larger}, as torch.nn.functional.pad(q, (0, {larger - head_dim})), pass "
-            f"softmax_scale={head_dim}**-0.5 and keep out[..., :{head_dim}]; "
-        )
+        zeros = f"pad q, k and v with zeros to {larger}, as torch.nn.functional.pad(q, (0, {larger - head_dim}))"
+        steps = [zeros, *_true_scale(head_dim, options), f"keep out[..., :{head_dim}]"]
+        padding = f"{_list(steps, 'and')}; "
     return ValueError(
         f"head_dim is {head_dim}; on the GPU {limits.what_runs()}. Ways out: {padding}choose the model's number of "
         "heads so that hidden_size / num_heads is one of these; or use "

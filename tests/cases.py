@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import flash_attn_ext
 from flash_attn_ext._binary import _C
 from flash_attn_ext.limits import TABLE, has_option, has_pass, row_of, supported
-from flash_attn_ext.options import Options
+from flash_attn_ext.options import UNBOUNDED, Options
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
@@ -138,10 +138,49 @@ LAYOUTS = {
 }
 
 
+def forward_plans(row):
+    return [plan for plan in (row["forward"], row["short_forward"]) if plan]
+
+
+def largest_q_block(row):
+    """With as many rows a call may take any of the row's plans of the forward."""
+    return max(plan["block_q"] for plan in forward_plans(row))
+
+
+FEW_KEYS = 4096  # kFewKeys of csrc/work.h
+
+
+def plan_taken(row, dtype, seqlen_q, seqlen_k, **options):
+    """The plan of the row that a forward of dense sequences takes: has_short_forward of csrc/work.h."""
+    short, options = row["short_forward"], Options.of(**options)
+    if not short or dtype != torch.bfloat16 or options.softcap or seqlen_q < short["block_q"]:
+        return row["forward"]
+    reach = math.inf if UNBOUNDED in options.window else sum(options.window)
+    return short if seqlen_k <= FEW_KEYS or reach < FEW_KEYS else row["forward"]
+
+
+# All plans of the forward, by row, place in the row and dtype.
+PLANS = [
+    (row, which, dtype)
+    for row in ROWS
+    for which, dtype in (("forward", "fp16"), ("forward", "bf16"), ("short_forward", "bf16"))
+    if row[which]
+]
+each_plan = pytest.mark.parametrize(
+    "row, which, dtype", PLANS, ids=[f"d{row['head_dim']}-{which}-{dtype}" for row, which, dtype in PLANS]
+)
+
+
+def lengths_of_plan(row, which, dtype):
+    """seqlen_q and seqlen_k of a dense call that takes the plan: some Q blocks, and KV blocks that lap its rings."""
+    avoids_short = row["short_forward"] and which == "forward" and dtype == "bf16"
+    return 3 * row[which]["block_q"] + 7, 9 * row["forward"]["block_kv"] + 3 + (FEW_KEYS if avoids_short else 0)
+
+
 def forward_as_packed(q, k, v, **options):
-    """out and lse of a dense call, by the plan that a packed call takes, and so the same bits: not by that for short
-    items."""
-    if q.device.type == "cpu" or not row_of(q.shape[-1])["short_forward"]:
+    """out and lse of a dense call by the plan that packed calls take, and so their bits."""
+    row = row_of(q.shape[-1])
+    if q.device.type == "cpu" or plan_taken(row, q.dtype, q.shape[1], k.shape[1], **options) is row["forward"]:
         return flash_attn_ext.forward(q, k, v, **options)
     for name, x in zip("qk", (q, k), strict=True):
         starts = torch.arange(x.shape[0] + 1, device=x.device, dtype=torch.int32)
@@ -154,10 +193,6 @@ def edge_lengths(block):
     return (1, block - 1, block, block + 1, 2 * block + 3)
 
 
-def forward_plans(row):
-    return [plan for plan in (row["forward"], row["short_forward"]) if plan]
-
-
 def edges(plans, block):
     return sorted({length for plan in plans for length in edge_lengths(plan[block])})
 
@@ -167,11 +202,11 @@ def forward_cases(row):
     plans = forward_plans(row)
     yield from _cases(row, plans[0], edges(plans, "block_q"), edges(plans, "block_kv"))
     if row["short_forward"]:  # rows that see too many keys for it, one by one and by a window
-        seqlen_q, seqlen_k = 2 * row["short_forward"]["block_q"] + 37, 4096 + 133
+        seqlen_q, seqlen_k = 2 * row["short_forward"]["block_q"] + 37, FEW_KEYS + 133
         for causal in (False, True):
             yield Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, causal, 2, *GQA)
-            yield Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, causal, 1, *GQA, window_size=(4095, 0))
-            yield Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, causal, 1, *GQA, window_size=(4096, 0))
+            yield Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, causal, 1, *GQA, window_size=(FEW_KEYS - 1, 0))
+            yield Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, causal, 1, *GQA, window_size=(FEW_KEYS, 0))
 
 
 def backward_cases(row):
@@ -233,8 +268,9 @@ def smoke_cases(row, which="forward"):
 def between_cases(head_dim):
     """Both passes where the tiles are filled up with zeros: over ragged lengths masks, layouts, kinds of heads and
     options take turns. Rows that see no key are among them."""
-    plan = row_of(head_dim)["forward"]
-    square, long, short = (plan["block_q"] + 37,) * 2, (67, 2 * plan["block_kv"] + 9), (plan["block_q"] + 70, 45)
+    row = row_of(head_dim)
+    plan, rows = row["forward"], largest_q_block(row)
+    square, long, short = (rows + 37,) * 2, (67, 2 * plan["block_kv"] + 9), (plan["block_q"] + 70, 45)
     window, learned = (plan["block_kv"] // 2, 17), {"sinks": True, "dlse": True}
     yield Case(head_dim, "bf16", *square, True, 2, *MHA)
     yield Case(head_dim, "fp16", *long, False, 2, *GQA, "bhsd")
@@ -299,8 +335,9 @@ WALKS = {
 }
 
 
-def along_the_walk(kind, row, seqlen_q, seqlen_k, heads, kv_heads, device="cuda"):
+def along_the_walk(kind, row, seqlen_q, seqlen_k, heads, kv_heads, packed=False, device="cuda"):
     """q, k, v in bf16 with those scores and little noise. Every third query hardly sees them: a warp's rows differ.
+    Blocks are those of the call's plan, as one of packed sequences or alone.
 
     The largest score is 0: the yardstick, which rounds scores to bf16, is precise there. A score is the sum of two
     numbers in bf16, one in each of two columns.
@@ -309,7 +346,8 @@ def along_the_walk(kind, row, seqlen_q, seqlen_k, heads, kv_heads, device="cuda"
     shapes = (seqlen_q, heads), (seqlen_k, kv_heads), (seqlen_k, kv_heads)
     q, k, v = (torch.randn(1, *shape, head_dim, device=device).bfloat16() for shape in shapes)
     key = torch.arange(seqlen_k, device=device)
-    scores = WALKS[kind]((seqlen_k - 1 - key) / row["forward"]["block_kv"], key).float()
+    plan = row["forward"] if packed else plan_taken(row, torch.bfloat16, seqlen_q, seqlen_k)
+    scores = WALKS[kind]((seqlen_k - 1 - key) / plan["block_kv"], key).float()
     scores = (scores - scores.max())[:, None]
     q, k = q / 2, k / 2
     q[..., :2] = size
@@ -354,9 +392,10 @@ SMOKE = [case for row in ROWS for case in smoke_cases(row)]
 BACKWARD = list(dict.fromkeys(case for row in TRAINING_ROWS for case in backward_cases(row)))
 BACKWARD_SMOKE = [case for row in TRAINING_ROWS for case in smoke_cases(row, "backward")]
 
-# Of each row the smallest and the one before its largest, those that models have, and some whose last 16 bytes are
-# elsewhere in a slab of 64 columns.
-BETWEEN = [d for d in (8, 24, 40, 72, 80, 96, 104, 120, 160, 192, 200, 248) if has_pass("backward", d)]
+# Of each row the smallest and the one before its largest, and among the others 24 and those that models have.
+OF_ROWS = {head_dim for row in TRAINING_ROWS for head_dim in (row["smallest"], row["head_dim"] - row["step"])}
+OF_MODELS = {40, 72, 80, 96, 160, 192}
+BETWEEN = sorted(d for d in OF_ROWS | OF_MODELS | {24} if d not in HEAD_DIMS and has_pass("backward", d))
 BETWEEN_CASES = [case for head_dim in BETWEEN for case in between_cases(head_dim) if case.runs("forward", "backward")]
 
 

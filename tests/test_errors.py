@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from oracle import same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import flash_attn_ext
@@ -65,8 +66,26 @@ WRONG_VALUE = {
     "batch of k": (lambda q, k, v: {"k": k[:1]}, ["batch sizes 2, 1 and 2", "must be equal"]),
     "batch of v": (lambda q, k, v: {"v": v[:1]}, ["batch sizes 2, 2 and 1", "must be equal"]),
     "seqlen of v": (lambda q, k, v: {"v": v[:, :6]}, ["k has seqlen 7 but v has 6", "must be equal"]),
-    "head_dim of k": (lambda q, k, v: {"k": k[..., :32]}, [f"head_dim {D}, 32 and {D}", "must be equal"]),
-    "head_dim of v": (lambda q, k, v: {"v": v[..., :32]}, [f"{D} and 32", "must be equal", "functional.pad"]),
+    "head_dim of k": (
+        lambda q, k, v: {"k": k[..., :32]},
+        [f"head_dim {D}, 32 and {D}", "must be equal", "split into heads"],
+    ),
+    "head_dim of v": (
+        lambda q, k, v: {"v": v[..., :32]},
+        [f"{D} and 32", "must be equal", f"functional.pad(v, (0, {D - 32})), and keep out[..., :32]."],
+    ),
+    "head_dim of q and k": (
+        lambda q, k, v: {"q": q[..., :32], "k": k[..., :32]},
+        [
+            f"head_dim 32, 32 and {D}",
+            "must be equal",
+            f"functional.pad(q, (0, {D - 32})) and pass softmax_scale=32**-0.5.",
+        ],
+    ),
+    "head_dim of q and k, with a scale": (
+        lambda q, k, v: {"q": q[..., :32], "k": k[..., :32], "softmax_scale": 0.3},
+        ["must be equal", f"as torch.nn.functional.pad(q, (0, {D - 32}))."],
+    ),
     "head_dim 0": (lambda q, k, v: {"q": q[..., :0], "k": k[..., :0], "v": v[..., :0]}, ["head_dim 0", "at least 1"]),
     "dtypes differ": (
         lambda q, k, v: {"v": v.half()},
@@ -421,23 +440,63 @@ def test_head_dim_outside_the_table(head_dim):
     larger = [runs for runs in RUNS if runs > head_dim]
     if larger:
         assert f"pad q, k and v with zeros to {larger[0]}, as " in text
-        assert f"pass softmax_scale={head_dim}**-0.5 and keep out[..., :{head_dim}]" in text
+        assert f", pass softmax_scale={head_dim}**-0.5 and keep out[..., :{head_dim}]" in text
     else:
         assert "pad" not in text
 
 
+def test_head_dim_that_is_a_symbol():
+    """The texts have its number."""
+    small, large = (torch.empty(2, 5, 4, head_dim, dtype=torch.bfloat16, device="meta") for head_dim in (100, 116))
+
+    def texts_of(x, y):
+        return [explain(*qkv, target="hopper") for qkv in ((x, x, x), (x, x, y), (y, y, x))]
+
+    def trace(x, y):
+        assert isinstance(x.shape[-1], torch.SymInt)
+        symbolic.extend(texts_of(x, y))
+        return x
+
+    symbolic = []
+    make_fx(trace, tracing_mode="symbolic")(small, large)
+    assert symbolic == texts_of(small, large)
+
+
+@each("scale", [{}, {"softmax_scale": 0.3}], ids=["default", "given"])
 @each("head_dim", [1, 20, 71, 100, 127, 250])
-def test_the_way_out_of_a_head_dim_is_exact(head_dim):
+def test_the_way_out_of_a_head_dim_is_exact(head_dim, scale):
     """What the text says, done on CPU tensors, where the head dim runs as it is too."""
     q, k, v = (torch.randn(2, 9, 3, head_dim, dtype=torch.float64) for _ in range(3))
-    with FakeTensorMode():
-        text = explain(**good("cuda", head_dim), target="hopper")
-    pattern = r"functional\.pad\(q, \(0, (\d+)\)\), pass softmax_scale=(\d+)\*\*-0\.5 and keep out\[\.\.\., :(\d+)\]"
-    zeros, of_scale, columns = map(int, re.search(pattern, text).groups())
-    padded = [torch.nn.functional.pad(x, (0, zeros)) for x in (q, k, v)]
+    text = explain(**good("meta", head_dim), **scale, target="hopper")
+    zeros, columns = re.search(r"functional\.pad\(q, \(0, (\d+)\)\).* and keep out\[\.\.\., :(\d+)\]", text).groups()
+    padded = [torch.nn.functional.pad(x, (0, int(zeros))) for x in (q, k, v)]
     assert padded[0].shape[-1] in RUNS
-    out = flash_attn_func(*padded, softmax_scale=of_scale**-0.5, causal=True)
-    torch.testing.assert_close(out[..., :columns], flash_attn_func(q, k, v, causal=True))
+    out = flash_attn_func(*padded, **scale | scale_in(text), causal=True)
+    torch.testing.assert_close(out[..., : int(columns)], flash_attn_func(q, k, v, **scale, causal=True))
+
+
+@each("scale", [{}, {"softmax_scale": 0.3}], ids=["default", "given"])
+@each("of_q, of_v", [(24, 16), (16, 24)])
+def test_the_way_out_of_two_head_dims_is_exact(of_q, of_v, scale):
+    """Beside torch's own attention, which has two."""
+    q, k, v = (torch.randn(2, 9, 3, head_dim, dtype=torch.float64) for head_dim in (of_q, of_q, of_v))
+    text = explain(q, k, v, **scale)
+    names, zeros = re.search(r"Pad (.*) with zeros.*, \(0, (\d+)\)\)", text).groups()
+    assert names == ("v" if of_v < of_q else "q and k")
+    inputs = {"q": q, "k": k, "v": v}
+    inputs |= {name: torch.nn.functional.pad(inputs[name], (0, int(zeros))) for name in names.split(" and ")}
+    out = flash_attn_func(**inputs, **scale | scale_in(text))
+    if columns := re.search(r"keep out\[\.\.\., :(\d+)\]", text):
+        out = out[..., : int(columns[1])]
+    by_heads = [x.transpose(1, 2) for x in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*by_heads, scale=scale.get("softmax_scale"))
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+def scale_in(text):
+    """The scale that a refusal says to pass, if it does, as an argument."""
+    found = re.search(r"pass softmax_scale=(\d+)\*\*-0\.5", text)
+    return {"softmax_scale": int(found[1]) ** -0.5} if found else {}
 
 
 @each("wanted", ["q", "k", "v", "qkv"])

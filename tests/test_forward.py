@@ -8,6 +8,7 @@ import gpu
 import pytest
 import torch
 from cases import (
+    DTYPES,
     FORWARD,
     FORWARD_OPTIONS,
     HEAD_DIMS,
@@ -19,8 +20,11 @@ from cases import (
     along_the_walk,
     both_dtypes,
     both_masks,
+    each_plan,
     extreme_logits,
     forward_as_packed,
+    forward_plans,
+    lengths_of_plan,
     random_cases,
 )
 from conftest import SEED
@@ -134,8 +138,8 @@ def test_poison_reaches_what_is_allocated_next():
 @both_masks
 def test_surroundings_change_nothing(row, causal):
     """q, k, v inside larger buffers: the fill around them, in every dimension, must not reach the result."""
-    plan, head_dim = row["forward"], row["head_dim"]
-    for seqlen_q, seqlen_k in itertools.product((1, plan["block_q"] + 5), (3, plan["block_kv"] + 9)):
+    head_dim, rows = row["head_dim"], [1, *(plan["block_q"] + 5 for plan in forward_plans(row))]
+    for seqlen_q, seqlen_k in itertools.product(rows, (3, row["forward"]["block_kv"] + 9)):
         inputs = [normal(2, s, h, head_dim) for s, h in ((seqlen_q, 6), (seqlen_k, 2), (seqlen_k, 2))]
         expected = attend(*inputs, causal=causal)
         for fill in (0.0, math.nan, math.inf, -math.inf):
@@ -186,8 +190,8 @@ def test_extreme_logits(kind, row, dtype, causal):
     attend_and_check(*extreme_logits(kind, row, dtype), causal=causal, lse_slack=lse_slack)
 
 
-# In bf16 at head dim 128 blocks without a mask take no maximum (docs/forward.md). With the window masked blocks follow
-# them.
+# In bf16, where a plan keeps its offset, blocks without a mask take no maximum (docs/forward.md). With the window
+# masked blocks follow them.
 SEEN = {"full": {}, "causal": {"causal": True}, "window": {"window_size": (700, 40)}}
 each_seen = pytest.mark.parametrize("seen", SEEN.values(), ids=SEEN.keys())
 each_walk = pytest.mark.parametrize("kind", WALKS)
@@ -204,7 +208,8 @@ def test_scores_along_the_walk(kind, row, seen):
 @each_seen
 @each_walk
 def test_scores_along_the_walk_of_packed_sequences(kind, row, seen):
-    sequences = [along_the_walk(kind, row, *lengths, heads=2, kv_heads=1) for lengths in ((301, 1163), (177, 521))]
+    both_lengths = (301, 1163), (177, 521)
+    sequences = [along_the_walk(kind, row, *lengths, heads=2, kv_heads=1, packed=True) for lengths in both_lengths]
     edges = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 301, 478], [0, 1163, 1684])]
     packed = [torch.cat(x, dim=1)[0] for x in zip(*sequences, strict=True)]
     out, lse = attend_and_check(*packed, cu_seqlens_q=edges[0], cu_seqlens_k=edges[1], **seen)
@@ -407,18 +412,95 @@ def test_cuda_graph_replays(causal):
     assert different.item() == 0
 
 
-@each_row
+def inputs_of_plan(row, which, dtype, batch, heads, kv_heads):
+    """q, k and v of a call that takes the plan."""
+    seqlen_q, seqlen_k = lengths_of_plan(row, which, dtype)
+    shapes = (seqlen_q, heads), (seqlen_k, kv_heads), (seqlen_k, kv_heads)
+    return [normal(batch, *shape, row["head_dim"], dtype=DTYPES[dtype]) for shape in shapes]
+
+
+@each_plan
 @both_masks
-def test_repeats_are_bitwise_equal(row, causal):
+def test_repeats_are_bitwise_equal(row, which, dtype, causal):
     """The same bits 200 times over, with enough items that a race between producer and consumers would show."""
-    plan = row["forward"]
-    q, k, v = (normal(4, s, 20, row["head_dim"]) for s in (3 * plan["block_q"] + 7,) + (9 * plan["block_kv"] + 3,) * 2)
+    q, k, v = inputs_of_plan(row, which, dtype, 4, 20, 20)
     first_out, first_lse = attend_and_check(q, k, v, causal=causal)
     different = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(200):
         out, lse = flash_attn_ext.forward(q, k, v, None, causal)
         different += (out != first_out).sum() + (lse != first_lse).sum()
     assert different.item() == 0
+
+
+# Launches of a stream overlap (docs/forward.md): what one writes the next must not read too early, and what one reads
+# the next must not overwrite too early. Each call of a chain has a result of the one before as its q, and writes where
+# that had its own q, whose memory is handed out again. The scales keep chains from coming to rest, where early reads
+# would not show: each out is nearly the value of a single key, and no dq stays small.
+
+each_size = pytest.mark.parametrize("heads, kv_heads", [(6, 2), (40, 40)], ids=["few items", "many items"])
+
+
+def synchronize_never():
+    pass
+
+
+def chain(q, k, v, synchronize=synchronize_never):
+    """The last out of 50 forward passes, and every lse."""
+    lses = []
+    for _ in range(50):
+        q, lse = flash_attn_ext.forward(q, k, v, 16 * q.shape[-1] ** -0.5)
+        synchronize()
+        lses.append(lse)
+    return q, torch.stack(lses)
+
+
+def chain_of_both_passes(q, k, v, synchronize=synchronize_never):
+    """The last dq of 20 passes forward and back, and every lse."""
+    dout, options = q, {"softmax_scale": 8 * q.shape[-1] ** -0.5, "deterministic": True}
+    lses = []
+    for _ in range(20):
+        out, lse = flash_attn_ext.forward(q, k, v, **options)
+        synchronize()
+        q, _, _ = flash_attn_ext.backward(dout, q, k, v, out, lse, **options)
+        synchronize()
+        lses.append(lse)
+    return q, torch.stack(lses)
+
+
+def one_by_one(chain_of, inputs):
+    """The results of the chain where no launches overlap."""
+    results = chain_of(*inputs, synchronize=torch.cuda.synchronize)
+    lses = results[1]
+    assert all(x.isfinite().all() for x in results)
+    assert (lses[-1] != lses[-3]).float().mean() > 0.25, "the chain has come to rest"
+    return results
+
+
+@each_plan
+@each_size
+@pytest.mark.parametrize("chain_of", [chain, chain_of_both_passes], ids=["forward", "both passes"])
+def test_chain_of_launches_that_overlap(row, which, dtype, heads, kv_heads, chain_of):
+    if chain_of is chain_of_both_passes and not row["backward"]:
+        pytest.skip("the head dim does not train")
+    inputs = inputs_of_plan(row, which, dtype, 2, heads, kv_heads)
+    expected = one_by_one(chain_of, inputs)
+    for _ in range(2):
+        torch.cuda._sleep(SLEEP)  # the host launches all of the chain meanwhile
+        assert_same(chain_of(*inputs), expected, "from launches one by one")
+
+
+@each_plan
+def test_graph_of_a_chain(row, which, dtype):
+    inputs = inputs_of_plan(row, which, dtype, 2, 6, 2)
+    expected = one_by_one(chain, inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(*inputs)
+    for replay in range(2):
+        for x in captured:
+            x.fill_(math.nan)
+        graph.replay()
+        assert_same(captured, expected, f"in replay {replay}")
 
 
 def test_threads():

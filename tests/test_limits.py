@@ -1,5 +1,6 @@
 """The table of csrc/limits.h against everything that is derived from it."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -7,15 +8,21 @@ import pytest
 from cases import (
     BACKWARD,
     BACKWARD_SMOKE,
+    BETWEEN_CASES,
     DTYPES,
+    FEW_KEYS,
     FORWARD,
+    PLANS,
     ROWS,
     SMOKE,
     TRAINING_ROWS,
     backward_cases,
+    each_plan,
     forward_cases,
     is_by_pairs,
+    lengths_of_plan,
     needs_kernels,
+    plan_taken,
 )
 
 import flash_attn_ext
@@ -111,6 +118,30 @@ def test_every_row_that_trains_is_tested_at_the_edges_of_both_plans(row):
     assert set(cases) <= set(BACKWARD) and any(case.head_dim == row["head_dim"] for case in BACKWARD_SMOKE)
     assert_edges_are_tested(cases, row["forward"])
     assert_edges_are_tested(cases, row["backward"])
+
+
+def test_few_keys_are_those_of_the_source():
+    assert re.findall(r"kFewKeys = (\d+);", (ROOT / "csrc" / "work.h").read_text()) == [str(FEW_KEYS)]
+
+
+@each_plan
+def test_every_plan_has_lengths_that_take_it(row, which, dtype):
+    assert plan_taken(row, DTYPES[dtype], *lengths_of_plan(row, which, dtype)) is row[which]
+
+
+def plans_of(cases):
+    """The plans that they take, by the largest head dim of the row and place in the row."""
+    taken = set()
+    for case in cases:
+        row = limits.row_of(case.head_dim)
+        plan = plan_taken(row, DTYPES[case.dtype], case.seqlen_q, case.seqlen_k, **case.options())
+        taken |= {(row["head_dim"], which) for which in ("forward", "short_forward") if row[which] is plan}
+    return taken
+
+
+@pytest.mark.parametrize("cases", [FORWARD, BETWEEN_CASES], ids=["FORWARD", "BETWEEN_CASES"])
+def test_every_plan_is_tested(cases):
+    assert plans_of(cases) == {(row["head_dim"], which) for row, which, _ in PLANS}
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/head-dims.md"])
