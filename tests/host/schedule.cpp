@@ -564,11 +564,15 @@ static void check_real_shapes() {
       for (const HeadDimLimits& row : kLimits) check_window(row, batch, seqlen, window);
     }
   }
+  for (const auto& [batch, seqlen] : {kOneLong, kTwo, kFour}) {
+    check_shape(32, 8, 96, batch, seqlen, true);
+    check_shape(16, 4, 192, batch, seqlen, true);
+  }
   // The papers' grid.
-  for (const HeadDimLimits& row : kLimits) {
+  for (int head_dim : {64, 128, 256}) {
     for (int64_t seqlen = 512; seqlen <= 16384; seqlen *= 2) {
       for (bool causal : {false, true}) {
-        check_shape(2048 / row.head_dim, 2048 / row.head_dim, row.head_dim, 16384 / seqlen, seqlen, causal);
+        check_shape(2048 / head_dim, 2048 / head_dim, head_dim, 16384 / seqlen, seqlen, causal);
       }
     }
   }
