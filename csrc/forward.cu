@@ -54,7 +54,8 @@ struct ForwardConfig {
   // 96, 480 of them. The producer's threads need more than 24.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 112;
-  static constexpr int kHalvesAgain = kConsumerRegisters > 112 ? 2 : 1;  // of 16 columns, when lost scores are computed
+  // Lost scores are computed so many halves of 16 columns at a time. A function, since most kernels have no use for it.
+  static constexpr int halves_again() { return kConsumerRegisters > 112 ? 2 : 1; }
 
   // With a buffer of its own, O leaves while V of the next item arrives. Where it does not fit beside Q, K, V and 4 KB
   // of barriers and items, O leaves through V's.
@@ -446,7 +447,7 @@ struct Consumer {
     const T* const q_rows[2] = {q_row(own_row()), q_row(own_row() + 8)};
     const T* const k_rows =
         element<const T>(args.k_rows, k_place.batch, k_place.row + block * kBlockKv, item().kv_head, 0);
-    product_of_warp<T, Config::kHalvesAgain>(scores, q_rows, k_rows, args.k_rows.strides.row, args.head_dim);
+    product_of_warp<T, Config::halves_again()>(scores, q_rows, k_rows, args.k_rows.strides.row, args.head_dim);
   }
 
   // The item's first block has no P V to hide its softmax behind. Of its keys only the first kColumns are seen.

@@ -82,13 +82,14 @@ def test_compile_fullgraph(backend):
 class Training:
     """Attention between two projections, in float32 with 16-bit attention, and SGD."""
 
-    width = 256
+    width = 256  # or what whole heads make of it
 
     def __init__(self, attention, head_dim):
         torch.manual_seed(1)
-        width = self.width
+        width = self.width // head_dim * head_dim
         self.attention, self.head_dim = attention, head_dim
-        self.first = [torch.randn(32, 3 * width, device="cuda") / 32**0.5, torch.randn(width, 32, device="cuda") / 16]
+        shapes = (32, 3 * width), (width, 32)
+        self.first = [torch.randn(shape, device="cuda") / shape[0] ** 0.5 for shape in shapes]
         self.weights = [x.clone().requires_grad_() for x in self.first]
         self.optimizer = torch.optim.SGD(self.weights, lr=0.5)
 
