@@ -326,6 +326,16 @@ class Ceiling:
         return 2 * self.SIZE**3 / statistics.median(self.times) / 1e9
 
 
+def in_turn(peers: list[str], done: int) -> list[str]:
+    """The order of the round after so many. In as many rounds as there are peers, or twice as many if their number is
+    odd, each follows each other one equally often (Williams 1949): nobody profits from one that leaves the chip cool.
+    """
+    count = len(peers)
+    zigzag = [(i + 1) // 2 if i % 2 else -i // 2 for i in range(count)]  # 0, 1, -1, 2, -2, ...
+    order = [peers[(place + done) % count] for place in zigzag]
+    return order[::-1] if done // count % 2 else order
+
+
 def measure_cell(cell: Cell, peers: list[str], rounds: int, seconds: float) -> dict[str, list[float]]:
     """TFLOP/s of each peer, round by round. Says why a peer is missing: it raised, or its results are wrong or, of a
     deterministic one, not the same in every run."""
@@ -356,8 +366,7 @@ def measure_cell(cell: Cell, peers: list[str], rounds: int, seconds: float) -> d
     for done in range(rounds):
         if done >= MIN_ROUNDS and time.monotonic() > stop:
             break
-        # Every other round in reverse (A B C, C B A, ...): nobody always follows a peer that leaves the chip hot.
-        for peer in list(calls)[:: -1 if done % 2 else 1]:
+        for peer in in_turn(list(calls), done):
             speeds[peer].append(cell.flops / milliseconds(calls[peer], counts[peer], wait) / 1e9)
     return speeds
 

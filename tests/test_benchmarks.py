@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +92,15 @@ def test_the_papers_grid_at_any_head_dim():
     assert [(cell.head_dim, cell.heads, cell.batch) for cell in cells] == [(d, heads[d], 8) for d in heads] * len(
         PASSES
     )
+
+
+@pytest.mark.parametrize("count", range(1, 7))
+def test_each_peer_follows_each_other_one_equally_often(count):
+    peers = "abcdef"[:count]
+    rounds = [attention.in_turn(list(peers), done) for done in range(count * (1 + count % 2))]
+    assert all(sorted(order) == list(peers) for order in rounds)
+    followed = Counter(pair for order in rounds for pair in itertools.pairwise(order))
+    assert set(followed) == set(itertools.permutations(peers, 2)) and len(set(followed.values())) <= 1
 
 
 def test_other_head_dims():
