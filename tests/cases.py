@@ -367,9 +367,9 @@ def option_cases(row, which="forward"):
     edges = (0, 1, block_q - 1, block_q, block_kv - 1, block_kv, block_kv + 1, 2 * block_kv, 10**6)
     windows = [(left, -1) for left in edges] + [(-1, right) for right in edges] + [(size, size) for size in edges]
     windows += [(0, block_kv), (block_kv, 0), (3, 2**62), (1, block_q + block_kv)]
-    heads = itertools.cycle((GQA, MHA, MQA))
-    for window, lengths, causal in itertools.product(windows, (square, short, long), (False, True)):
-        yield Case(row["head_dim"], "bf16", *lengths, causal, 2, *next(heads), window_size=window)
+    heads, masks = itertools.cycle((GQA, MHA, MQA)), itertools.cycle((False, True))  # so that a window has both masks
+    for window, lengths in itertools.product(windows, (square, short, long)):
+        yield Case(row["head_dim"], "bf16", *lengths, next(masks), 2, *next(heads), window_size=window)
 
     windows = ((-1, -1), (block_kv // 2, -1), (block_kv, 0), (17, 33))
     others = itertools.product(windows, (0.0, 1.0, 30.0), (False, True), (False, True), (False, True), DTYPES)
