@@ -367,7 +367,8 @@ def option_cases(row, which="forward"):
     edges = (0, 1, block_q - 1, block_q, block_kv - 1, block_kv, block_kv + 1, 2 * block_kv, 10**6)
     windows = [(left, -1) for left in edges] + [(-1, right) for right in edges] + [(size, size) for size in edges]
     windows += [(0, block_kv), (block_kv, 0), (3, 2**62), (1, block_q + block_kv)]
-    heads, masks = itertools.cycle((GQA, MHA, MQA)), itertools.cycle((False, True))  # so that a window has both masks
+    # Five, two and three take turns: each kind of heads meets both masks and all lengths, and each window both masks.
+    heads, masks = itertools.cycle((GQA, MHA, MQA, GQA, MHA)), itertools.cycle((False, True))
     for window, lengths in itertools.product(windows, (square, short, long)):
         yield Case(row["head_dim"], "bf16", *lengths, next(masks), 2, *next(heads), window_size=window)
 
