@@ -58,19 +58,16 @@ def unregister() -> None:
 # The mask -------------------------------------------------------------------------------------------------------------
 
 
-def mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None, **others):
+def mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, *, mask_function, attention_mask=None, **others):
     """The mask in one of the forms above. Arguments as of transformers' own mask functions; positions of the queries
     begin with q_offset, those of the keys with kv_offset."""
-    from transformers import masking_utils
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
     sizes = batch_size, q_length, kv_length, q_offset, kv_offset
     if not is_compiling():
         return _mask(*sizes, mask_function, attention_mask, **others)
     # Dynamo cannot look into a mask function. The two that have nothing to look into are known by themselves.
-    simple = (
-        mask_function is masking_utils.causal_mask_function
-        or mask_function is masking_utils.bidirectional_mask_function
-    )
+    simple = mask_function is causal_mask_function or mask_function is bidirectional_mask_function
     if simple and (q_length == 1 or not isinstance(q_offset, torch.Tensor)):
         return _mask(*sizes, mask_function, attention_mask, **others)
     return _mask_outside_of_graphs(*sizes, mask_function, attention_mask, **others)
@@ -133,13 +130,13 @@ _mask_outside_of_graphs = torch.compiler.disable(_mask, reason="a mask function 
 def _pattern(mask_function) -> dict | None:
     """What a mask function of transformers is made of: "causal" or "bidirectional", with it perhaps "window", "chunk"
     and "sequences", the index of each token's. None: of something else."""
-    from transformers import masking_utils
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-    if mask_function is masking_utils.causal_mask_function:
+    if mask_function is causal_mask_function:
         return {"causal": True}
-    if mask_function is masking_utils.bidirectional_mask_function:
+    if mask_function is bidirectional_mask_function:
         return {"bidirectional": True}
-    if getattr(mask_function, "__module__", None) != masking_utils.__name__:
+    if getattr(mask_function, "__module__", None) != causal_mask_function.__module__:
         return None
     cells = {
         name: cell.cell_contents
