@@ -79,10 +79,14 @@ def model_of(family, **others):
 
 @pytest.fixture(autouse=True)
 def registered():
+    """On one thread: for tensors this small others only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     adapter._warned.cache_clear()
     adapter.register()
     yield
     adapter.unregister()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -184,6 +188,50 @@ def test_generation(family, cache, calls):
     for logits, of_eager in zip(generated.logits, expected.logits, strict=True):
         assert_same(logits, of_eager)
     assert len(calls) == 8 * SMALL["num_hidden_layers"]
+
+
+@each("seed", range(40))
+def test_masks_against_those_of_sdpa(seed):
+    """Of any sizes and kinds, and what attention computes with them; where a query is padding nothing is looked at."""
+    torch.manual_seed(seed)
+
+    def below(n):
+        return int(torch.randint(n, ()))
+
+    past, queries, empty = below(2) * below(9), 1 + below(2) * below(7), below(2) * below(5)
+    keys, batch = past + queries + empty, 1 + below(3)
+    functions = {
+        "causal": masking_utils.causal_mask_function,
+        "window": masking_utils.sliding_window_causal_mask_function(1 + below(6)),
+        "chunk": masking_utils.chunked_causal_mask_function(1 + below(20), torch.zeros(batch, dtype=torch.int)),
+    }
+    function = list(functions.values())[seed % 3]
+    used = torch.ones(batch, past + queries, dtype=torch.bool) if below(3) else None
+    if used is not None and below(3):
+        for row in used:
+            row[: below(past + queries)] = False
+            row[past + queries - below(2) * below(queries) :] = False
+    offset = torch.tensor(past) if empty and below(2) else past
+    sizes = {"batch_size": batch, "q_length": queries, "kv_length": keys, "q_offset": offset, "kv_offset": 0}
+    mask = adapter.mask(**sizes, mask_function=function, attention_mask=used)
+    expected = masking_utils.sdpa_mask(
+        **sizes, mask_function=function, attention_mask=used, allow_is_causal_skip=False
+    ).expand(batch, 1, queries, keys)
+
+    module, heads = torch.nn.Module(), 2
+    module.config, module.is_causal = transformers.LlamaConfig(), True
+    module.num_key_value_groups = 1
+    q, k, v = (torch.randn(batch, heads, length, 8) for length in (queries, keys, keys))
+    width = adapter._pattern(function).get("window")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out, _ = adapter.attention(module, q, k, v, mask, sliding_window=width)
+    rows = expected.any(-1)[:, 0]
+    if used is not None and queries > 1:
+        rows &= used[:, past:]
+    by_sdpa = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=expected).transpose(1, 2)
+    assert rows.any() or used is not None
+    assert_same(out[rows], by_sdpa[rows])
 
 
 def test_positions_and_lengths_say_the_same(calls):
@@ -297,8 +345,10 @@ def test_three_steps_of_a_trainer_on_packed_documents(checkpointing, tmp_path, c
 # torch.compile --------------------------------------------------------------------------------------------------------
 
 
-@each("inputs", ["plain", "padded", "packed", "lengths"])
-@each("family", ["llama", "mistral"])
+@each(
+    "family, inputs",
+    [("llama", "plain"), ("llama", "padded"), ("mistral", "padded"), ("llama", "packed"), ("mistral", "lengths")],
+)
 def test_under_compile(family, inputs):
     """In one graph where nothing has to be looked into."""
     eager, ours = model_of(family)
@@ -325,7 +375,7 @@ def test_under_compile(family, inputs):
         assert_same(gradient, of_eager, 1e-4)
 
 
-@each("family", ["llama", "mistral", "gemma2"])
+@each("family", ["llama", "gemma2"])
 def test_compiled_generation(family):
     """With a static cache; transformers does so by itself on a GPU."""
     eager, ours = model_of(family)
@@ -408,6 +458,22 @@ def test_a_window_with_gaps_in_the_padding(calls):
     assert calls == []
 
 
+def test_masks_that_the_model_changes():
+    """They have four dimensions, in prefill and, where the config shows it, for one query."""
+    _, ours = model_of("llama")
+    embedded = torch.empty(2, 5, 32)
+    mask = masking_utils.create_causal_mask(ours.config, embedded, None, None, allow_is_causal_skip=False)
+    assert torch.equal(mask, torch.ones(5, 5, dtype=torch.bool).tril().expand(2, 1, 5, 5))
+    mask = masking_utils.create_bidirectional_mask(ours.config, embedded, None, allow_is_bidirectional_skip=False)
+    assert torch.equal(mask, torch.ones(2, 1, 5, 5, dtype=torch.bool))
+    ours.config.layer_types = ["indexed_attention"]
+    used = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    cache = transformers.DynamicCache()
+    cache.update(torch.ones(2, 1, 2, 8), torch.ones(2, 1, 2, 8), 0)
+    mask = masking_utils.create_causal_mask(ours.config, embedded[:, :1], used, cache, allow_is_causal_skip=False)
+    assert torch.equal(mask, used.bool()[:, None, None])
+
+
 def test_head_dims_of_v(calls):
     sizes = {
         **{"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
@@ -464,7 +530,7 @@ def test_it_warns_once():
     assert [OTHER_MASK in str(x.message) for x in caught] == [True]
 
 
-def test_masks_that_say_nothing():
+def test_what_is_refused():
     module, x = torch.nn.Module(), torch.ones(1, 2, 3, 8)
     module.config = transformers.LlamaConfig()
     with pytest.raises(
@@ -476,6 +542,8 @@ def test_masks_that_say_nothing():
         adapter.attention(module, x, x, x, torch.ones(1, 3, dtype=torch.bool), cu_seq_lens_q=edges, cu_seq_lens_k=edges)
     with pytest.raises(ValueError, match="neither the call nor module.config its width"):
         adapter.attention(module, x, x, x, torch.ones(1, 3, dtype=adapter.WINDOW))
+    with pytest.raises(ValueError, match="no paged cache"):
+        adapter.attention(module, x, x, x, None, block_table=torch.zeros(1, 1))
 
 
 # Registration ---------------------------------------------------------------------------------------------------------

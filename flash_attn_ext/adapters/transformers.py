@@ -82,7 +82,7 @@ def _mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, a
         return sdpa_mask(*sizes, mask_function, attention_mask, device=device, **others)
 
     pattern = _pattern(mask_function)
-    if pattern is None:
+    if pattern is None or _is_to_be_changed(pattern, q_length, **others):
         return dense()
     if (sequences := pattern.get("sequences")) is not None:
         if "chunk" in pattern:
@@ -122,6 +122,16 @@ def _mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, a
             return None
         attention_mask = torch.ones(batch_size, columns, dtype=torch.bool, device=device)
     return _of_spans(attention_mask, WINDOW if has_window else torch.bool, dense)
+
+
+def _is_to_be_changed(pattern, q_length, config=None, allow_is_causal_skip=True, **others) -> bool:
+    """Whether the model works on the mask, and so needs it with four dimensions."""
+    if "indexed_attention" in (getattr(config, "layer_types", None) or ()):
+        return True
+    if "bidirectional" in pattern:
+        return not others.get("allow_is_bidirectional_skip", True)
+    # Of packed sequences, and of a single query with a static cache, the flag says so too, and means nothing.
+    return not allow_is_causal_skip and q_length > 1 and "sequences" not in pattern
 
 
 _mask_outside_of_graphs = torch.compiler.disable(_mask, reason="a mask function has to be looked into")
@@ -211,8 +221,11 @@ def attention(
         None, for the probabilities.
 
     Raises:
-        ValueError: the mask is of no form above, there is padding and cu_seq_lens, or a window of unknown width.
+        ValueError: the mask is of no form above, there is padding and cu_seq_lens, a window of unknown width, or a
+            paged cache.
     """
+    if others.get("block_table") is not None:
+        raise ValueError(f'{NAME} has no paged cache: take attn_implementation="sdpa" for continuous batching.')
     form = None if attention_mask is None else attention_mask.dim()
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     window = None
