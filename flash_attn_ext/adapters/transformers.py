@@ -96,32 +96,33 @@ def _mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, a
     # A static cache has more keys than there are positions yet. Its offset is a tensor, and a single query can do
     # without its value.
     end = q_offset + q_length - kv_offset
-    if isinstance(end, torch.Tensor) and q_length > 1:
+    if isinstance(end, torch.Tensor) and (q_length > 1 or kv_offset > 0):
         end = int(end)
     is_known = not isinstance(end, torch.Tensor)
     columns = end if is_known and q_length > 1 else kv_length
     if pattern.get("chunk", kv_length + kv_offset) < kv_length + kv_offset:
         return dense()
     has_window = pattern.get("window", columns) < columns
-    if attention_mask is not None:
-        seen = attention_mask.shape[1]
+    used = attention_mask
+    if used is not None:
+        seen = used.shape[1]
         if is_known and seen == end + kv_offset:
-            attention_mask = attention_mask[:, seen - end :]
-        elif seen > columns and kv_offset > 0:
+            used = used[:, seen - end :]
+        elif kv_offset > 0 and seen != columns:  # of other positions
             return dense()
-        short = columns - attention_mask.shape[1]
-        attention_mask = pad(attention_mask, (0, short)) if short > 0 else attention_mask[:, :columns]
+        short = columns - used.shape[1]
+        used = pad(used, (0, short)) if short > 0 else used[:, :columns]
     if not is_known or (q_length == 1 and end < kv_length):
         filled = (torch.arange(kv_length, device=device) < end).expand(batch_size, -1)
-        attention_mask = filled if attention_mask is None else attention_mask & filled
-    elif attention_mask is None or (not is_compiling() and attention_mask.all()):
+        used = filled if used is None else used & filled
+    elif used is None or (not is_compiling() and used.all()):
         if q_length == columns == kv_length:
             rows = torch.arange(batch_size + 1, device=device) * q_length
             return rows if has_window else None
         if q_length == 1 and not has_window:
             return None
-        attention_mask = torch.ones(batch_size, columns, dtype=torch.bool, device=device)
-    return _of_spans(attention_mask, WINDOW if has_window else torch.bool, dense)
+        used = torch.ones(batch_size, columns, dtype=torch.bool, device=device)
+    return _of_spans(used, WINDOW if has_window else torch.bool, dense)
 
 
 def _is_to_be_changed(pattern, q_length, config=None, allow_is_causal_skip=True, **others) -> bool:
