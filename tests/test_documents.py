@@ -73,7 +73,7 @@ def test_the_programs_with_packed_documents_and_adapters(tmp_path, name, printed
 
 
 def test_the_program_with_transformers(tmp_path):
-    pytest.importorskip("transformers", minversion="5.0", reason="transformers is not installed")
+    pytest.importorskip("transformers", minversion="5.24", reason="transformers 5.24 is not installed")
     (tmp_path / "fa_ext.py").write_text(program("fa_ext.py"))
     assert run(tmp_path, "fa_ext.py") == "fa_ext\n"
 

@@ -14,7 +14,7 @@ from torch._dynamo.testing import EagerAndRecordGraphs
 
 import flash_attn_ext
 
-transformers = pytest.importorskip("transformers", minversion="5.0", reason="transformers is not installed")
+transformers = pytest.importorskip("transformers", minversion="5.24", reason="transformers 5.24 is not installed")
 
 from transformers import masking_utils  # noqa: E402
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # noqa: E402
@@ -463,19 +463,13 @@ def test_a_window_with_gaps_in_the_padding(calls):
 
 
 def test_masks_that_the_model_changes():
-    """They have four dimensions, in prefill and, where the config shows it, for one query."""
+    """They have four dimensions."""
     _, ours = model_of("llama")
     embedded = torch.empty(2, 5, 32)
     mask = masking_utils.create_causal_mask(ours.config, embedded, None, None, allow_is_causal_skip=False)
     assert torch.equal(mask, torch.ones(5, 5, dtype=torch.bool).tril().expand(2, 1, 5, 5))
     mask = masking_utils.create_bidirectional_mask(ours.config, embedded, None, allow_is_bidirectional_skip=False)
     assert torch.equal(mask, torch.ones(2, 1, 5, 5, dtype=torch.bool))
-    ours.config.layer_types = ["indexed_attention"]
-    used = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    cache = transformers.DynamicCache()
-    cache.update(torch.ones(2, 1, 2, 8), torch.ones(2, 1, 2, 8), 0)
-    mask = masking_utils.create_causal_mask(ours.config, embedded[:, :1], used, cache, allow_is_causal_skip=False)
-    assert torch.equal(mask, used.bool()[:, None, None])
 
 
 def test_head_dims_of_v(calls):
@@ -546,8 +540,25 @@ def test_what_is_refused():
         adapter.attention(module, x, x, x, torch.ones(1, 3, dtype=torch.bool), cu_seq_lens_q=edges, cu_seq_lens_k=edges)
     with pytest.raises(ValueError, match="neither the call nor module.config its width"):
         adapter.attention(module, x, x, x, torch.ones(1, 3, dtype=adapter.WINDOW))
-    with pytest.raises(ValueError, match="no paged cache"):
-        adapter.attention(module, x, x, x, None, block_table=torch.zeros(1, 1))
+
+
+@each("name", adapter.REFUSED)
+def test_arguments_that_are_refused(name):
+    module, x = torch.nn.Module(), torch.ones(1, 2, 3, 8)
+    adapter.attention(module, x, x, x, None, **{name: None})
+    with pytest.raises(ValueError, match=f'^fa_ext has no {name}: take attn_implementation="sdpa", or "eager"'):
+        adapter.attention(module, x, x, x, None, **{name: torch.zeros(1, 1)})
+
+
+def test_sparse_attention_is_refused():
+    sizes = {
+        **{"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
+        **{"first_k_dense_replace": 2, "num_key_value_heads": 4, "n_routed_experts": 4, "moe_intermediate_size": 16},
+        **{"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4},
+    }
+    _, ours = model_of("deepseek_v32", **sizes)
+    with pytest.raises(ValueError, match="fa_ext has no indices"):
+        ours(tokens(2, 13))
 
 
 # Registration ---------------------------------------------------------------------------------------------------------

@@ -26,13 +26,14 @@ import flash_attn_ext
 
 NAME = "fa_ext"
 WINDOW, BIDIRECTIONAL = torch.int8, torch.uint8
+REFUSED = "indices", "block_indices", "block_table", "sinks"  # which keys are seen, pages, other sinks than s_aux
 
 
 def register() -> str:
     """Makes attn_implementation="fa_ext" known to transformers, and returns this name. Again is the same as once.
 
     Raises:
-        ImportError: there is no transformers 5 here.
+        ImportError: transformers is not here, or too old.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -46,7 +47,7 @@ def unregister() -> None:
     """Undoes `register`. Models that use the name need another before their next call: model.set_attn_implementation.
 
     Raises:
-        ImportError: there is no transformers 5 here.
+        ImportError: transformers is not here, or too old.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -125,12 +126,10 @@ def _mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, a
     return _of_spans(used, WINDOW if has_window else torch.bool, dense)
 
 
-def _is_to_be_changed(pattern, q_length, config=None, allow_is_causal_skip=True, **others) -> bool:
+def _is_to_be_changed(pattern, q_length, allow_is_causal_skip=True, allow_is_bidirectional_skip=True, **_) -> bool:
     """Whether the model works on the mask, and so needs it with four dimensions."""
-    if "indexed_attention" in (getattr(config, "layer_types", None) or ()):
-        return True
     if "bidirectional" in pattern:
-        return not others.get("allow_is_bidirectional_skip", True)
+        return not allow_is_bidirectional_skip
     # Of packed sequences, and of a single query with a static cache, the flag says so too, and means nothing.
     return not allow_is_causal_skip and q_length > 1 and "sequences" not in pattern
 
@@ -222,11 +221,12 @@ def attention(
         None, for the probabilities.
 
     Raises:
-        ValueError: the mask is of no form above, there is padding and cu_seq_lens, a window of unknown width, or a
-            paged cache.
+        ValueError: the mask is of no form above, there is padding and cu_seq_lens, a window of unknown width, or
+            an argument that would change the result and is not known here.
     """
-    if others.get("block_table") is not None:
-        raise ValueError(f'{NAME} has no paged cache: take attn_implementation="sdpa" for continuous batching.')
+    for name in REFUSED:
+        if others.get(name) is not None:
+            raise ValueError(f'{NAME} has no {name}: take attn_implementation="sdpa", or "eager".')
     form = None if attention_mask is None else attention_mask.dim()
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     window = None
