@@ -82,7 +82,7 @@ clean:
 	$(PYTHON3) -m venv .venv
 	.venv/bin/python -m pip install -q --upgrade pip
 	.venv/bin/python -m pip install -q 'torch==2.11.*' 'setuptools>=77' ninja cmake numpy pytest hypothesis \
-	  rich matplotlib ruff==0.17.* clang-format==23.*
+	  rich matplotlib 'transformers==5.24.*' accelerate ruff==0.17.* clang-format==23.*
 	@cuda=$$(.venv/bin/python -c 'import torch; print(torch.version.cuda or "")'); \
 	if [ -n "$$cuda" ] && ! .venv/bin/python tools/toolkit.py >/dev/null 2>&1; then \
 	  echo "No CUDA toolkit $$cuda found: installing nvcc from PyPI"; \

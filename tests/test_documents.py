@@ -72,6 +72,12 @@ def test_the_programs_with_packed_documents_and_adapters(tmp_path, name, printed
     assert run(tmp_path, name) == printed
 
 
+def test_the_program_with_transformers(tmp_path):
+    pytest.importorskip("transformers", minversion="5.24", reason="transformers 5.24 is not installed")
+    (tmp_path / "fa_ext.py").write_text(program("fa_ext.py"))
+    assert run(tmp_path, "fa_ext.py") == "fa_ext\n"
+
+
 def test_the_program_for_several_gpus(tmp_path):
     torch_distributed = pytest.importorskip("torch.distributed")
     if not torch_distributed.is_available():
