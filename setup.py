@@ -51,7 +51,7 @@ Without GPU kernels, for CPU tensors only: FLASH_ATTN_EXT_CUDA=0 pip install .
 """
 
 # What compiles longest starts first, so that few cores end at about the same time.
-LONGEST = ("csrc/torch/operators.cpp", "csrc/backward.cu")
+LONGEST = ("csrc/torch/operators.cpp", "csrc/backward.cu", "csrc/forward.cu")
 
 
 def base_version() -> str:
