@@ -19,25 +19,17 @@ from cases import (
     forward_plans,
     largest_q_block,
 )
-from gpu import normal
+from gpu import attend, normal
 from gradients import ONE_BLOCK, both_passes, both_passes_and_check, differentiate
 from oracle import check, same_bits
 from views import VIEWS, odd_strides_where_size_is_one
 
-import flash_attn_ext
 from flash_attn_ext import limits
-from flash_attn_ext.options import lse_shape
 
 pytestmark = gpu.needs_hopper
 
 each_head_dim = pytest.mark.parametrize("head_dim", BETWEEN)
 backward_operator = torch.ops.flash_attn_ext.backward.default
-
-
-def attend(q, k, v, **options):
-    """out and lse, in memory that held NaN before."""
-    gpu.poison(q, q.new_empty(lse_shape(q), dtype=torch.float32))
-    return flash_attn_ext.forward(q, k, v, **options)
 
 
 def among_nan(x, before, after):
