@@ -115,14 +115,6 @@ constexpr int kStoreBarrier = 3;      // + consumer: my four warps agree on the 
 
 // --------------------------------------------------------------------------------------------------------- producer
 
-template <class Config>
-__device__ __forceinline__ int claim_item(const BackwardArguments<Config>& args) {
-  cudaGridDependencySynchronize();  // `prepare` has set the counter
-  int claimed = 0;
-  if (threadIdx.x % 32 == 0) claimed = atomicAdd(args.item_counter, 1);
-  return __shfl_sync(~0u, claimed, 0);
-}
-
 // The scheduler, one warp. The first item is the thread block's own number, the others are claimed: each when the one
 // before has come to its last step, as late as the latency of claiming and finding stays hidden. Where items wait for
 // each other all are claimed, so that none is left to a thread block that has not begun.
@@ -574,8 +566,8 @@ template <class Config>
 __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, BackwardSmem<Config>& smem) {
   using Smem = BackwardSmem<Config>;
   constexpr int kConsumers = Config::kConsumers;
-  // 64 columns of dQ at a time, and at last what is left of them.
-  constexpr int kParts = (Config::kHeadDim + 63) / 64, kLastColumns = Config::kHeadDim - 64 * (kParts - 1);
+  constexpr int kHeadDim = Config::kHeadDim, kParts = (kHeadDim + 63) / 64;
+  static_assert(kParts <= 2);
   const MnMajor<typename Smem::DsTile> ds(smem.ds[0][0]);
   const bool leads = threadIdx.x % 32 == 0;
   uint32_t k_operand[kConsumers][Config::kKvInRegisters ? 4 : 1][4];
@@ -602,30 +594,26 @@ __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, Ba
       }
     }
     SumPatch* sums = args.dq_sums + int64_t{q_block} * Workspace<Config>::kQPatches;
-#pragma unroll
-    for (int part = 0; part < kParts; ++part, sums += 8) {
-      float dq[32];
-      auto& last_dq = reinterpret_cast<float (&)[kLastColumns / 2]>(dq);
+    // 64 columns of dQ, or what is left of them.
+    const auto sum_part = [&]<int kPart>() {
+      constexpr int kColumns = std::min(64, kHeadDim - 64 * kPart);
+      float dq[kColumns / 2];
       const auto product = [&](int consumer, bool accumulate) {
         const auto ds_rows = ds.at(kConsumers * at.stage + consumer);
         if constexpr (Config::kKvInRegisters) {
           product_rs(dq, k_operand[consumer], ds_rows, accumulate);
         } else {
-          const MnMajor k(smem.k[consumer], 64 / Smem::KvTile::kSlabColumns * part);
-          if (kLastColumns < 64 && part + 1 == kParts) {
-            product_ss(last_dq, ds_rows, k, accumulate);
-          } else {
-            product_ss(dq, ds_rows, k, accumulate);
-          }
+          constexpr int kSlab = 64 / Smem::KvTile::kSlabColumns * kPart;
+          product_ss(dq, ds_rows, MnMajor(smem.k[consumer], kSlab), accumulate);
         }
       };
       if (Step::is_shared(flags)) {
         product(0, false);
-        if (part == 0) wait_phase(&smem.ds_full[at.stage][1], at.phase);
+        if (kPart == 0) wait_phase(&smem.ds_full[at.stage][1], at.phase);
         product(1, true);
         ptx::wgmma_wait_group<0>(dq);
       } else {
-        if (part == 0) wait_phase(&smem.ds_full[at.stage][1], at.phase);
+        if (kPart == 0) wait_phase(&smem.ds_full[at.stage][1], at.phase);
         if (Step::is_seen(flags, 0)) {
           product(0, false);
           ptx::wgmma_wait_group<0>(dq);
@@ -637,7 +625,7 @@ __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, Ba
           for (float& x : dq) x = 0.f;
         }
       }
-      if (part + 1 == kParts) {
+      if (kPart + 1 == kParts) {
         if (leads) cuda::ptx::mbarrier_arrive(&smem.ds_empty[at.stage]);
         if constexpr (!Config::kKvInRegisters) {
           if (flags & Step::kLast) smem.k_ring.release({});
@@ -645,12 +633,15 @@ __device__ __forceinline__ void sum_dq(const BackwardArguments<Config>& args, Ba
         at.next();
         await_step();  // before the last sums leave, which takes long: the next product is behind them
       }
-      if (in_turn && part == 0) smem.turns.wait(turn_at);
+      if (in_turn && kPart == 0) smem.turns.wait(turn_at);
 #pragma unroll
-      for (int i = 0; i < (part + 1 == kParts ? kLastColumns : 64) / 8; ++i) {
-        ptx::red_add_v4(&sums[i].quad[threadIdx.x % 128].x, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+      for (int i = 0; i < kColumns / 8; ++i) {
+        SumPatch& to = sums[8 * kPart + i];
+        ptx::red_add_v4(&to.quad[threadIdx.x % 128].x, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
       }
-    }
+    };
+    sum_part.template operator()<0>();
+    if constexpr (kParts == 2) sum_part.template operator()<1>();
     if (in_turn) {
       smem.turns.finish(turn_at);
       turn_at.next();

@@ -135,6 +135,14 @@ __device__ __forceinline__ bool find_item(const BackwardArguments<Config>& args,
   return true;
 }
 
+template <class Config>
+__device__ __forceinline__ int claim_item(const BackwardArguments<Config>& args) {
+  cudaGridDependencySynchronize();  // `prepare` has set the counter
+  int claimed = 0;
+  if (threadIdx.x % 32 == 0) claimed = atomicAdd(args.item_counter, 1);
+  return __shfl_sync(~0u, claimed, 0);
+}
+
 // ---------------------------------------------------------------------------------------------------------- P and dS
 
 // In place of a query on the diagonal.

@@ -11,12 +11,15 @@
 //   PeerKeys  own columns of the peer's keys' dV and dK, with P^T and dS^T as they arrive in shared memory; then own
 //             columns of dQ, of all keys, which it adds to float32 sums in global memory
 // Each accumulates 64 keys x 128 columns of dK and dV in registers. Two warps load, one Q and the other dO. Of both,
-// own columns live until dK or dV has been summed; the other columns only until S or dP. Two more warps see to it that
-// dQ is added to in turn, where it is to be the same in every run (backward_turns.cuh): then a pair waits for pairs of
-// lower numbers, which the hardware has started before it.
+// own columns live until dK or dV has been summed; the other columns only until S or dP.
+// There are two forms. Where items are short, pairs are persistent: they take item after item, and one more warp finds
+// the next one meanwhile. Elsewhere a pair has one item, in a main loop that is a little faster. Two more warps see to
+// it that dQ is added to in turn, where it is to be the same in every run (backward_turns.cuh): then a pair waits for
+// pairs of lower numbers, which the hardware has started before it.
 // docs/backward.md has the order of work, the barriers, the layout of shared memory and the cycle budget.
 
 #include <cuda/ptx>
+#include <type_traits>
 
 #include "backward_products.cuh"
 #include "backward_turns.cuh"
@@ -35,11 +38,15 @@ namespace {
 
 constexpr int kWideThreads = 128 * 3;
 // The SM's 65536 registers, shared out by setmaxnreg in multiples of 8: together at most 504 for three warpgroups.
-constexpr int kLoaderRegisters = 40, kOwnKeysRegisters = 240, kPeerKeysRegisters = 224;
+constexpr int kLoaderRegisters = 40;
+template <class Config>
+constexpr int kOwnKeysRegisters = Config::kOwnInRegisters ? 248 : 240;
+template <class Config>
+constexpr int kPeerKeysRegisters = 464 - kOwnKeysRegisters<Config>;
 
 // ---------------------------------------------------------------------------------------------------- shared memory
 
-template <class Config>
+template <class Config, bool kPersistent>
 struct WideSmem {
   using T = typename Config::T;
   static constexpr int kOwnColumns = Config::kHeadDim / 2;
@@ -49,26 +56,47 @@ struct WideSmem {
   using DsTile = SmemTile<T, 64, Config::kBlockQ>;  // transposed: a row is a key
   using Stats = RowStats<Config::kBlockQ>;
 
-  // Own keys: own columns, and the others. At an item's end dV and dK of own keys leave through V's place, those of the
-  // peer's keys through K's.
+  // Own keys: own columns, and the others. At an item's end dV and dK of own keys leave through V's place.
   HalfTile k[2], v[2];
   HalfTile peer_k;                     // own columns of the peer's keys, for dQ
   HalfTile q[kStages], dout[kStages];  // own columns
   HalfTile other_q, other_dout;        // the other columns
   DsTile ds[kStages];                  // of own keys: P on its way to the peer, then dS
   DsTile peer_p[kStages], peer_ds[kStages];
+  // dV and dK of the peer's keys on their way out, while the next item begins. Where there is none, or no room, they
+  // leave through K's place.
+  static constexpr int kTileBytes = (7 + 2 * kStages) * HalfTile::kBytes + 3 * kStages * DsTile::kBytes;
+  static constexpr bool kHasPeerOut = kPersistent && kTileBytes + 2 * HalfTile::kBytes + 4096 < kSharedMemoryBytes;
+  struct None {};
+  struct OutBuffer {
+    HalfTile tiles[2];
+  };
+  [[no_unique_address]] std::conditional_t<kHasPeerOut, OutBuffer, None> out_buffer;
   Stats stats[kStages];
-  Item item;
+  // The item at hand; of persistent pairs, those before and behind it too, and one more so that numbers are taken
+  // modulo 4.
+  static constexpr int kItems = kPersistent ? 4 : 1;
+  Item items[kItems];
   TurnRing turns;
 
   Ring<kStages> q_ring;  // with stats
   Ring<kStages> dout_ring;
   Ring<1> other_q_ring, other_dout_ring;
-  uint64_t k_full, v_full;
+  Ring<1> k_ring, v_ring;          // of the item; with K the peer's K
+  uint64_t item_found;             // scheduler -> loaders
+  uint64_t next_item;              // loaders of both thread blocks -> scheduler: the item has come to its last step
   uint64_t ds_full[kStages];       // own keys' dS is in shared memory
   uint64_t peer_p_full[kStages];   // the peer's P has arrived
   uint64_t peer_ds_full[kStages];  // and its dS
   uint64_t ds_empty[kStages];      // neither here nor at the peer does anybody read what own keys' P and dS left
+
+  __device__ auto peer_out() -> HalfTile (&)[2] {
+    if constexpr (kHasPeerOut) {
+      return out_buffer.tiles;
+    } else {
+      return k;
+    }
+  }
 };
 
 constexpr int kStoreBarrier = 1;  // + 0, 1: OwnKeys', PeerKeys' warps agree on the state of dK and dV in shared memory
@@ -93,6 +121,10 @@ struct Walk {
   __device__ __forceinline__ explicit Walk(const Item& item)
       : item(item), block(uniform(item.first_block)), last_block(uniform(item.last_block)) {}
 
+  __device__ __forceinline__ bool is_last() const {
+    return block == last_block && head + 1 == uniform(item.end_head - item.first_head);
+  }
+
   // To the next step; false if there is none.
   __device__ __forceinline__ bool next() {
     if (block != last_block) {
@@ -107,81 +139,143 @@ struct Walk {
   static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }  // as the compiler sees
 };
 
+// ------------------------------------------------------------------------------------------------------------ items
+
+// The scheduler of a persistent pair, one warp of its first thread block. It leaves a record of each item here and at
+// the peer. The first item has the pair's own number, the others are claimed: each when the one before has come to its
+// last step in both thread blocks.
+template <class Config>
+__device__ __forceinline__ void find_items(const BackwardArguments<Config>& args, WideSmem<Config, true>& smem) {
+  constexpr int kItems = WideSmem<Config, true>::kItems;
+  const int lane = threadIdx.x % 32;
+  const Peer peer(&smem, 0);
+  int number = blockIdx.x / 2;
+  for (int count = 0;; ++count) {
+    Item& item = smem.items[count % kItems];
+    while (number < args.schedule.items() && !find_item<Config>(args, number, item)) number = claim_item(args);
+    const bool found = number < args.schedule.items();
+    if (!found) item.first_head = Item::kNone;
+    __syncwarp();
+    if (lane < sizeof(Item) / sizeof(uint4)) {
+      const uint32_t from = smem_address(&item) + lane * sizeof(uint4);
+      ptx::st_async_v4(peer(from), ptx::ld_shared_v4(from), peer(smem_address(&smem.item_found)));
+    }
+    if (lane == 0) cuda::ptx::mbarrier_arrive(&smem.item_found);
+    if (!found) break;
+    wait_phase(&smem.next_item, count % 2);
+    number = claim_item(args);
+  }
+}
+
+// Calls f with each of the pair's items, once its K has arrived, and its place in the rings of items.
+template <class Config, bool kPersistent, class F>
+__device__ __forceinline__ void for_each_item(WideSmem<Config, kPersistent>& smem, F&& f) {
+  for (int count = 0;; ++count) {
+    const RingPosition<1> at = {0, count % 2u};
+    smem.k_ring.wait_full(at);
+    const Item& item = smem.items[count % smem.kItems];
+    if (kPersistent && item.first_head == Item::kNone) break;
+    f(item, at);
+    if constexpr (!kPersistent) break;
+  }
+}
+
 // ------------------------------------------------------------------------------------------------------------ loaders
 
-// One of two warps: the first loads own keys' K, then Q with its stats; the second V, the peer's K, then dO. Of each
+// One of two warps: the first loads own keys' K and the peer's, then Q with its stats; the second V, then dO. Of each
 // step the other columns come first: they have one stage, and S and dP begin with them.
-template <bool kLoadsQ, class Config>
-__device__ __forceinline__ void load(const BackwardArguments<Config>& args, WideSmem<Config>& smem, int rank) {
-  using Smem = WideSmem<Config>;
+template <bool kLoadsQ, class Config, bool kPersistent>
+__device__ __forceinline__ void load(const BackwardArguments<Config>& args, WideSmem<Config, kPersistent>& smem,
+                                     int rank) {
+  using Smem = WideSmem<Config, kPersistent>;
   using HalfTile = typename Smem::HalfTile;
   using Stats = typename Smem::Stats;
-  const Item& item = smem.item;
   const bool leads = threadIdx.x % 32 == 0;
   const int own_column = rank * Smem::kOwnColumns, other_column = Smem::kOwnColumns - own_column;
-  if (leads) {
-    uint64_t* full = kLoadsQ ? &smem.k_full : &smem.v_full;
-    const CUtensorMap& map = kLoadsQ ? args.k : args.v;
-    HalfTile(&to)[2] = kLoadsQ ? smem.k : smem.v;
-    const int own_key = item.first_key + 64 * rank;
-    expect_bytes(full, (kLoadsQ ? 2 : 3) * HalfTile::kBytes);
-    load_tile(to[1], map, item.kv, own_key, item.kv_head, full, other_column);
-    load_tile(to[0], map, item.kv, own_key, item.kv_head, full, own_column);
-    if (!kLoadsQ) load_tile(smem.peer_k, args.k, item.kv, own_key ^ 64, item.kv_head, full, own_column);
-  }
 
+  Ring<1>& key_ring = kLoadsQ ? smem.k_ring : smem.v_ring;
+  HalfTile(&key_tiles)[2] = kLoadsQ ? smem.k : smem.v;
+  const CUtensorMap& key_map = kLoadsQ ? args.k : args.v;
   Ring<1>& other_ring = kLoadsQ ? smem.other_q_ring : smem.other_dout_ring;
   Ring<Smem::kStages>& ring = kLoadsQ ? smem.q_ring : smem.dout_ring;
   HalfTile& other_tile = kLoadsQ ? smem.other_q : smem.other_dout;
   HalfTile(&tiles)[Smem::kStages] = kLoadsQ ? smem.q : smem.dout;
   const CUtensorMap& map = kLoadsQ ? args.q : args.dout;
-  const bool in_turn = kLoadsQ && args.turns != nullptr;
+  const bool in_turn = kLoadsQ && !kPersistent && args.turns != nullptr;
+  const uint32_t next_item = ptx::mapa(smem_address(&smem.next_item), 0);  // where the scheduler is
 
   RingPosition<1> other_at;
   RingPosition<Smem::kStages> at;
   TurnRing::Position turn_at;
-  Walk walk(item);
   bool prepared = false;
-  do {
-    const int row = walk.block * Config::kBlockQ, head = item.first_head + walk.head;
-    const int q_block = item.first_q_block + walk.head * item.head_blocks + walk.block;
-    other_ring.wait_empty(other_at);
-    if (leads) {
-      uint64_t* full = other_ring.begin_fill(other_at, HalfTile::kBytes);
-      load_tile(other_tile, map, item.q, row, head, full, other_column);
+  for (int count = 0;; ++count) {
+    if constexpr (kPersistent) {
+      if (kLoadsQ && leads && rank == 1) expect_bytes(&smem.item_found, sizeof(Item));
+      wait_phase(&smem.item_found, count % 2);
     }
-    ring.wait_empty(at);
+    const Item& item = smem.items[count % Smem::kItems];
+    const RingPosition<1> item_at = {0, count % 2u};
+    key_ring.wait_empty(item_at);
+    if (kPersistent && item.first_head == Item::kNone) {
+      if (kLoadsQ && leads) key_ring.end_fill(item_at);
+      break;
+    }
     if (leads) {
-      uint64_t* full = ring.begin_fill(at, HalfTile::kBytes + (kLoadsQ ? sizeof(Stats) : 0));
-      load_tile(tiles[at.stage], map, item.q, row, head, full, own_column);
-      if constexpr (kLoadsQ) {
-        if (!prepared) cudaGridDependencySynchronize();  // `prepare` has left the stats
-        prepared = true;
-        cuda::ptx::cp_async_bulk(cuda::ptx::space_cluster, cuda::ptx::space_global, &smem.stats[at.stage],
-                                 args.stats + q_block, sizeof(Stats), full);
-      }
-      constexpr int kOnlyItem = 0;
-      if (in_turn) smem.turns.put(turn_at, Workspace<Config>::kTurns * q_block + rank, walk.block, kOnlyItem);
+      const int own_key = item.first_key + 64 * rank;
+      uint64_t* full = key_ring.begin_fill(item_at, (kLoadsQ ? 3 : 2) * HalfTile::kBytes);
+      load_tile(key_tiles[1], key_map, item.kv, own_key, item.kv_head, full, other_column);
+      load_tile(key_tiles[0], key_map, item.kv, own_key, item.kv_head, full, own_column);
+      if (kLoadsQ) load_tile(smem.peer_k, args.k, item.kv, own_key ^ 64, item.kv_head, full, own_column);
     }
     __syncwarp();
-    other_at.next();
-    at.next();
-    turn_at.next();
-  } while (walk.next());
+
+    Walk walk(item);
+    do {
+      const int row = walk.block * Config::kBlockQ, head = item.first_head + walk.head;
+      const int q_block = item.first_q_block + walk.head * item.head_blocks + walk.block;
+      if constexpr (kPersistent) {
+        const bool is_last = walk.is_last();
+        if (leads && is_last) ptx::mbarrier_arrive_remote(next_item);
+      }
+      other_ring.wait_empty(other_at);
+      if (leads) {
+        uint64_t* full = other_ring.begin_fill(other_at, HalfTile::kBytes);
+        load_tile(other_tile, map, item.q, row, head, full, other_column);
+      }
+      ring.wait_empty(at);
+      if (leads) {
+        uint64_t* full = ring.begin_fill(at, HalfTile::kBytes + (kLoadsQ ? sizeof(Stats) : 0));
+        load_tile(tiles[at.stage], map, item.q, row, head, full, own_column);
+        if constexpr (kLoadsQ) {
+          if (!prepared) cudaGridDependencySynchronize();  // `prepare` has left the stats
+          prepared = true;
+          cuda::ptx::cp_async_bulk(cuda::ptx::space_cluster, cuda::ptx::space_global, &smem.stats[at.stage],
+                                   args.stats + q_block, sizeof(Stats), full);
+        }
+        constexpr int kOnlyItem = 0;
+        if (in_turn) smem.turns.put(turn_at, Workspace<Config>::kTurns * q_block + rank, walk.block, kOnlyItem);
+      }
+      __syncwarp();
+      other_at.next();
+      at.next();
+      turn_at.next();
+    } while (walk.next());
+    if constexpr (!kPersistent) break;
+  }
   if (in_turn && leads) smem.turns.put_end(turn_at);
 }
 
 // ----------------------------------------------------------------------------------------------------- dK and dV leave
 
 // Own columns of dK and dV of 64 keys, which are half `half` of the item's: as 16-bit gradients through shared memory
-// by TMA, which clips the keys past the end, or, where other items share the KV head, as float32 sums.
-template <class Config>
-__device__ __forceinline__ void store_keys(const BackwardArguments<Config>& args, const Item& item,
-                                           typename WideSmem<Config>::HalfTile (&out)[2],
+// by TMA, which clips the keys past the end, or, where other items share the KV head, as float32 sums. When all of the
+// warpgroup's warps return, nobody reads what is at `out`.
+template <class Config, class HalfTile>
+__device__ __forceinline__ void store_keys(const BackwardArguments<Config>& args, const Item& item, HalfTile (&out)[2],
                                            const float (&dk)[Config::kHeadDim / 4],
                                            const float (&dv)[Config::kHeadDim / 4], int rank, int half) {
   using T = typename Config::T;
-  constexpr int kOwnColumns = WideSmem<Config>::kOwnColumns;
+  constexpr int kOwnColumns = HalfTile::kColumns;
   if (!item.complete) {
     const KvSums& sums = item.coarse ? args.coarse_sums : args.fine_sums;
     const int first_patch = half * (Config::kHeadDim / 8) + rank * (kOwnColumns / 8);
@@ -203,14 +297,15 @@ __device__ __forceinline__ void store_keys(const BackwardArguments<Config>& args
     cuda::ptx::cp_async_bulk_commit_group();
     cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
   }
+  __syncwarp();
 }
 
 // ----------------------------------------------------------------------------------------------------------- own keys
 
-template <class Config>
+template <class Config, bool kPersistent>
 struct OwnKeys {
   using T = typename Config::T;
-  using Smem = WideSmem<Config>;
+  using Smem = WideSmem<Config, kPersistent>;
   using HalfTile = typename Smem::HalfTile;
   static constexpr int kBlockQ = Config::kBlockQ, kOwnColumns = Smem::kOwnColumns, kStages = Smem::kStages;
   static constexpr uint32_t kWarpBytes = 16 * Smem::DsTile::kRowBytes;  // of a warp's rows of P or dS
@@ -222,12 +317,10 @@ struct OwnKeys {
   const Peer peer;
   const KMajor<HalfTile> columns;
   const MnMajor<HalfTile> rows;
-  Walk walk;
   RingPosition<kStages> at;  // of the step at hand. Its stage is the phase of the rings of one stage
   int diagonal[2];
   float dk[kOwnColumns / 2], dv[kOwnColumns / 2];
-  bool accumulate = false;  // not in the first step
-  Operand p, sloped_p;      // sloped_p: with softcap
+  Operand p, sloped_p;  // sloped_p: with softcap
   // Of K and V, own columns, where there is room: the left operands of their part of S and dP.
   static constexpr bool kInRegisters = Config::kOwnInRegisters;
   uint32_t k_operand[kInRegisters ? kOwnColumns / 16 : 1][4], v_operand[kInRegisters ? kOwnColumns / 16 : 1][4];
@@ -238,8 +331,7 @@ struct OwnKeys {
         rank(rank),
         peer(&smem, rank),
         columns(smem.k[0], kBitsInCluster),
-        rows(smem.k[0], 0, kBitsInCluster),
-        walk(smem.item) {
+        rows(smem.k[0], 0, kBitsInCluster) {
     static_assert(kStages == 2);
   }
 
@@ -278,11 +370,12 @@ struct OwnKeys {
   }
 
   // P of the step at hand, in registers and in shared memory.
-  __device__ __forceinline__ void make_p(float (&scores)[kBlockQ / 2], const float2 (&lse_log2)[kBlockQ / 8]) {
+  __device__ __forceinline__ void make_p(float (&scores)[kBlockQ / 2], const float2 (&lse_log2)[kBlockQ / 8],
+                                         const Walk& walk) {
     if constexpr (Config::kSoftcap) cap(scores, args.cap_log2);
-    const Range whole = smem.item.ranges[2 + rank];
+    const Range whole = walk.item.ranges[2 + rank];
     if (walk.block < whole.begin || walk.block >= whole.end) [[unlikely]] {
-      mask_queries(scores, diagonal, args.reach, walk.block * kBlockQ, smem.item.rows);
+      mask_queries(scores, diagonal, args.reach, walk.block * kBlockQ, walk.item.rows);
     }
     if constexpr (Config::kSoftcap) {
       exponentiate_capped<T>(p, sloped_p, scores, args.scale_log2, lse_log2);
@@ -326,9 +419,10 @@ struct OwnKeys {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void run() {
-    find_diagonal(diagonal, smem.item, smem.item.first_key + 64 * rank);
-    wait_phase(&smem.k_full, 0);
+  __device__ __forceinline__ void run(const Item& item, RingPosition<1> item_at) {
+    Walk walk(item);
+    bool accumulate = false;  // not in the first step
+    find_diagonal(diagonal, item, item.first_key + 64 * rank);
     if constexpr (kInRegisters) load_operand(k_operand, smem.k[0]);
     {
       float scores[kBlockQ / 2];
@@ -337,9 +431,9 @@ struct OwnKeys {
       load_queries(lse_log2, smem.stats[at.stage].lse_log2);
       ptx::wgmma_wait_group<0>(scores);
       smem.other_q_ring.release({});
-      make_p(scores, lse_log2);
+      make_p(scores, lse_log2, walk);
     }
-    wait_phase(&smem.v_full, 0);
+    smem.v_ring.wait_full(item_at);
     if constexpr (kInRegisters) load_operand(v_operand, smem.v[0]);
     for (;;) {
       Operand ds;
@@ -375,22 +469,23 @@ struct OwnKeys {
       ptx::wgmma_wait_group<0>(scores, dk);
       smem.other_q_ring.release({});
       smem.q_ring.release(done);
-      make_p(scores, lse_log2);
+      make_p(scores, lse_log2, walk);
     }
-    store_keys<Config>(args, smem.item, smem.v, dk, dv, rank, rank);
+    store_keys(args, item, smem.v, dk, dv, rank, rank);
+    smem.v_ring.release({});
   }
 };
 
 // ---------------------------------------------------------------------------------------------- the peer's keys and dQ
 
-template <class Config>
-__device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& args, WideSmem<Config>& smem, int rank) {
-  using Smem = WideSmem<Config>;
+template <class Config, bool kPersistent>
+__device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& args,
+                                              WideSmem<Config, kPersistent>& smem, int rank) {
+  using Smem = WideSmem<Config, kPersistent>;
   using HalfTile = typename Smem::HalfTile;
   using DsTile = typename Smem::DsTile;
   constexpr int kOwnColumns = Smem::kOwnColumns, kQPatches = Workspace<Config>::kQPatches;
   constexpr int kColumns[2] = {64, kOwnColumns - 64};  // of dQ, one part after the other
-  const Item& item = smem.item;
   const Peer peer(&smem, rank);
   const KMajor<DsTile> peer_p(smem.peer_p[0], kBitsInCluster), peer_ds(smem.peer_ds[0], kBitsInCluster);
   const MnMajor<DsTile> ds_rows(smem.ds[0], 0, kBitsInCluster), peer_ds_rows(smem.peer_ds[0], 0, kBitsInCluster);
@@ -413,81 +508,85 @@ __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& a
   };
 
   RingPosition<Smem::kStages> at;
-  Walk walk(item);
   const bool needs_dq = args.dq_sums != nullptr;
-  const bool in_turn = args.turns != nullptr;
+  const bool in_turn = !kPersistent && args.turns != nullptr;
   TurnRing::Position turn_at;
-  SumPatch* const first_sums = args.dq_sums + int64_t{item.first_q_block} * kQPatches + rank * (kOwnColumns / 8);
-  const int64_t head_patches = int64_t{item.head_blocks} * kQPatches;
-  bool accumulate = false;
-  wait_phase(&smem.k_full, 0);
-  wait_phase(&smem.v_full, 0);  // with the peer's K
-  do {
-    smem.dout_ring.wait_full(at);
-    wait_phase(&smem.peer_p_full[at.stage], at.phase);
-    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);  // P came by ordinary stores
-    product_ss(dv, peer_p.at(at.stage), dout.at(at.stage), accumulate);
-    smem.q_ring.wait_full(at);
-    wait_phase(&smem.peer_ds_full[at.stage], at.phase);
-    expect_peer(at.stage);
-    product_ss(dk, peer_ds.at(at.stage), q.at(at.stage), accumulate);
-    accumulate = true;
+  for_each_item(smem, [&](const Item& item, RingPosition<1>) {
+    Walk walk(item);
+    SumPatch* const first_sums = args.dq_sums + int64_t{item.first_q_block} * kQPatches + rank * (kOwnColumns / 8);
+    const int64_t head_patches = int64_t{item.head_blocks} * kQPatches;
+    bool accumulate = false;
+    do {
+      smem.dout_ring.wait_full(at);
+      wait_phase(&smem.peer_p_full[at.stage], at.phase);
+      cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);  // P came by ordinary stores
+      product_ss(dv, peer_p.at(at.stage), dout.at(at.stage), accumulate);
+      smem.q_ring.wait_full(at);
+      wait_phase(&smem.peer_ds_full[at.stage], at.phase);
+      expect_peer(at.stage);
+      product_ss(dk, peer_ds.at(at.stage), q.at(at.stage), accumulate);
+      accumulate = true;
 
-    float first_dq[kColumns[0] / 2], second_dq[kColumns[1] / 2];
-    product_ss(first_dq, peer_ds_rows.at(at.stage), peer_k[0]);
-    wait_phase(&smem.ds_full[at.stage], at.phase);
-    product_ss(first_dq, ds_rows.at(at.stage), k[0], true);
-    product_ss(second_dq, peer_ds_rows.at(at.stage), peer_k[1]);
-    product_ss(second_dq, ds_rows.at(at.stage), k[1], true);
-    ptx::wgmma_wait_group<5>(dv);
-    smem.dout_ring.release(at);
-    ptx::wgmma_wait_group<4>(dk);
-    smem.q_ring.release(at);
+      float first_dq[kColumns[0] / 2], second_dq[kColumns[1] / 2];
+      product_ss(first_dq, peer_ds_rows.at(at.stage), peer_k[0]);
+      wait_phase(&smem.ds_full[at.stage], at.phase);
+      product_ss(first_dq, ds_rows.at(at.stage), k[0], true);
+      product_ss(second_dq, peer_ds_rows.at(at.stage), peer_k[1]);
+      product_ss(second_dq, ds_rows.at(at.stage), k[1], true);
+      ptx::wgmma_wait_group<5>(dv);
+      smem.dout_ring.release(at);
+      ptx::wgmma_wait_group<4>(dk);
+      smem.q_ring.release(at);
 
-    SumPatch* const sums = first_sums + walk.head * head_patches + walk.block * kQPatches;
-    const auto add = [&]<int kRegisters>(SumPatch* to, const float (&dq)[kRegisters]) {
-      if (!needs_dq) return;
+      SumPatch* const sums = first_sums + walk.head * head_patches + walk.block * kQPatches;
+      const auto add = [&]<int kRegisters>(SumPatch* to, const float (&dq)[kRegisters]) {
+        if (!needs_dq) return;
 #pragma unroll
-      for (int i = 0; i < kRegisters; i += 4) {
-        ptx::red_add_v4(&to[i / 4].quad[threadIdx.x % 128].x, dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
+        for (int i = 0; i < kRegisters; i += 4) {
+          ptx::red_add_v4(&to[i / 4].quad[threadIdx.x % 128].x, dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
+        }
+      };
+      ptx::wgmma_wait_group<2>(first_dq);
+      if (in_turn) smem.turns.wait(turn_at);
+      add(sums, first_dq);
+      ptx::wgmma_wait_group<0>(second_dq);
+      if (leads) {
+        cuda::ptx::mbarrier_arrive(&smem.ds_empty[at.stage]);
+        ptx::mbarrier_arrive_remote(peer(smem_address(&smem.ds_empty[at.stage])));
       }
-    };
-    ptx::wgmma_wait_group<2>(first_dq);
-    if (in_turn) smem.turns.wait(turn_at);
-    add(sums, first_dq);
-    ptx::wgmma_wait_group<0>(second_dq);
-    if (leads) {
-      cuda::ptx::mbarrier_arrive(&smem.ds_empty[at.stage]);
-      ptx::mbarrier_arrive_remote(peer(smem_address(&smem.ds_empty[at.stage])));
-    }
-    __syncwarp();
-    add(sums + kColumns[0] / 8, second_dq);
-    if (in_turn) {
-      smem.turns.finish(turn_at);
-      turn_at.next();
-    }
-    at.next();
-  } while (walk.next());
-  store_keys<Config>(args, item, smem.k, dk, dv, rank, 1 - rank);
+      __syncwarp();
+      add(sums + kColumns[0] / 8, second_dq);
+      if (in_turn) {
+        smem.turns.finish(turn_at);
+        turn_at.next();
+      }
+      at.next();
+    } while (walk.next());
+    if constexpr (Smem::kHasPeerOut) smem.k_ring.release({});
+    store_keys(args, item, smem.peer_out(), dk, dv, rank, 1 - rank);
+    if constexpr (!Smem::kHasPeerOut) smem.k_ring.release({});
+  });
   // Until the peer has told that it has read the last of what went to it, it may still arrive at a barrier here.
   for (int i = 0; i < Smem::kStages; ++i, at.next()) wait_phase(&smem.ds_empty[at.stage], at.phase ^ 1);
 }
 
 // ----------------------------------------------------------------------------------------------------------- kernel
 
-template <class Config>
+template <class Config, bool kPersistent>
 __cluster_dims__(2, 1, 1) __global__ void __launch_bounds__(kWideThreads, 1)
     backward_wide_kernel(const __grid_constant__ BackwardArguments<Config> args) {
   extern __shared__ __align__(1024) unsigned char dynamic_smem[];
-  using Smem = WideSmem<Config>;
+  using Smem = WideSmem<Config, kPersistent>;
   auto& smem = *reinterpret_cast<Smem*>(dynamic_smem);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int rank = blockIdx.x % 2;
   cudaTriggerProgrammaticLaunchCompletion();
 
   if (warp == 0) {
-    const bool found = find_item<Config>(args, blockIdx.x / 2, smem.item);
-    if (!found) smem.item.first_head = Item::kNone;
+    if constexpr (!kPersistent) {
+      const bool found = find_item<Config>(args, blockIdx.x / 2, smem.items[0]);
+      if (!found) smem.items[0].first_head = Item::kNone;
+    }
   } else if (threadIdx.x == 32) {
     constexpr int kWarps = 4;  // of OwnKeys; of PeerKeys as well
     smem.q_ring.init(2 * kWarps);
@@ -495,8 +594,10 @@ __cluster_dims__(2, 1, 1) __global__ void __launch_bounds__(kWideThreads, 1)
     smem.other_q_ring.init(kWarps);
     smem.other_dout_ring.init(kWarps);
     smem.turns.init();
-    cuda::ptx::mbarrier_init(&smem.k_full, 1);
-    cuda::ptx::mbarrier_init(&smem.v_full, 1);
+    smem.k_ring.init(kWarps);
+    smem.v_ring.init(kWarps);
+    cuda::ptx::mbarrier_init(&smem.item_found, 1);
+    cuda::ptx::mbarrier_init(&smem.next_item, 4);
     for (int i = 0; i < Smem::kStages; ++i) {
       cuda::ptx::mbarrier_init(&smem.ds_full[i], kWarps);
       cuda::ptx::mbarrier_init(&smem.peer_p_full[i], 1);
@@ -511,20 +612,25 @@ __cluster_dims__(2, 1, 1) __global__ void __launch_bounds__(kWideThreads, 1)
   }
   __syncwarp();
   ptx::cluster_sync();
-  if (smem.item.first_head == Item::kNone) return;  // a hole among the blocks of packed sequences, for both
+  if constexpr (!kPersistent) {
+    if (smem.items[0].first_head == Item::kNone) return;  // a hole among the blocks of packed sequences, for both
+  }
   if (warp < 4) {
     ptx::setmaxnreg_dec<kLoaderRegisters>();
     if (warp == 0) load<true>(args, smem, rank);
     if (warp == 1) load<false>(args, smem, rank);
-    if (args.turns != nullptr) {
-      if (threadIdx.x == 2 * 32) grant_turns(args, smem.turns, &smem.item);
+    if constexpr (kPersistent) {
+      if (warp == 2 && rank == 0) find_items(args, smem);
+    } else if (args.turns != nullptr) {
+      if (threadIdx.x == 2 * 32) grant_turns(args, smem.turns, smem.items);
       if (threadIdx.x == 3 * 32) announce_turns(args, smem.turns);
     }
   } else if (warp < 8) {
-    ptx::setmaxnreg_inc<kOwnKeysRegisters>();
-    OwnKeys<Config>(args, smem, rank).run();
+    ptx::setmaxnreg_inc<kOwnKeysRegisters<Config>>();
+    OwnKeys<Config, kPersistent> own_keys(args, smem, rank);
+    for_each_item(smem, [&](const Item& item, RingPosition<1> at) { own_keys.run(item, at); });
   } else {
-    ptx::setmaxnreg_inc<kPeerKeysRegisters>();
+    ptx::setmaxnreg_inc<kPeerKeysRegisters<Config>>();
     cudaGridDependencySynchronize();  // `prepare` has left zeros in dQ's sums
     sum_peer_keys(args, smem, rank);
   }
@@ -536,13 +642,23 @@ __cluster_dims__(2, 1, 1) __global__ void __launch_bounds__(kWideThreads, 1)
 
 // ----------------------------------------------------------------------------------------------------------- launch
 
+template <class Config, bool kPersistent>
+void launch_form(const BackwardArguments<Config>& args, int pairs, cudaStream_t stream) {
+  constexpr int kBytes = sizeof(WideSmem<Config, kPersistent>);
+  allow_shared_memory<backward_wide_kernel<Config, kPersistent>, kBytes>(current_device());
+  launch_overlapped(backward_wide_kernel<Config, kPersistent>, 2 * pairs, kWideThreads, kBytes, stream, args,
+                    "launching the wide backward kernel");
+}
+
 template <class Config>
 void launch_wide(const BackwardParams& params, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(WideSmem<Config>);
-  allow_shared_memory<backward_wide_kernel<Config>, kBytes>(current_device());
   const Workspace<Config> workspace(params);
-  launch_overlapped(backward_wide_kernel<Config>, 2 * workspace.schedule.items(), kWideThreads, kBytes, stream,
-                    make_arguments(params, workspace), "launching the wide backward kernel");
+  const BackwardArguments<Config> args = make_arguments(params, workspace);
+  if (is_persistent(params.problem, Config::kPlan, workspace.schedule)) {
+    launch_form<Config, true>(args, workspace.thread_blocks, stream);
+  } else {
+    launch_form<Config, false>(args, workspace.schedule.items(), stream);
+  }
 }
 
 void launch_wide_products(const BackwardParams& params, cudaStream_t stream) {
@@ -560,7 +676,7 @@ void launch_wide_products(const BackwardParams& params, cudaStream_t stream) {
 int wide_shared_memory(int head_dim) {
   int bytes = 0;
   with_limits(head_dim, [&]<std::size_t row>() {
-    if constexpr (kLimits[row].backward.by_pairs) bytes = sizeof(WideSmem<BackwardConfig<row, __half>>);
+    if constexpr (kLimits[row].backward.by_pairs) bytes = sizeof(WideSmem<BackwardConfig<row, __half>, true>);
   });
   return bytes;
 }

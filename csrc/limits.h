@@ -39,6 +39,7 @@ struct BackwardPlan {
   bool v_in_registers = false;    // V alone does, as the left operand of dP
   bool by_pairs = false;          // a pair of thread blocks shares out the head dim (backward_wide.cu)
   bool own_in_registers = false;  // and each keeps its own columns of K and V in registers, as those of S and dP
+  int persistent_steps = 0;       // and takes item after item, where these are of at most so many steps
   constexpr bool built() const { return block_q > 0; }
 };
 
@@ -73,14 +74,21 @@ inline constexpr HeadDimLimits kLimits[] = {
     // As 256; the backward has registers for what it reads of K and V most often.
     {.head_dim = 192,
      .forward = {.block_q = 128, .block_kv = 96, .stages = 2, .turns = true},
-     .backward =
-         {.block_q = 64, .block_kv = 128, .stages = 2, .ds_stages = 2, .by_pairs = true, .own_in_registers = true}},
+     .backward = {.block_q = 64,
+                  .block_kv = 128,
+                  .stages = 2,
+                  .ds_stages = 2,
+                  .by_pairs = true,
+                  .own_in_registers = true,
+                  .persistent_steps = 1048576}},
     // O takes 128 registers a thread, so that there are two warpgroups, and beside Q's 64 KB shared memory holds two
     // blocks of 80 keys of K and of V.
-    // Backward: dK and dV of 64 keys alone would take 256 registers a thread.
+    // Backward: dK and dV of 64 keys alone would take 256 registers a thread. Persistent pairs have a slower main loop
+    // here, which pays where items are short.
     {.head_dim = 256,
      .forward = {.block_q = 128, .block_kv = 80, .stages = 2, .turns = true},
-     .backward = {.block_q = 64, .block_kv = 128, .stages = 2, .ds_stages = 2, .by_pairs = true}},
+     .backward =
+         {.block_q = 64, .block_kv = 128, .stages = 2, .ds_stages = 2, .by_pairs = true, .persistent_steps = 16}},
 };
 
 inline constexpr int kHeadDimStep = 8;  // head dims are multiples of it: the copy engine moves 16 bytes at a time

@@ -58,6 +58,15 @@ inline int most_claims(const Problem& problem, const ForwardPlan& plan) {
 // Without rows that see nothing: what dO has there, NaN too, must not reach dK and dV.
 inline Sequences backward_sequences(const Problem& problem) { return problem.sequences().without_unseeing_rows(); }
 
+// The steps of a query head that a block of keys walks: as many as an average sequence has, or a window lets it see.
+inline int backward_steps(const Problem& problem, const BackwardPlan& plan) {
+  const Sequences sequences = backward_sequences(problem);
+  const Sequence& each = sequences.each;
+  const int rows = sequences.is_packed() ? quotient(each.rows, sequences.count) + 1 : each.rows;
+  const int64_t reach = int64_t{each.left} + each.right + plan.block_kv;
+  return quotient(rows < reach ? rows - 1 : static_cast<int>(reach), plan.block_q) + 1;
+}
+
 // Blocks of keys. They read Q and dO of each query head, and add to its float32 dQ. Sections are smaller where an item
 // has one query head, which was measured to be better (docs/tuning.md).
 inline KeySchedule backward_schedule(const Problem& problem, const BackwardPlan& plan, int multiprocessors) {
@@ -68,14 +77,11 @@ inline KeySchedule backward_schedule(const Problem& problem, const BackwardPlan&
   const bool is_causal = each.right == 0 && each.left == Sequence::kUnbounded;
   int64_t sum_columns = problem.head_dim;  // of the sums, filled up with zeros
   with_limits(problem.head_dim, [&]<std::size_t row>() { sum_columns = kLimits[row].head_dim; });
-  // Rows of a sequence, as far as that is known here, that see a key.
-  const int rows = sequences.is_packed() ? quotient(each.rows, sequences.count) + 1 : each.rows;
-  const int64_t reach = int64_t{each.left} + each.right + plan.block_kv;
   return KeySchedule::make({.blocks = keys.blocks_each(plan.block_kv),
                             .kv_heads = kv_heads,
                             .sequences = keys.is_packed() ? 1 : keys.count,
                             .group = problem.heads_per_kv_head(),
-                            .steps = quotient(rows < reach ? rows - 1 : static_cast<int>(reach), plan.block_q) + 1,
+                            .steps = backward_steps(problem, plan),
                             .by_cost = is_causal || keys.is_packed(),
                             .falls = is_causal && each.keys <= 2 * each.rows,
                             .ordered = problem.options.deterministic,
@@ -83,6 +89,12 @@ inline KeySchedule backward_schedule(const Problem& problem, const BackwardPlan&
                             .l2_bytes = heads == kv_heads ? kL2Bytes / 2 : kL2Bytes,
                             .most_bytes = kMostL2Bytes,
                             .multiprocessors = multiprocessors});
+}
+
+// Whether pairs of thread blocks take item after item. Where items wait for each other, each has a pair.
+inline bool is_persistent(const Problem& problem, const BackwardPlan& plan, const KeySchedule& schedule) {
+  const int64_t steps = int64_t{backward_steps(problem, plan)} * schedule.most_heads;  // of an item
+  return steps <= plan.persistent_steps && !(problem.options.deterministic);
 }
 
 }  // namespace flash_attn_ext

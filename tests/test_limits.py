@@ -202,12 +202,12 @@ def backward_shared_memory(row, which):
 
 
 def wide_shared_memory(row):
-    """Of one of the two thread blocks: 64 keys are its own, and half of the columns."""
+    """Of one of the two thread blocks of a persistent pair: 64 keys are its own, and half of the columns."""
     plan, element = row["backward"], 2
     own_keys, half_tile = 64 * row["head_dim"] * element, 64 * row["head_dim"] // 2 * element
     ds, stats = plan["block_q"] * 64 * element, 2 * plan["block_q"] * 4
     assert plan["stages"] == plan["ds_stages"]
-    return [
+    parts = [
         (f"{plan['block_q']} x {plan['block_kv']}", 0),
         (f"{kilobytes(own_keys)} + {kilobytes(own_keys)}", 2 * own_keys),
         (kilobytes(half_tile), half_tile),
@@ -216,6 +216,9 @@ def wide_shared_memory(row):
         (f"{plan['stages']} x {kilobytes(2 * ds)}", plan["stages"] * 2 * ds),
         (f"{plan['stages']} x {kilobytes(stats)}", plan["stages"] * stats),
     ]
+    has_out_buffer = sum(size for _, size in parts) + 2 * half_tile + 4096 < 227 * 1024
+    parts.insert(-1, (kilobytes(2 * half_tile), 2 * half_tile) if has_out_buffer else ("in K's place", 0))
+    return parts
 
 
 @needs_kernels

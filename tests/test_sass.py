@@ -20,19 +20,20 @@ import nvcc  # noqa: E402 (the build's own reader of ptxas output)
 KERNEL = re.compile(
     r"(?P<direction>forward|backward)(?P<wide>_wide)?_kernel.*?(?:Forward|Backward)ConfigILi(?P<row>\d+)E"
     r"(?:13__nv_(?P<bf16>bfloat16)|6__half)Lb(?P<softcap>[01])E(?:Lb(?P<short>[01])E)?E"
-    r"(?:EL\w*?9GradientsE(?P<gradients>\d))?"
+    r"(?:EL\w*?9GradientsE(?P<gradients>\d)|ELb(?P<persistent>[01])E)?"
 )
 GRADIENTS = ("all", "dq", "dkv")  # csrc/backward.cu's enum class Gradients
+BY_PAIRS = ("wide", "persistent")  # the forms of csrc/backward_wide.cu: pairs have one item, or take item after item
 DTYPES = ("fp16", "bf16")
 SOFTCAP = ("", "softcap")  # kernels without and with it
 
 
 def variants(direction, row, dtype, softcap):
     """Of the forward, the kernel of the row's plan, and that for rows that see few keys. Of the backward, what kernels
-    compute, one after the other; the wide one computes all, and writes what is needed."""
+    compute, one after the other; the wide ones compute all, and write what is needed."""
     if direction == "forward":
         return ["", "short"] if row["short_forward"] and (dtype, softcap) == ("bf16", "") else [""]
-    return ["wide"] if is_by_pairs(row) else GRADIENTS
+    return BY_PAIRS if is_by_pairs(row) else GRADIENTS
 
 
 KERNELS = [
@@ -84,7 +85,7 @@ def by_kernel(output):
     for name, text in zip(parts[1::2], parts[2::2], strict=True):
         if match := KERNEL.search(name):
             dtype, softcap = "bf16" if match["bf16"] else "fp16", SOFTCAP[int(match["softcap"])]
-            variant = "short" if match["short"] == "1" else "wide" if match["wide"] else ""
+            variant = "short" if match["short"] == "1" else BY_PAIRS[int(match["persistent"])] if match["wide"] else ""
             variant = GRADIENTS[int(match["gradients"])] if match["gradients"] else variant
             found[match["direction"], int(match["row"]), dtype, softcap, variant] = text
     return found
@@ -118,7 +119,7 @@ def test_gradients_out_of_float32_sums_are_stored_16_bytes_at_a_time():
 def columns(kernel):
     """Those of dQ, dK and dV that a thread block sums. Its peer has the other half of the wide kernel's."""
     head_dim = TABLE[kernel[1]]["head_dim"]
-    return head_dim // 2 if kernel[-1] == "wide" else head_dim
+    return head_dim // 2 if kernel[-1] in BY_PAIRS else head_dim
 
 
 def products(kernel):
@@ -149,7 +150,7 @@ def products(kernel):
     return (
         {"S": over_columns("S"), "dP": over_columns("dP")}
         | ({"dV": keys, "dK": keys} if dkv else {})
-        | ({"peer's dV": peer_keys, "peer's dK": peer_keys} if gradients == "wide" else {})
+        | ({"peer's dV": peer_keys, "peer's dK": peer_keys} if gradients in BY_PAIRS else {})
         | ({"dQ": queries} if dq else {})
     )
 
@@ -162,7 +163,7 @@ def multipliers(kernel):
         return [(names, plan["block_q"] // 64)]
     own_keys = [name for name in names if name in ("S", "dP", "dV", "dK")]
     others = [name for name in names if name not in own_keys]
-    return [(own_keys, 1 if gradients == "wide" else plan["block_kv"] // 64), (others, 1)]
+    return [(own_keys, 1 if gradients in BY_PAIRS else plan["block_kv"] // 64), (others, 1)]
 
 
 ADDITION = "addition"  # of four elements of dQ to their sums in memory
@@ -237,7 +238,7 @@ def test_the_backward_multiplies_no_more_than_it_needs(sass, kernel):
     if direction == "backward":
         step = products(kernel)
         twice = {"S"} | ({"dP"} if "kv_in_registers" in plan_of(kernel) and not softcap else set())
-        twice |= {"dQ"} if gradients != "wide" else set()
+        twice |= {"dQ"} if gradients not in BY_PAIRS else set()
         issued = Counter(filter(None, (form(text) for _, text in instructions(sass[kernel]))))
         assert issued == added([*step.values(), *(step[name] for name in twice & step.keys()), additions(kernel)])
 
@@ -326,10 +327,11 @@ def test_documents_count_the_instructions_of_the_main_loop(sass, kernel):
     compiler = re.search(r"\bnvcc (\d+\.\d+)", document)[1]
     if BUILD["cuda"] != compiler:
         pytest.skip(f"docs/{direction}.md counts what nvcc {compiler} makes, and this binary is nvcc {BUILD['cuda']}'s")
-    if softcap or gradients not in ("", "short", "all", "wide"):
+    if softcap or gradients not in ("", "short", "all", *BY_PAIRS):
         pytest.skip("only kernels of all gradients, and without softcap, are in the table")
     plan = plan_of(kernel)
-    name = rf"{TABLE[index]['head_dim']} \({plan['block_q']} x {plan['block_kv']}[^|]*?\)"
+    form_of_pair = {"wide": ", a pair", "persistent": ", a persistent pair"}.get(gradients, "[^|]*?")
+    name = rf"{TABLE[index]['head_dim']} \({plan['block_q']} x {plan['block_kv']}{form_of_pair}\)"
     step, threads, cycles = products(kernel), [], 0
     for names, warpgroups in multipliers(kernel):
         issued = added([*(step[name] for name in names), additions(kernel) if "dQ" in names else {}])

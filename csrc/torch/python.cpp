@@ -162,6 +162,7 @@ py::list limits() {
       flag("v_in_registers", p.v_in_registers);
       flag("by_pairs", p.by_pairs);
       flag("own_in_registers", p.own_in_registers);
+      if (p.persistent_steps > 0) numbers["persistent_steps"] = p.persistent_steps;
     } else {
       flag("turns", p.turns);
       flag("keeps_offset", p.keeps_offset);

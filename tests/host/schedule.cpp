@@ -591,6 +591,31 @@ static void check_rows() {
   }
 }
 
+// Pairs of thread blocks take item after item where these have few steps, and never where they wait for each other.
+static void check_persistent_pairs() {
+  for (const HeadDimLimits& row : kLimits) {
+    const BackwardPlan& plan = row.backward;
+    const int64_t most_rows = int64_t{plan.block_q} * std::min(plan.persistent_steps, 2048);
+    const auto persists = [&](int64_t seqlen, int64_t group, bool deterministic) {
+      const Problem problem{2,
+                            seqlen,
+                            seqlen,
+                            4,
+                            4 / group,
+                            row.head_dim,
+                            DType::kBFloat16,
+                            {.softmax_scale = {}, .causal = true, .deterministic = deterministic}};
+      return is_persistent(problem, plan, backward_schedule(problem, plan, workers(plan)));
+    };
+    const std::string name = "head dim " + std::to_string(row.head_dim) + ": pairs that take item after item";
+    test::check(persists(1, 1, false) == plan.by_pairs, name);
+    test::check(!persists(1, 1, true), name + ", in turn");
+    if (!plan.by_pairs || most_rows > 100000) continue;
+    test::check(persists(most_rows, 1, false) && persists(most_rows / 2, 2, false), name + " of few steps");
+    test::check(!persists(most_rows + 1, 1, false) && !persists(most_rows, 2, false), name + " of many steps");
+  }
+}
+
 int main() {
   check_rows();
   check_small_sizes();
@@ -602,5 +627,6 @@ int main() {
   check_directions();
   check_ordered_sections();
   check_ordered_schedules();
+  check_persistent_pairs();
   return test::finish("schedule");
 }
