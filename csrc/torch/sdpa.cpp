@@ -146,8 +146,9 @@ class Override : public c10::OperatorKernel {
       return before_->callBoxed(handle, keys, stack);
     }
     torch::jit::drop(*stack, count_);
-    if (call->q.is_cuda())
+    if (call->q.is_cuda()) {
       return op_.is_backward ? backward<backward_cuda>(*call, *stack) : forward<forward_cuda>(*call, *stack);
+    }
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     op_.is_backward ? backward<call_backward>(*call, *stack) : forward<call_forward>(*call, *stack);
