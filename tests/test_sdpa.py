@@ -5,6 +5,7 @@ operators: so everything but the choice of kernels is tested here without a GPU.
 """
 
 import contextlib
+import inspect
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from flash_attn_ext import refusals
 from flash_attn_ext.options import Options
 
 registry = pytest.importorskip("torch.nn.attention._registry", reason="this torch has no registry of implementations")
-from torch.nn.attention.varlen import AuxRequest, varlen_attn  # noqa: E402
+from torch.nn.attention import varlen  # noqa: E402
 
 from flash_attn_ext.adapters import sdpa as adapter  # noqa: E402
 
@@ -63,6 +64,10 @@ def plain(q, k, v, causal=False, scale=None, dropout=0.0, debug=False, cu_seqlen
     longest = q.shape[-3], k.shape[-3]
     return aten._flash_attention_forward(q, k, v, *cu_seqlens, *longest, dropout, causal, debug, scale=scale, **others)
 
+
+# The versions of torch that have the argument want it for fewer heads of k and v; the others take these anyway.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {}
+varlen_attn = partial(varlen.varlen_attn, **GROUPED)
 
 OPERATORS = {"flash": flash, "cudnn": cudnn, "plain": plain}
 each_operator = each("operator", OPERATORS.values(), ids=OPERATORS.keys())
@@ -179,7 +184,7 @@ def test_varlen_attn(activated, causal, kv_heads):
 
     def attend(q, k, v, lse=False):
         window = (-1, 0) if causal else (-1, -1)
-        aux = AuxRequest(lse=lse)
+        aux = varlen.AuxRequest(lse=lse)
         return varlen_attn(q, k, v, lengths, lengths, 9, 9, window_size=window, return_aux=aux)
 
     ours = partial(flash_attn_ext.flash_attn_varlen_func, cu_seqlens_q=lengths, cu_seqlens_k=lengths, causal=causal)

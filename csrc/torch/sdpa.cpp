@@ -128,7 +128,8 @@ class Override : public c10::OperatorKernel {
     places_.fill(-1);
     for (const c10::Argument& argument : handle.schema().arguments()) {
       const int place = place_of(argument.name(), kRead);
-      if (place >= 0) {
+      const bool is_of_backward = place == kDout || place == kOut || place == kLse;
+      if (place >= 0 && (op.is_backward || !is_of_backward)) {
         places_[place] = count_;
       } else if (place_of(argument.name(), kIgnored) < 0) {
         others_.push_back(count_);
