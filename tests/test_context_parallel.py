@@ -7,6 +7,7 @@ Run as a script by torchrun, this file is one of the processes.
 import contextlib
 import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from cases import needs_kernels
 from gpu import on_hopper
+from test_documents import TORCH_ABORTS, program
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flash_attn_ext
@@ -119,7 +121,8 @@ def one_of_the_processes(device_type):
     print(f"rank {os.environ['RANK']} agrees {count} times", flush=True)
 
 
-def run(device_type, processes):
+def run(processes, *arguments):
+    """The output of all processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
@@ -127,29 +130,47 @@ def run(device_type, processes):
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [*launcher, __file__, device_type],
+        [*launcher, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=140,
         env=environment,
     )
-    for rank in range(processes):
-        assert f"rank {rank} agrees 24 times" in done.stdout, done.stdout[-8000:]
-    assert done.returncode == 0 or "terminate called without an active exception" in done.stdout, done.stdout[-8000:]
+    # On a busy machine processes of torch.distributed now and then abort while they end, after their work is done.
+    assert done.returncode == 0 or TORCH_ABORTS in done.stdout, done.stdout[-8000:]
+    return done.stdout
+
+
+def assert_agreement(device_type, processes):
+    output = run(processes, __file__, device_type)
+    assert all(f"rank {rank} agrees 24 times" in output for rank in range(processes)), output[-8000:]
+
+
+def skip_without(gpus):
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_ring_of_processes_computes_what_one_does(processes):
-    run("cpu", processes)
+    assert_agreement("cpu", processes)
 
 
 @on_hopper
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_ring_of_gpus_computes_what_one_does(processes):
-    if torch.cuda.device_count() < processes:
-        pytest.skip(f"needs {processes} GPUs")
-    run("cuda", processes)
+    skip_without(processes)
+    assert_agreement("cuda", processes)
+
+
+@on_hopper
+def test_the_documents_program(tmp_path):
+    skip_without(2)
+    (tmp_path / "context_parallel.py").write_text(program("context_parallel.py"))
+    output = run(2, str(tmp_path / "context_parallel.py"))
+    (difference,) = re.findall(r"^largest difference to one GPU: (\S+)$", output, re.MULTILINE)
+    assert float(difference) < 2.0**-4, "more than the roundings of bfloat16 near 4, of which there are four"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from gradients import assert_same
 from oracle import check, check_gradients, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 import flash_attn_ext
 from flash_attn_ext import refusals
@@ -612,6 +613,14 @@ def test_a_head_dim_that_torch_pads():
         out = F.scaled_dot_product_attention(*tensors)
     padded = [F.pad(x, (0, 4)) for x in tensors]
     assert same_bits(out, of_ours(padded, softmax_scale=100**-0.5)[..., :100])
+
+
+@on_hopper
+def test_a_causal_mask_at_the_bottom_right():
+    q, k, v = on_gpu(rows=200)
+    with flash_attn_ext.sdpa():
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(200, LENGTH))
+    assert same_bits(out, of_ours((q, k, v), causal=True))
 
 
 NOT_OURS = {
