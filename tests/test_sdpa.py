@@ -397,6 +397,62 @@ def test_lengths_run_wherever_dense_calls_do(head_dim):
     assert refusals.of_gradients(q, q, q, options, on_hopper=True) is None
 
 
+@pytest.fixture
+def every_gpu_seems_to_be_a_hopper():
+    flash_attn_ext._C.set_test_faults(compute_capability=90)
+    yield
+    flash_attn_ext._C.set_test_faults()
+
+
+def who_takes(name, *arguments):
+    """ "ours" or "torch's", of a call of fake tensors on a GPU that is not there. Ours fail at it at once; torch's
+    flash attention goes on to operators that know fake tensors, and its cuDNN attention looks for a driver."""
+    kernel = torch.library.get_kernel(f"aten::{name}", "CUDA")
+    try:
+        kernel.call_boxed(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *arguments)
+    except RuntimeError as error:
+        return "ours" if isinstance(error, torch.AcceleratorError) else "torch's"
+    return "torch's"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a kernel would read memory that fake tensors do not have")
+def test_who_takes_what_on_a_gpu(activated, every_gpu_seems_to_be_a_hopper):
+    mode = FakeTensorMode()
+
+    def fake(*size, dtype=torch.bfloat16):
+        with mode:
+            return torch.empty(size, dtype=dtype, device="cuda")
+
+    def of_flash(q, k=None, dropout=0.0, causal=True):
+        k = q if k is None else k
+        return who_takes("_scaled_dot_product_flash_attention", q, k, k, dropout, causal, False)
+
+    def of_cudnn(q, k=None, bias=None, dropout=0.0, causal=True):
+        k = q if k is None else k
+        return who_takes("_scaled_dot_product_cudnn_attention", q, k, k, bias, True, dropout, causal, False)
+
+    q, grouped, shorter = fake(2, 8, 128, 64), fake(2, 2, 128, 64), fake(2, 8, 100, 64)
+    for of in (of_flash, of_cudnn):
+        for call in ((q,), (q, grouped), (fake(2, 8, 128, 64, dtype=torch.float16),), (fake(1, 1, 7, 256),)):
+            assert of(*call) == of(*call, causal=False) == "ours"
+        assert of(q, shorter, causal=False) == "ours"
+        others = fake(2, 8, 128, 264), fake(2, 8, 128, 20), fake(2, 8, 128, 64, dtype=torch.float32)
+        assert {of(x) for x in others} == {of(q, dropout=0.1)} == {"torch's"}
+    assert of_flash(q, shorter) == "ours" and of_cudnn(q, shorter) == "torch's"
+    assert of_cudnn(q, bias=fake(2, 8, 128, 128)) == "torch's"
+
+    def of_backward(lse, dropout=0.0):
+        others = None, None, 0, 0, dropout, True, fake(2), fake()
+        return who_takes("_scaled_dot_product_flash_attention_backward", q, q, q, q, q, lse, *others)
+
+    lse = fake(2, 8, 128, dtype=torch.float32)
+    assert of_backward(lse) == "ours"
+    assert {of_backward(lse, dropout=0.1), of_backward(fake(2, 8, 128))} == {"torch's"}
+
+    flash_attn_ext._C.set_test_faults(compute_capability=80)
+    assert {of_flash(q), of_cudnn(q)} == {"torch's"}
+
+
 # The registry ---------------------------------------------------------------------------------------------------------
 
 
