@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +122,9 @@ def one_of_the_processes(device_type):
     print(f"rank {os.environ['RANK']} agrees {count} times", flush=True)
 
 
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "context_parallel.py"
+
+
 def run(processes, *arguments):
     """The output of all processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -155,6 +159,13 @@ def skip_without(gpus):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_ring_of_processes_computes_what_one_does(processes):
     assert_agreement("cpu", processes)
+
+
+def test_the_benchmark_on_processes():
+    output = run(2, str(BENCHMARK), "--device", "cpu", "--seqlen", "64", "--head-dim", "32", "--rounds", "2")
+    differences = re.findall(r"flash_attn_ext, all\w+ .* (\d\.\de-\d\d)", output)
+    assert "2 processes, B 1, S 64, H 32/8, D 32" in output
+    assert len(differences) == 2 and all(float(x) < 1e-6 for x in differences), output
 
 
 @on_hopper
