@@ -333,7 +333,7 @@ def sdpa() -> AbstractContextManager[None]:
 
     Raises:
         RuntimeError: this installation has no GPU kernels. The context raises it on entry.
-        ImportError: torch is older than 2.11.
+        ImportError: torch has no registry of flash attention implementations, as 2.11 and later have.
     """
     from .adapters import sdpa  # torch's registry hears of this package only where a program asks for it
 

@@ -175,13 +175,35 @@ def test_a_ring_of_gpus_computes_what_one_does(processes):
     assert_agreement("cuda", processes)
 
 
+FLASH = """
+import torch.nn.functional as F
+
+
+def scaled_dot_product_attention(q, k, v, is_causal, enable_gqa):
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+
+F.scaled_dot_product_attention = scaled_dot_product_attention
+"""
+
+
+def assert_small_difference(folder, text):
+    (folder / "context_parallel.py").write_text(text)
+    output = run(2, str(folder / "context_parallel.py"))
+    (difference,) = re.findall(r"^largest difference to one GPU: (\S+)$", output, re.MULTILINE)
+    assert 0 < float(difference) < 2.0**-4, "more than the roundings of bfloat16 near 4, of which there are four"
+
+
+def test_the_documents_program_on_processes(tmp_path):
+    """On CPU tensors, with F.scaled_dot_product_attention as it is on a GPU: as the operator that has a ring."""
+    text = program("context_parallel.py").replace('"cuda"', '"cpu"').replace('"nccl"', '"gloo"')
+    text = text.replace("import torch.nn.functional as F\n", FLASH).replace("32768", "256")
+    assert_small_difference(tmp_path, re.sub(r"^torch.cuda.set_device.*", "", text, flags=re.MULTILINE))
+
+
 @on_hopper
 def test_the_documents_program(tmp_path):
     skip_without(2)
-    (tmp_path / "context_parallel.py").write_text(program("context_parallel.py"))
-    output = run(2, str(tmp_path / "context_parallel.py"))
-    (difference,) = re.findall(r"^largest difference to one GPU: (\S+)$", output, re.MULTILINE)
-    assert float(difference) < 2.0**-4, "more than the roundings of bfloat16 near 4, of which there are four"
+    assert_small_difference(tmp_path, program("context_parallel.py"))
 
 
 if __name__ == "__main__":
