@@ -15,6 +15,7 @@ turns, round after round, and each figure is the median of its rounds. docs/perf
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import platform
@@ -23,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ from tables import (
     size,
     summary,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flash_attn_ext.cli.options import positive_int  # `tables` put this checkout on the path
 from flash_attn_ext.limits import has_pass
@@ -371,16 +373,30 @@ def measure_cell(cell: Cell, peers: list[str], rounds: int, seconds: float) -> d
     return speeds
 
 
+@contextlib.contextmanager
+def circumstances(name: str) -> Iterator[None]:
+    """Of a call of measure_overhead, by its name: flash is torch's own, sdpa_ours the same call on our kernels."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(name.endswith("_grad")))
+        if name.startswith(("sdpa_flash", "sdpa_ours")):
+            stack.enter_context(sdpa_kernel(SDPBackend.FLASH_ATTENTION))
+        if name.startswith("sdpa_ours"):
+            from flash_attn_ext import sdpa
+
+            stack.enter_context(sdpa())
+        yield
+
+
 def measure_overhead(peers: list[str], dtype: str, calls: int = 1000, turn: int = 50) -> dict[str, float]:
     """CPU time of a call in microseconds: median of `calls` calls on an idle GPU, the peers taking turns."""
     cell = Cell("forward", 128, False, 1, 128, 128, 8, 8, dtype)
     q, k, v, _ = cell.inputs()
     qt, kt, vt = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     (qg, kg, vg), (qtg, ktg, vtg) = ([x.clone().requires_grad_() for x in xs] for xs in ((q, k, v), (qt, kt, vt)))
-    bound: dict[str, Callable[[], object]] = {
-        "sdpa": lambda: F.scaled_dot_product_attention(qt, kt, vt),
-        "sdpa_grad": lambda: F.scaled_dot_product_attention(qtg, ktg, vtg),
-    }
+    bound: dict[str, Callable[[], object]] = {}
+    for name in ("sdpa", "sdpa_flash", *(["sdpa_ours"] if "ours" in peers else [])):
+        bound[name] = lambda: F.scaled_dot_product_attention(qt, kt, vt)
+        bound[f"{name}_grad"] = lambda: F.scaled_dot_product_attention(qtg, ktg, vtg)
     if "fa3" in peers:
         bound["fa3"] = lambda forward=torch.ops.flash_attn_3.fwd: forward(q, k, v, is_causal=False)
     if "ours" in peers:
@@ -393,11 +409,11 @@ def measure_overhead(peers: list[str], dtype: str, calls: int = 1000, turn: int 
         bound["ours_raw"] = lambda: _C.forward(q, k, v, options)
     times: dict[str, list[int]] = {}
     for name, call in bound.items():
-        torch.set_grad_enabled(name.endswith("_grad"))
         try:
-            for _ in range(20):
-                call()
-            torch.cuda.synchronize()
+            with circumstances(name):
+                for _ in range(20):
+                    call()
+                torch.cuda.synchronize()
             times[name] = []
         except Exception as failure:
             say(f"{name}, CPU time of a call: {reason(failure)}")
@@ -405,15 +421,14 @@ def measure_overhead(peers: list[str], dtype: str, calls: int = 1000, turn: int 
     for _ in range(calls // turn):
         for name, samples in times.items():
             call = bound[name]
-            torch.set_grad_enabled(name.endswith("_grad"))
-            for _ in range(turn):
-                torch.cuda.synchronize()
-                begin = time.perf_counter_ns()
-                out = call()
-                samples.append(time.perf_counter_ns() - begin)
-                del out  # after the clock: freeing is not part of the call
+            with circumstances(name):
+                for _ in range(turn):
+                    torch.cuda.synchronize()
+                    begin = time.perf_counter_ns()
+                    out = call()
+                    samples.append(time.perf_counter_ns() - begin)
+                    del out  # after the clock: freeing is not part of the call
     gc.enable()
-    torch.set_grad_enabled(False)
     return {name: round(statistics.median(samples) / 1000, 2) for name, samples in times.items()}
 
 
@@ -574,7 +589,8 @@ def main() -> int:
         results["overhead_us"] = measure_overhead(peers, args.dtype)
         for name, microseconds in results["overhead_us"].items():
             say(f"CPU time of a call, {name}: {microseconds:.1f} us")
-        for ours, theirs in (("ours", "fa3"), ("ours_grad", "sdpa_grad")):
+        of_sdpa = (("sdpa_ours", "sdpa_flash"), ("sdpa_ours_grad", "sdpa_flash_grad"))
+        for ours, theirs in (("ours", "fa3"), ("ours_grad", "sdpa_grad"), *of_sdpa):
             if results["overhead_us"].get(ours) and results["overhead_us"].get(theirs):
                 say(f"{ours} / {theirs}: {results['overhead_us'][ours] / results['overhead_us'][theirs]:.2f}")
     if not cells:

@@ -301,6 +301,10 @@ def overhead_lines(results: dict) -> list[str]:
         "sdpa": "torch's SDPA, no grad",
         "ours_grad": "`flash_attn_func`, with grad",
         "sdpa_grad": "torch's SDPA, with grad",
+        "sdpa_ours": "SDPA under `flash_attn_ext.sdpa`, no grad",
+        "sdpa_flash": "SDPA on torch's flash backend, no grad",
+        "sdpa_ours_grad": "SDPA under `flash_attn_ext.sdpa`, with grad",
+        "sdpa_flash_grad": "SDPA on torch's flash backend, with grad",
     }
     times = results.get("overhead_us") or {}
     rows = [f"| {label} | {times[peer]:.1f} |" for peer, label in names.items() if times.get(peer)]

@@ -11,6 +11,7 @@ from .interface import (
     flash_attn_varlen_func,
     flash_attn_varlen_qkvpacked_func,
     forward,
+    sdpa,
 )
 from .limits import is_available, supported
 
@@ -26,5 +27,6 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "forward",
     "is_available",
+    "sdpa",
     "supported",
 ]

@@ -1,5 +1,7 @@
 """The functions that users call."""
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_variadic
@@ -318,6 +320,24 @@ def explain(
     if refusal is None and torch.is_grad_enabled():
         refusal = refusals.of_gradients(q, k, v, options, on_hopper=on_hopper)
     return str(refusal) if refusal else None
+
+
+def sdpa() -> AbstractContextManager[None]:
+    """A context in which torch.nn.functional.scaled_dot_product_attention and torch.nn.attention.varlen.varlen_attn run
+    on these kernels, forward and backward, where they take the call.
+
+    They take float16 and bfloat16 on a Hopper GPU at the head dims that train (`supported`), with or without is_causal,
+    grouped heads and a scale. Every other call goes where it goes outside of the context: masks, dropout, windows of
+    varlen_attn, other head dims, dtypes and devices. The backward counts by itself, by where it runs. The setting
+    is one of the whole process. On exit, after an exception too, the implementation that was active before is again.
+
+    Raises:
+        RuntimeError: this installation has no GPU kernels. The context raises it on entry.
+        ImportError: torch has no registry of flash attention implementations, as 2.11 and later have.
+    """
+    from .adapters import sdpa  # torch's registry hears of this package only where a program asks for it
+
+    return sdpa.activated()
 
 
 def attention_reference(

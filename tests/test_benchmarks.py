@@ -12,7 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, varlen  # noqa: F401 (varlen is replaced in a test)
+from cases import needs_kernels
+from torch.backends.cuda import cudnn_sdp_enabled
+from torch.nn.attention import SDPBackend, current_flash_attention_impl, varlen  # noqa: F401 (varlen is replaced in a test)
 
 import flash_attn_ext
 from flash_attn_ext.limits import has_pass
@@ -351,6 +353,26 @@ def test_a_peer_that_is_not_deterministic_is_found():
         attention.check_every_run(call)
     assert 5 < attention.REPEATS
     attention.check_every_run(call)
+
+
+@needs_kernels
+def test_whose_time_is_taken(monkeypatch):
+    """Each call of --overhead under what its name says, and nothing of that stays."""
+    seen = {}
+
+    def look(q, k, v):
+        name = "sdpa_ours" if current_flash_attention_impl() else "sdpa_flash" if not cudnn_sdp_enabled() else "sdpa"
+        seen.setdefault(name, set()).add((torch.is_grad_enabled(), q.requires_grad))
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(attention.Cell, "inputs", lambda cell: [torch.randn(1, 4, 2, 8) for _ in range(4)])
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", look)
+    with torch.no_grad():
+        times = attention.measure_overhead(["ours"], "bf16", calls=2, turn=1)
+    ways = ("sdpa", "sdpa_flash", "sdpa_ours", "ours")
+    assert set(times) == {"ours_raw", *ways, *(f"{name}_grad" for name in ways)}
+    assert seen == dict.fromkeys(ways[:3], {(False, False), (True, True)})
+    assert cudnn_sdp_enabled() and current_flash_attention_impl() is None
 
 
 # ---- what is written from a results file ----

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import needs_kernels
 
 import flash_attn_ext
 from flash_attn_ext import keywords
@@ -65,6 +66,7 @@ def test_the_profiled_program(tmp_path):
         ("packed_loss.py", "True\nTrue\n"),
         ("its_names.py", "torch.Size([2, 512, 8, 64])\n"),
         ("its_module.py", "torch.Size([2, 512, 8, 64])\n"),
+        pytest.param("torchs_own.py", "torch.Size([2, 8, 512, 64])\n", marks=needs_kernels),
     ],
 )
 def test_the_programs_with_packed_documents_and_adapters(tmp_path, name, printed):

@@ -43,8 +43,8 @@ inline bool are_plainly_fine(const CallOptions& options) {
          !options.sinks && !options.has_lengths();
 }
 
-// Of forward.
-inline bool is_plainly_fine(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const CallOptions& options) {
+// Whether the sizes of a dense call's tensors fit, and their types and devices are the same.
+inline bool fit_together(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4) return false;
   const at::IntArrayRef q_size = q.sizes(), k_size = k.sizes();  // (batch, seqlen, heads, head_dim)
   const bool sizes_fit = k_size == v.sizes() && q_size[0] == k_size[0] && q_size[3] == k_size[3] && k_size[2] > 0 &&
@@ -55,21 +55,30 @@ inline bool is_plainly_fine(const at::Tensor& q, const at::Tensor& k, const at::
   const auto is_beside_q = [&](const at::Tensor& t) {
     return t.scalar_type() == q.scalar_type() && t.device() == q.device();
   };
-  return sizes_fit && is_counted(q_size) && is_counted(k_size) && limits_of(q_size[3]).forward.built() &&
-         (q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16) && is_beside_q(k) && is_beside_q(v) &&
-         are_plainly_fine(options) && q.is_cuda() && compute_capability(q.get_device()) == 90;
+  return sizes_fit && is_counted(q_size) && is_counted(k_size) && is_beside_q(k) && is_beside_q(v);
 }
 
-// Of backward without a gradient of lse.
-inline bool is_plainly_fine(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                            const at::Tensor& out, const at::Tensor& lse, const CallOptions& options) {
-  if (!is_plainly_fine(q, k, v, options) || !limits_of(q.size(3)).backward.built()) return false;
+// Whether they do of what a backward takes besides, without a gradient of lse.
+inline bool results_fit(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& out, const at::Tensor& lse) {
   const auto is_like_q = [&](const at::Tensor& t) {
     return t.sizes() == q.sizes() && t.scalar_type() == q.scalar_type() && t.device() == q.device();
   };
   const std::array lse_size{q.size(0), q.size(2), q.size(1)};
   return is_like_q(dout) && is_like_q(out) && lse.sizes() == at::IntArrayRef(lse_size) &&
          lse.scalar_type() == at::kFloat && lse.device() == q.device();
+}
+
+// Of forward.
+inline bool is_plainly_fine(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const CallOptions& options) {
+  return fit_together(q, k, v) && limits_of(q.size(3)).forward.built() &&
+         (q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16) && are_plainly_fine(options) &&
+         q.is_cuda() && compute_capability(q.get_device()) == 90;
+}
+
+// Of backward without a gradient of lse.
+inline bool is_plainly_fine(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            const at::Tensor& out, const at::Tensor& lse, const CallOptions& options) {
+  return is_plainly_fine(q, k, v, options) && limits_of(q.size(3)).backward.built() && results_fit(dout, q, out, lse);
 }
 
 // Whether it holds for one of the tensors that a call can be differentiated by.

@@ -28,9 +28,6 @@
 namespace flash_attn_ext {
 namespace {
 
-using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // dq, dk, dv, dsinks
-using Needs = std::array<bool, 3>;  // which of the first three; dsinks are needed where sinks are given
-
 // Torch takes every option by itself: the dispatcher as an argument, autograd as an entry of its dictionary. Our
 // functions take them as one value.
 template <class Types>
@@ -104,68 +101,9 @@ at::Tensor unused_rows(const at::Tensor& q, const CallOptions& options) {
   return row.ge(ends.index_select(0, next.sub_(1).clamp_min_(0))).unsqueeze(0);
 }
 
-// Gradients that are not needed have no elements.
-BackwardResult backward_cuda(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             const at::Tensor& out, const at::Tensor& lse, const CallOptions::Types& values,
-                             const OptionalTensor& dlse, Needs needs) {
-  CallOptions options(values);
-  if (dlse || !is_plainly_fine(dout, q, k, v, out, lse, options)) {
-    python::check_backward(dout, q, k, v, out, lse, values, dlse);
-  }
-  // torch.use_deterministic_algorithms(True) is read here, by every backward on a GPU that runs: autograd's and
-  // compiled autograd's, a graph of torch.compile and a call from Python all end in this kernel. So what holds is the
-  // setting at the time of the backward, as with torch's own operators, and no traced graph has one of its own in it.
-  options.numbers.deterministic = options.numbers.deterministic || at::globalContext().deterministicAlgorithms();
-  const c10::cuda::CUDAGuard guard(q.device());
-
-  const bool part_of_q = options.seqused_q.has_value(), part_of_k = options.seqused_k.has_value();
-  const Result dq(q, needs[0], part_of_q), dk(k, needs[1], part_of_k), dv(v, needs[2], part_of_k);
-  const at::Tensor sinks = options.sinks ? in_float32(*options.sinks) : at::Tensor();
-  const at::Tensor dsinks = allocate({options.sinks ? sinks.size(0) : 0}, q, at::kFloat);
-  const auto results = [&](const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv) -> BackwardResult {
-    return {dq, dk, dv, options.sinks ? dsinks.to(options.sinks->scalar_type()) : dsinks};
-  };
-  if (q.numel() == 0 || k.numel() == 0 || options.is_without_sequences()) {
-    dsinks.zero_();
-    if (options.sinks && dlse) add_rows_without_keys(dsinks, sinks, lse, *dlse);
-    return results(dq.tensor.zero_(), dk.tensor.zero_(), dv.tensor.zero_());
-  }
-
-  const Input dout_in(dout, part_of_q), q_in(q, part_of_q), k_in(k, part_of_k), v_in(v, part_of_k), out_in(out);
-  const at::Tensor lse_in = contiguous_and_aligned(lse);
-  const at::Tensor dlse_in = dlse ? contiguous_and_aligned(*dlse) : at::Tensor();
-  BackwardParams params{
-      .problem = problem_of(q, k, options),
-      .dout = dout_in,
-      .q = q_in,
-      .k = k_in,
-      .v = v_in,
-      .out = out_in,
-      .lse = lse_in.const_data_ptr<float>(),
-      .dlse = dlse ? dlse_in.const_data_ptr<float>() : nullptr,
-      .sinks = options.sinks ? sinks.const_data_ptr<float>() : nullptr,
-      .dq = dq,
-      .dk = dk,
-      .dv = dv,
-      .dsinks = options.sinks ? dsinks.mutable_data_ptr<float>() : nullptr,
-  };
-  const at::Tensor workspace = allocate({backward_workspace_bytes(params)}, q, at::kByte);
-  params.workspace = workspace.mutable_data_ptr();
-  launch_backward(params, c10::cuda::getCurrentCUDAStream(q.get_device()).stream());
-  return results(dq.finish(), dk.finish(), dv.finish());
-}
-
 template <class F>
 auto find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
-}
-
-BackwardResult call_backward(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             const at::Tensor& out, const at::Tensor& lse, const CallOptions::Types& options,
-                             const OptionalTensor& dlse, Needs needs) {
-  static const auto op = find_operator<decltype(Flat::backward<backward_cuda>)>("flash_attn_ext::backward");
-  const auto call = [&](const auto&... option) { return op.call(dout, q, k, v, out, lse, option..., dlse, needs); };
-  return std::apply(call, options);
 }
 
 struct Attention : torch::autograd::Function<Attention> {
@@ -270,6 +208,64 @@ ForwardResult forward_cuda(const at::Tensor& q, const at::Tensor& k, const at::T
   };
   launch_forward(params, stream.stream());
   return {out.finish(), lse};
+}
+
+BackwardResult call_backward(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const at::Tensor& out, const at::Tensor& lse, const CallOptions::Types& options,
+                             const OptionalTensor& dlse, Needs needs) {
+  static const auto op = find_operator<decltype(Flat::backward<backward_cuda>)>("flash_attn_ext::backward");
+  const auto call = [&](const auto&... option) { return op.call(dout, q, k, v, out, lse, option..., dlse, needs); };
+  return std::apply(call, options);
+}
+
+BackwardResult backward_cuda(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const at::Tensor& out, const at::Tensor& lse, const CallOptions::Types& values,
+                             const OptionalTensor& dlse, Needs needs) {
+  CallOptions options(values);
+  if (dlse || !is_plainly_fine(dout, q, k, v, out, lse, options)) {
+    python::check_backward(dout, q, k, v, out, lse, values, dlse);
+  }
+  // torch.use_deterministic_algorithms(True) is read here, by every backward on a GPU that runs: autograd's and
+  // compiled autograd's, a graph of torch.compile and a call from Python all end in this kernel. So what holds is the
+  // setting at the time of the backward, as with torch's own operators, and no traced graph has one of its own in it.
+  options.numbers.deterministic = options.numbers.deterministic || at::globalContext().deterministicAlgorithms();
+  const c10::cuda::CUDAGuard guard(q.device());
+
+  const bool part_of_q = options.seqused_q.has_value(), part_of_k = options.seqused_k.has_value();
+  const Result dq(q, needs[0], part_of_q), dk(k, needs[1], part_of_k), dv(v, needs[2], part_of_k);
+  const at::Tensor sinks = options.sinks ? in_float32(*options.sinks) : at::Tensor();
+  const at::Tensor dsinks = allocate({options.sinks ? sinks.size(0) : 0}, q, at::kFloat);
+  const auto results = [&](const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv) -> BackwardResult {
+    return {dq, dk, dv, options.sinks ? dsinks.to(options.sinks->scalar_type()) : dsinks};
+  };
+  if (q.numel() == 0 || k.numel() == 0 || options.is_without_sequences()) {
+    dsinks.zero_();
+    if (options.sinks && dlse) add_rows_without_keys(dsinks, sinks, lse, *dlse);
+    return results(dq.tensor.zero_(), dk.tensor.zero_(), dv.tensor.zero_());
+  }
+
+  const Input dout_in(dout, part_of_q), q_in(q, part_of_q), k_in(k, part_of_k), v_in(v, part_of_k), out_in(out);
+  const at::Tensor lse_in = contiguous_and_aligned(lse);
+  const at::Tensor dlse_in = dlse ? contiguous_and_aligned(*dlse) : at::Tensor();
+  BackwardParams params{
+      .problem = problem_of(q, k, options),
+      .dout = dout_in,
+      .q = q_in,
+      .k = k_in,
+      .v = v_in,
+      .out = out_in,
+      .lse = lse_in.const_data_ptr<float>(),
+      .dlse = dlse ? dlse_in.const_data_ptr<float>() : nullptr,
+      .sinks = options.sinks ? sinks.const_data_ptr<float>() : nullptr,
+      .dq = dq,
+      .dk = dk,
+      .dv = dv,
+      .dsinks = options.sinks ? dsinks.mutable_data_ptr<float>() : nullptr,
+  };
+  const at::Tensor workspace = allocate({backward_workspace_bytes(params)}, q, at::kByte);
+  params.workspace = workspace.mutable_data_ptr();
+  launch_backward(params, c10::cuda::getCurrentCUDAStream(q.get_device()).stream());
+  return results(dq.finish(), dk.finish(), dv.finish());
 }
 
 }  // namespace flash_attn_ext

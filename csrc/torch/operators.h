@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -43,6 +44,9 @@ struct CallOptions {
 
 using ForwardResult = std::tuple<at::Tensor, at::Tensor>;  // out, lse
 
+using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // dq, dk, dv, dsinks
+using Needs = std::array<bool, 3>;  // which of the first three; dsinks are needed where sinks are given
+
 // The operator forward.
 ForwardResult call_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                            const CallOptions::Types& options);
@@ -50,5 +54,15 @@ ForwardResult call_forward(const at::Tensor& q, const at::Tensor& k, const at::T
 // Its CUDA kernel.
 ForwardResult forward_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                            const CallOptions::Types& options);
+
+// The operator backward. Gradients that are not needed have no elements.
+BackwardResult call_backward(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const at::Tensor& out, const at::Tensor& lse, const CallOptions::Types& options,
+                             const OptionalTensor& dlse, Needs needs);
+
+// Its CUDA kernel.
+BackwardResult backward_cuda(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const at::Tensor& out, const at::Tensor& lse, const CallOptions::Types& options,
+                             const OptionalTensor& dlse, Needs needs);
 
 }  // namespace flash_attn_ext

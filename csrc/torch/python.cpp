@@ -12,6 +12,7 @@
 #include "../limits.h"
 #include "checks.h"
 #include "operators.h"
+#include "sdpa.h"
 
 namespace at::autocast {
 TORCH_API ScalarType get_autocast_dtype(DeviceType);  // ATen/autocast_mode.h, without its ATen/ATen.h
@@ -195,6 +196,12 @@ PYBIND11_MODULE(_C, m) {
         "None stands for 'not built'.");
   m.def("compute_capability", torch::wrap_pybind_function(compute_capability), py::arg("device"),
         "Compute capability of the CUDA device with this index, 90 for 9.0.");
+  py::class_<SdpaOverride>(
+      m, "SdpaOverride",
+      "While it is there, torch's flash and cuDNN attention operators are these kernels where they\n"
+      "take the call; see flash_attn_ext/adapters/sdpa.py.")
+      .def(py::init<>())
+      .def("remove", &SdpaOverride::remove);
   using at::Tensor;
   const char* fine =
       "For tests: whether a call gets the fast yes; (q, k, v, options) of the forward, or (dout, q, k, v, out, lse,\n"
