@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from gpu import on_hopper
+from test_documents import TORCH_ABORTS, program
 
 import flash_attn_ext
 from flash_attn_ext.adapters import flash_attn_interface
@@ -21,15 +22,19 @@ PACKAGE = Path(flash_attn_ext.__file__).parent
 each = pytest.mark.parametrize
 
 
-def run(*arguments, path=(), device="cpu", **environment):
-    """Standard output of a Python process that finds flash_attn_ext and, before it, the folders of path."""
+def run(*arguments, path=(), device="cpu", torch_may_abort=False, **environment):
+    """Standard output of a Python process that finds flash_attn_ext and, before it, the folders of path.
+
+    torch_may_abort: as in test_documents.py.
+    """
     hidden = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     folders = [*map(str, path), str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment |= {"PYTHONPATH": os.pathsep.join(folders), "HF_HUB_OFFLINE": "1", **hidden}
     done = subprocess.run(
         [sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    aborted = torch_may_abort and TORCH_ABORTS in done.stderr
+    assert done.returncode == 0 or aborted, done.stdout + done.stderr
     return done.stdout
 
 
@@ -80,6 +85,11 @@ print(metadata.metadata("flash-attn-3").get_all("Classifier"))
     ]
 
 
+def test_the_program_of_the_documents_with_the_wheel(shim, tmp_path):
+    (tmp_path / "its_distribution.py").write_text(program("its_distribution.py"))
+    assert run(tmp_path / "its_distribution.py", path=[shim]) == "3.0.0+flash.attn.ext True\n"
+
+
 def test_every_public_name_is_in_the_list():
     """The wheel and the folder export the list."""
     module = flash_attn_interface.__name__
@@ -118,6 +128,13 @@ for name in ("kernels-community/flash-attn3", "kernels-community/vllm-flash-attn
     print(all(getattr(kernel, name) is getattr(ours, name) for name in ours.__all__))
 """
     assert run("-c", program, LOCAL_KERNELS=local_kernels) == "True True\nTrue\n" * 2
+
+
+def test_the_program_of_the_documents_with_the_folder(local_kernels, tmp_path):
+    pytest.importorskip("kernels", minversion="0.17", reason="Hugging Face's package kernels is not installed")
+    (tmp_path / "its_kernel.py").write_text(program("its_kernel.py"))
+    printed = run(tmp_path / "its_kernel.py", LOCAL_KERNELS=local_kernels)
+    assert printed == f"torch.Size([2, 512, 8, 64]) {flash_attn_interface.__name__}\n"
 
 
 # transformers ---------------------------------------------------------------------------------------------------------
@@ -211,6 +228,60 @@ def test_transformers_with_the_wheel(shim):
 @each_family
 def test_transformers_with_the_folder(family, name, local_kernels):
     check_model_of_the_folder(family, name, local_kernels)
+
+
+# diffusers ------------------------------------------------------------------------------------------------------------
+
+PARALLEL = """
+import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig
+from diffusers.models._modeling_parallel import ParallelConfig
+from diffusers.models.attention_dispatch import _HUB_KERNELS_REGISTRY, attention_backend, dispatch_attention_fn
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+q, k, v, dout = (torch.randn(2, 16, 4, 32) for _ in range(4))
+
+
+def results(*inputs, dout, config=None):
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    out = dispatch_attention_fn(*inputs, parallel_config=config)
+    return out, *torch.autograd.grad(out, inputs, dout)
+
+
+for backend in ("_flash_3_hub", "_flash_3_varlen_hub"):
+    expected = results(q, k, v, dout=dout)  # torch's SDPA
+    with attention_backend(backend):
+        for x, of_sdpa in zip(results(q, k, v, dout=dout), expected, strict=True):
+            torch.testing.assert_close(x, of_sdpa)
+        for degree in ("ring_degree", "ulysses_degree"):
+            config = ContextParallelConfig(**{degree: 2})
+            mesh = dist.init_device_mesh("cpu", config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
+            parallel = ParallelConfig(context_parallel_config=config)
+            parallel.setup(rank, 2, torch.device("cpu"), mesh=mesh)
+            parts = [x.chunk(2, 1)[rank] for x in (q, k, v, dout)]
+            for x, whole in zip(results(*parts[:3], dout=parts[3], config=parallel), expected, strict=True):
+                torch.testing.assert_close(x, whole.chunk(2, 1)[rank])
+for kernel in _HUB_KERNELS_REGISTRY.values():
+    if kernel.kernel_fn is not None:
+        assert kernel.kernel_fn.__module__ == kernel.wrapped_backward_fn.__module__, kernel
+        print(f"{kernel.kernel_fn.__module__} {kernel.kernel_fn.__name__}", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_diffusers_with_the_folder(local_kernels, tmp_path):
+    """Its own functions: for one process, a ring of two and Ulysses on two. The ring calls the pair."""
+    pytest.importorskip("kernels", minversion="0.17", reason="Hugging Face's package kernels is not installed")
+    pytest.importorskip("diffusers", minversion="0.42", reason="diffusers 0.42 is not installed")
+    (tmp_path / "parallel.py").write_text(PARALLEL)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    environment = {"LOCAL_KERNELS": local_kernels, "OMP_NUM_THREADS": "1"}
+    printed = run(*launcher, tmp_path / "parallel.py", torch_may_abort=True, **environment)
+    module = flash_attn_interface.__name__
+    assert sorted(printed.splitlines()) == [f"{module} flash_attn_func"] * 2 + [f"{module} flash_attn_varlen_func"] * 2
 
 
 # On a GPU -------------------------------------------------------------------------------------------------------------
