@@ -2,6 +2,7 @@
 # make test ENV=current     the same with the Python on PATH and what is installed there; downloads nothing
 # make test-install         README's install line in an empty environment, and the tests there; needs the network
 # make demo                 watch a small GPT learn: on the kernels where there is a Hopper GPU, else in plain PyTorch
+# make shim                 a wheel by the name of FlashAttention-3's, for one's own environments: docs/adapters.md
 # make build|wheel|lint|format|clean, with either ENV
 #
 # PYTEST="-m gpu -x"        arguments for pytest
@@ -24,7 +25,7 @@ else
 $(error ENV is '$(ENV)'; it must be venv or current)
 endif
 
-.PHONY: test test-install demo build host-tests wheel lint format clean
+.PHONY: test test-install demo build host-tests wheel shim lint format clean
 .NOTPARALLEL:
 
 test: build host-tests
@@ -64,6 +65,12 @@ wheel: $(READY)
 	$(PYTHON) -W ignore setup.py -q bdist_wheel
 	@ls -l dist/*.whl
 
+# From a copy: a build leaves files beside its sources.
+shim: $(READY)
+	@rm -rf build/shim && mkdir -p build && cp -r tools/shim build
+	$(PYTHON) -m pip wheel -q --no-deps --no-build-isolation --wheel-dir dist ./build/shim
+	@ls -l dist/flash_attn_3-*.whl
+
 lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -82,7 +89,7 @@ clean:
 	$(PYTHON3) -m venv .venv
 	.venv/bin/python -m pip install -q --upgrade pip
 	.venv/bin/python -m pip install -q 'torch==2.11.*' 'setuptools>=77' ninja cmake numpy pytest hypothesis \
-	  rich matplotlib 'transformers==5.24.*' accelerate ruff==0.17.* clang-format==23.*
+	  rich matplotlib 'transformers==5.24.*' accelerate 'kernels==0.17.*' ruff==0.17.* clang-format==23.*
 	@cuda=$$(.venv/bin/python -c 'import torch; print(torch.version.cuda or "")'); \
 	if [ -n "$$cuda" ] && ! .venv/bin/python tools/toolkit.py >/dev/null 2>&1; then \
 	  echo "No CUDA toolkit $$cuda found: installing nvcc from PyPI"; \

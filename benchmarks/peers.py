@@ -191,6 +191,7 @@ def load_fa3(library: Path | None) -> None:
     if library is None:
         import flash_attn_interface  # noqa: F401
 
+        torch.ops.flash_attn_3.fwd  # noqa: B018 (tools/shim has the module's names, and no operators)
         return
     for runtime in library.resolve().parent.glob("libcudart.so.*"):  # one beside the library is the one it links
         ctypes.CDLL(str(runtime))

@@ -1,6 +1,6 @@
-"""Arguments of other attention functions: FlashAttention-2's and -3's flash_attn_func and flash_attn_varlen_func,
-torch's scaled_dot_product_attention (SDPA). What asks for nothing passes; the rest is refused by its name, with the way
-out.
+"""Arguments of other attention functions: FlashAttention-2's and -3's flash_attn_func and flash_attn_varlen_func, the
+latter's _flash_attn_forward, torch's scaled_dot_product_attention (SDPA). What asks for nothing passes; the rest is
+refused by its name, with the way out.
 """
 
 from typing import Any, NamedTuple
@@ -21,15 +21,24 @@ BY_NAME = {
 }
 LAYOUT = "SDPA's tensors are (batch, heads, seqlen, head_dim), and these must be (batch, seqlen, heads, head_dim)"
 
+# of FlashAttention-3's _flash_attn_forward
+CACHE_ARGUMENTS = (
+    *("k_new", "v_new", "cu_seqlens_k_new", "page_table", "kv_batch_idx", "leftpad_k"),
+    *("rotary_cos", "rotary_sin", "seqlens_rotary", "scheduler_metadata"),
+)
+NO_CACHE = "No call here appends to a KV cache, rotates keys or reads pages: leave it out, or take FlashAttention-3."
+
 
 class Keyword(NamedTuple):
     passes: tuple  # the values, or a type: any value of it
     way_out: str
 
     def takes(self, value) -> bool:
+        if value is None:  # most are
+            return None in self.passes
         if isinstance(value, list):
             value = tuple(value)
-        plain = value is None or isinstance(value, bool | int | float | tuple)  # others compare in ways of their own
+        plain = isinstance(value, bool | int | float | tuple)  # others compare in ways of their own
         return plain and any(isinstance(value, x) if isinstance(x, type) else value == x for x in self.passes)
 
     def accepted(self) -> str:
@@ -50,6 +59,9 @@ KEYWORDS = {
     "pack_gqa": Keyword((bool, None), "It changes nothing here: leave it out."),
     "sm_margin": Keyword((int,), "It changes nothing here: leave it out."),
     "block_table": Keyword((None,), "There is no paged KV cache: use FlashAttention-3."),
+    **dict.fromkeys(CACHE_ARGUMENTS, Keyword((None,), NO_CACHE)),
+    "rotary_interleaved": Keyword((bool,), "It changes nothing here: leave it out."),
+    "out_": Keyword((None,), "The output is a new tensor: copy it."),
     "s_aux": Keyword((None,), "The name is sinks."),  # of the FlashAttention-3 of vLLM and Transformers
     "learnable_sink": Keyword((None,), "The name is sinks."),  # FlashAttention-4
     # SDPA

@@ -55,7 +55,7 @@ def test_sources_are_complete(sdist):
         }
 
     for folder in ("csrc", "tests", "tools", "benchmarks", "docs"):
-        suffixes = (".h", ".cuh", ".cu", ".cpp", ".py", ".txt", ".md", ".json", ".csv")
+        suffixes = (".h", ".cuh", ".cu", ".cpp", ".py", ".txt", ".md", ".json", ".csv", ".toml")
         assert files(sdist, folder, *suffixes) == files(ROOT, folder, *suffixes)
     assert not list(sdist.rglob("*.so")) and not list(sdist.rglob("_build_info.py"))
 
@@ -67,8 +67,11 @@ def test_a_wheel_without_kernels_from_the_sources(sdist, tmp_path):
         files.extractall(tmp_path)
     assert not list(tmp_path.rglob("_build_info.py"))
     package, of_wheel = ROOT / "flash_attn_ext", tmp_path / "flash_attn_ext"
-    modules = {path.relative_to(package) for path in package.rglob("*.py")} - {Path("_build_info.py")}
-    assert {path.relative_to(of_wheel) for path in of_wheel.rglob("*.py")} == modules
+
+    def files(folder):
+        return {path.relative_to(folder) for path in folder.rglob("*") if path.suffix in (".py", ".json")}
+
+    assert files(of_wheel) == files(package) - {Path("_build_info.py")}
     stdout = run(
         *("-c", "from flash_attn_ext.cli import table; print(table.head_dims())"),
         cwd=tmp_path,
