@@ -78,17 +78,23 @@ def test_the_program_with_transformers(tmp_path):
     assert run(tmp_path, "fa_ext.py") == "fa_ext\n"
 
 
-def test_the_program_for_several_gpus(tmp_path):
+def run_twice(folder, name):
+    """A program of the documents as two processes."""
     torch_distributed = pytest.importorskip("torch.distributed")
     if not torch_distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
-    (tmp_path / "data_parallel.py").write_text(program("data_parallel.py"))
+    (folder / name).write_text(program(name))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    losses = [
-        float(line.split()[-1])
-        for line in run(tmp_path, *launcher, "data_parallel.py", torch_may_abort=True).splitlines()
-    ]
+    return run(folder, *launcher, name, torch_may_abort=True)
+
+
+def test_the_program_for_several_gpus(tmp_path):
+    losses = [float(line.split()[-1]) for line in run_twice(tmp_path, "data_parallel.py").splitlines()]
     assert len(losses) == 3 and losses[2] < losses[0]
+
+
+def test_the_program_with_dtensors(tmp_path):
+    assert run_twice(tmp_path, "tensor_parallel.py") == "(Shard(dim=2),) (2, 512, 16, 64) (Shard(dim=2),)\n"
 
 
 @pytest.mark.parametrize("head_dim", [1, 16, 20, 100])
