@@ -37,7 +37,7 @@ def run(folder, *arguments, torch_may_abort=False):
     work is done and with any attention; what they printed counts.
     """
     environment = os.environ | {
-        "PYTHONPATH": str(Path(flash_attn_ext.__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(Path(flash_attn_ext.__file__).parents[1]), *sys.path]),
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -76,6 +76,12 @@ def test_the_program_with_transformers(tmp_path):
     pytest.importorskip("transformers", minversion="5.24", reason="transformers 5.24 is not installed")
     (tmp_path / "fa_ext.py").write_text(program("fa_ext.py"))
     assert run(tmp_path, "fa_ext.py") == "fa_ext\n"
+
+
+def test_the_program_with_torchtitan(tmp_path):
+    pytest.importorskip("torchtitan.models.common.attention", reason="torchtitan is not there", exc_type=ImportError)
+    (tmp_path / "titan_attention.py").write_text(program("titan_attention.py"))
+    assert run(tmp_path, "titan_attention.py") == "(1, 512, 8, 64) True\n"
 
 
 def run_twice(folder, name):
