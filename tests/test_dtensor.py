@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import traceback
+from functools import cache
 from types import SimpleNamespace
 
 import gpu
@@ -44,6 +45,7 @@ def lengths(*values):
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
+@cache  # newer versions of torch trace equal meshes as different ones
 def mesh():
     return init_device_mesh(DEVICE, (2,))
 
