@@ -3,6 +3,7 @@
 Run as a script by torchrun, this file is one of the two processes: of CPU tensors, or with a GPU each.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -31,14 +32,18 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 DEVICE = "cpu"  # or "cuda", in processes of their own
 
 
-def tensor(*shape):
-    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
-    return torch.randn(shape, device=DEVICE, dtype=dtype, generator=GENERATOR)
+def as_kernels_take_it(x):
+    return x if DEVICE == "cpu" else x.to(torch.bfloat16)
 
 
 def inputs(*rows, heads=HEADS, kv_heads=KV_HEADS):
     """q, k and v, the same in both processes."""
-    return [tensor(*rows, n, HEAD_DIM) for n in (heads, kv_heads, kv_heads)]
+    return [as_kernels_take_it(torch.randn(*rows, n, HEAD_DIM, device=DEVICE)) for n in (heads, kv_heads, kv_heads)]
+
+
+def logits():
+    """Sinks."""
+    return torch.randn(HEADS, device=DEVICE)
 
 
 def lengths(*values):
@@ -69,8 +74,6 @@ def check(q, k, v, placement, *, becomes=None, silent=True, **options):
     others = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
     numbers = {name: value for name, value in options.items() if name not in others}
     douts = torch.randn_like(q), torch.randn(*q.shape[:-3], q.shape[-2], q.shape[-3], device=DEVICE)
-    for x in douts:
-        dist.broadcast(x, 0)
 
     def attend(inputs, others):
         function = flash_attn_ext.flash_attn_varlen_func if others else flash_attn_ext.flash_attn_func
@@ -111,7 +114,7 @@ def heads():
 
 
 def heads_with_sinks_and_options():
-    check(*inputs(2, 40), Shard(2), causal=True, sinks=tensor(HEADS).float(), window_size=(9, 0), softcap=5.0)
+    check(*inputs(2, 40), Shard(2), causal=True, sinks=logits(), window_size=(9, 0), softcap=5.0)
 
 
 def batch():
@@ -120,7 +123,7 @@ def batch():
 
 def batch_with_sinks():
     """Their gradient is a sum over both processes."""
-    check(*inputs(2, 40), Shard(0), sinks=tensor(HEADS).float())
+    check(*inputs(2, 40), Shard(0), sinks=logits())
 
 
 def batch_that_does_not_divide():
@@ -153,7 +156,7 @@ def packed():
 
 def packed_with_sinks_and_used_lengths():
     edges = {"cu_seqlens_q": lengths(0, 9, 40), "cu_seqlens_k": lengths(0, 20, 40)}
-    check(*inputs(40), Shard(1), **edges, seqused_k=lengths(15, 20), sinks=tensor(HEADS).float())
+    check(*inputs(40), Shard(1), **edges, seqused_k=lengths(15, 20), sinks=logits())
 
 
 def packed_rows_in_parts():
@@ -212,17 +215,14 @@ class Attention(torch.nn.Module):
         self.out = torch.nn.Linear(HEADS * HEAD_DIM, WIDTH)
 
     def forward(self, x):
-        q, k, v = (layer(x).unflatten(-1, (-1, HEAD_DIM)) for layer in (self.q, self.k, self.v))
-        return self.out(flash_attn_ext.flash_attn_func(q, k, v, causal=True).flatten(2))
+        q, k, v = (as_kernels_take_it(layer(x)).unflatten(-1, (-1, HEAD_DIM)) for layer in (self.q, self.k, self.v))
+        return self.out(flash_attn_ext.flash_attn_func(q, k, v, causal=True).flatten(2).to(x.dtype))
 
 
 def of_a_model(use_local_output):
     """Split by columns and rows, with the heads of a process as plain tensors, or as DTensors."""
-    x = tensor(2, 40, WIDTH)
-    modules = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        modules.append(Attention().to(DEVICE, x.dtype))
+    x, module = torch.randn(2, 40, WIDTH, device=DEVICE), Attention().to(DEVICE)
+    modules = [module, copy.deepcopy(module)]
     plan = {name: ColwiseParallel(use_local_output=use_local_output) for name in "qkv"} | {"out": RowwiseParallel()}
     spread = parallelize_module(modules[1], mesh(), plan)
     outs = [module(x) for module in modules]
@@ -260,6 +260,7 @@ def one_of_two_processes():
     dtensor.register()
     dtensor.register()
     for name, case in CASES.items():
+        torch.manual_seed(0)  # both draw the same
         try:
             case()
             print(f"{name}: rank {dist.get_rank()} agrees", flush=True)
@@ -331,5 +332,4 @@ assert "torch.distributed.tensor" not in sys.modules
 
 if __name__ == "__main__":
     DEVICE = sys.argv[1]
-    GENERATOR = torch.Generator(DEVICE).manual_seed(0)
     one_of_two_processes()
