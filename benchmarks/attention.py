@@ -456,11 +456,11 @@ def label(cell: Cell) -> str:
     return f"{cell.pass_name}, {shape(cell.record())}, {MASK_NAMES[cell.causal]}"
 
 
-def spread(speeds: list[float]) -> float:
+def spread(of_rounds: list[float]) -> float:
     """The middle half of the rounds, in per cent of their median."""
-    if len(speeds) < 2:
+    if len(of_rounds) < 2:
         return 0.0
-    low, middle, high = statistics.quantiles(speeds, n=4, method="inclusive")
+    low, middle, high = statistics.quantiles(of_rounds, n=4, method="inclusive")
     return 100 * (high - low) / middle
 
 

@@ -34,6 +34,7 @@ GRID_NAMES = {
 PAPER_GRIDS = ("paper", "deterministic", "dims")
 DTYPES = ("bf16", "fp16")
 TRAIN_STEP = RESULTS / "h200-train-step.json"
+TRANSFORMERS_STEP = RESULTS / "h200-transformers-step.json"
 PEER_NAMES = {
     "ours": "flash_attn_ext",
     "plain": "no option",  # this and the next two are ours on the grid of options, through autograd
@@ -369,20 +370,28 @@ def full_block() -> str:
     return "\n".join(parts).strip() or NOT_MEASURED
 
 
-def train_step_block() -> str:
+def step_table(path: Path, names: dict[str, str]) -> str:
     """A training step with each attention. The run without one is what attention's share is counted from."""
-    if not TRAIN_STEP.exists():
+    if not path.exists():
         return NOT_MEASURED
-    results = json.loads(TRAIN_STEP.read_text())
+    results = json.loads(path.read_text())
     lines = ["| attention | step, ms | tokens/s | attention's share | peak GiB |", "|---|---|---|---|---|"]
-    for peer, figures in results["attention"].items():
-        if peer in PEER_NAMES:
+    for name, figures in results["attention"].items():
+        if name in names:
             share = figures["attention_share"]
             lines.append(
-                f"| {PEER_NAMES[peer]} | {figures['step_ms']:.1f} | {figures['tokens_per_second']:,} "
+                f"| {names[name]} | {figures['step_ms']:.1f} | {figures['tokens_per_second']:,} "
                 f"| {'–' if share is None else f'{100 * share:.1f} %'} | {figures['peak_gib']:.2f} |"
             )
     return "\n".join([*lines, "", environment_line(results)])
+
+
+def train_step_block() -> str:
+    return step_table(TRAIN_STEP, PEER_NAMES)
+
+
+def transformers_step_block() -> str:
+    return step_table(TRANSFORMERS_STEP, {name: f'`"{name}"`' for name in ("fa_ext", "flash_attention_3", "sdpa")})
 
 
 def support_block() -> str | None:
@@ -440,7 +449,10 @@ BLOCKS = {
     ROOT / "docs" / "api.md": {"reference": reference_block},
     ROOT / "docs" / "head-dims.md": {"support-table": support_block},
     ROOT / "docs" / "performance.md": {"speed-table": full_block},
-    ROOT / "docs" / "training.md": {"train-step-table": train_step_block},
+    ROOT / "docs" / "training.md": {
+        "train-step-table": train_step_block,
+        "transformers-step-table": transformers_step_block,
+    },
 }
 
 
@@ -473,7 +485,7 @@ def main() -> int:
 
     stale = check()
     shown = [path for grid in GRID_NAMES for dtype in DTYPES for path in measured(grid, dtype)]
-    for path in (*shown, TRAIN_STEP):
+    for path in (*shown, TRAIN_STEP, TRANSFORMERS_STEP):
         if path.exists() and json.loads(path.read_text())["csrc_sha256"] != csrc_sha256():
             print(f"note: {path.relative_to(ROOT)} was measured on other sources than csrc/ holds now")
     if args.check:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from attention import environment
+from attention import environment, spread
 from peers import usable_peers
 from screen import reason, say, show
 from tables import PEER_NAMES, RESULTS, csrc_sha256
@@ -236,15 +236,18 @@ def runnable(bench: Bench, size: Size, peers: list[str]) -> list[str]:
     return [peer for peer in peers if peer in usable]
 
 
-def measure(bench: Bench, peers: list[str], rounds: int) -> dict[str, list[float]]:
+def measure(
+    seconds: Callable[[str], float], peers: list[str], rounds: int, heat_seconds: float = HEAT_SECONDS
+) -> dict[str, list[float]]:
+    """The times of all rounds. seconds: takes a step with the peer of this name, and returns how long it took."""
     times: dict[str, list[float]] = {peer: [] for peer in peers}
-    stop = time.monotonic() + HEAT_SECONDS
+    stop = time.monotonic() + heat_seconds
     while time.monotonic() < stop:  # so that nobody has the cold chip to itself
         for peer in peers:
-            bench.seconds(ATTENTIONS[peer])
+            seconds(peer)
     for done in range(rounds):
         for peer in peers[:: -1 if done % 2 else 1]:
-            times[peer].append(bench.seconds(ATTENTIONS[peer]))
+            times[peer].append(seconds(peer))
     return times
 
 
@@ -297,7 +300,7 @@ def main() -> int:
     if not peers:
         say("No attention is left to measure.")
         return 1
-    times = measure(bench, peers, args.rounds)
+    times = measure(lambda peer: bench.seconds(ATTENTIONS[peer]), peers, args.rounds)
     median = {peer: statistics.median(rounds) for peer, rounds in times.items()}
     memory = {peer: bench.peak_bytes(ATTENTIONS[peer]) for peer in peers}
 
@@ -306,11 +309,10 @@ def main() -> int:
     results, rows = {}, []
     for peer in peers:
         seconds = median[peer]
-        low, _, high = statistics.quantiles(times[peer], n=4, method="inclusive") if args.rounds > 1 else [seconds] * 3
         share = 1 - bare / seconds
         results[peer] = {
             "step_ms": round(1000 * seconds, 3),
-            "spread_percent": round(100 * (high - low) / seconds, 2),
+            "spread_percent": round(spread(times[peer]), 2),
             "tokens_per_second": round(tokens / seconds),
             "attention_share": None if math.isnan(share) else round(share, 4),
             "peak_gib": round(memory[peer] / 2**30, 3),

@@ -605,3 +605,57 @@ def test_plot_without_matplotlib(argument, code, words):
     start += f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); runpy.run_path({script!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True)
     assert done.returncode == code and words in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+# ---- a step in transformers ----
+
+
+@pytest.fixture
+def transformers_step(monkeypatch, tmp_path):
+    """Runs the script at its tiny size; returns its exit status and what it has written."""
+    pytest.importorskip("transformers", minversion="5.24", reason="transformers 5.24 is not installed")
+    import transformers_step as script
+
+    for functions in (script.ALL_ATTENTION_FUNCTIONS, script.ALL_MASK_ATTENTION_FUNCTIONS):
+        monkeypatch.setattr(type(functions), "_global_mapping", dict(functions))
+
+    def run(*arguments):
+        path = tmp_path / "results.json"
+        options = ["--tiny", "--rounds", "2", "--output", str(path), *arguments]
+        monkeypatch.setattr(sys, "argv", ["transformers_step.py", *options])
+        status = script.main()
+        return status, json.loads(path.read_text()) if path.exists() else None
+
+    return run
+
+
+def test_attentions_in_transformers_compute_the_same(transformers_step, capsys):
+    status, results = transformers_step("--attentions", "fa_ext", "sdpa", "none")
+    assert status == 0 and results["equal"] == ["fa_ext", "sdpa"]
+    assert list(results["attention"]) == ["fa_ext", "sdpa", "none"]
+    assert sum(results["documents"]) == 128 and min(results["documents"]) >= 2
+    bf16, joined = (results["errors"][name] for name in ("yardstick", "joined"))
+    assert all(joined[what] > 10 * bf16[what] for what in ("logits", "gradients")), "else nothing would be told apart"
+    assert "The same, to 2 times the errors of bf16: fa_ext, sdpa." in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_wrong_attention_in_transformers_is_not_timed(transformers_step, monkeypatch, capsys):
+    """One in which documents see each other."""
+    from transformers_step import adapter
+
+    right = adapter.attention
+    monkeypatch.setattr(adapter, "attention", lambda module, q, k, v, mask, **others: right(module, q, k, v, None))
+    status, results = transformers_step("--attentions", "fa_ext", "sdpa")
+    assert status == 0 and list(results["attention"]) == results["equal"] == ["sdpa"]
+    assert "fa_ext is left out: ArithmeticError: wrong logits" in capsys.readouterr().out
+
+
+def test_the_table_of_a_step_in_transformers(tmp_path, monkeypatch):
+    assert tables.step_table(tmp_path / "nothing.json", {}) == tables.NOT_MEASURED
+    figures = {"step_ms": 91.84, "tokens_per_second": 44599, "attention_share": None, "peak_gib": 21.4}
+    environment = dict.fromkeys(("gpu", "driver", "cuda", "cudnn", "torch", "python"), "1.0")
+    results = {"environment": environment, "csrc_sha256": "0" * 64, "attention": {"fa_ext": figures, "none": figures}}
+    monkeypatch.setattr(tables, "TRANSFORMERS_STEP", tmp_path / "results.json")
+    tables.TRANSFORMERS_STEP.write_text(json.dumps(results))
+    text = tables.transformers_step_block()
+    assert '| `"fa_ext"` | 91.8 | 44,599 | – | 21.40 |' in text and "none" not in text

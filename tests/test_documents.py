@@ -38,7 +38,7 @@ def run(folder, *arguments, torch_may_abort=False):
     work is done and with any attention; what they printed counts.
     """
     environment = os.environ | {
-        "PYTHONPATH": str(Path(flash_attn_ext.__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(Path(flash_attn_ext.__file__).parents[1]), *sys.path]),
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -80,17 +80,29 @@ def test_the_program_with_transformers(tmp_path):
     assert run(tmp_path, "fa_ext.py") == "fa_ext\n"
 
 
-def test_the_program_for_several_gpus(tmp_path):
+def test_the_program_with_torchtitan(tmp_path):
+    pytest.importorskip("torchtitan.models.common.attention", reason="torchtitan is not there", exc_type=ImportError)
+    (tmp_path / "titan_attention.py").write_text(program("titan_attention.py"))
+    assert run(tmp_path, "titan_attention.py") == "(1, 512, 8, 64) True\n"
+
+
+def run_twice(folder, name):
+    """A program of the documents as two processes."""
     torch_distributed = pytest.importorskip("torch.distributed")
     if not torch_distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
-    (tmp_path / "data_parallel.py").write_text(program("data_parallel.py"))
+    (folder / name).write_text(program(name))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    losses = [
-        float(line.split()[-1])
-        for line in run(tmp_path, *launcher, "data_parallel.py", torch_may_abort=True).splitlines()
-    ]
+    return run(folder, *launcher, name, torch_may_abort=True)
+
+
+def test_the_program_for_several_gpus(tmp_path):
+    losses = [float(line.split()[-1]) for line in run_twice(tmp_path, "data_parallel.py").splitlines()]
     assert len(losses) == 3 and losses[2] < losses[0]
+
+
+def test_the_program_with_dtensors(tmp_path):
+    assert run_twice(tmp_path, "tensor_parallel.py") == "(Shard(dim=2),) (2, 512, 16, 64) (Shard(dim=2),)\n"
 
 
 @pytest.mark.parametrize("head_dim", [1, 16, 20, 100])

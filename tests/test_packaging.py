@@ -130,6 +130,19 @@ def test_ways_to_a_toolkit(monkeypatch, cuda, offered):
     assert "FLASH_ATTN_EXT_CUDA=0 pip install ." in str(refusal.value)
 
 
+def test_wheels_are_built_for_every_python_and_torch_that_is_tested():
+    """A list of versions in one workflow, what others say in their own places."""
+    workflow = (ROOT / ".github" / "workflows" / "wheels.yml").read_text()
+    torches, pythons = (
+        re.findall(r'"([\d.]+)"', re.search(rf"^ +{name}: \[(.+)\]", workflow, re.MULTILINE)[1])
+        for name in ("torch", "python")
+    )
+    assert f"'torch=={torches[0]}.*'" in (ROOT / "Makefile").read_text()
+    assert f'requires-python = ">={pythons[0]}"' in (ROOT / "pyproject.toml").read_text()
+    ci = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert set(re.findall(r'"(3\.\d+)"', ci)) <= set(pythons)
+
+
 def test_the_tables_of_the_documents_are_up_to_date():
     """Those of the committed results, and where the kernels are built those of the head dims."""
     assert tables.check() == [], "run: python benchmarks/tables.py"
