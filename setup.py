@@ -38,7 +38,7 @@ NVCC_FLAGS = [
     "-U__CUDA_NO_HALF2_OPERATORS__",
 ]
 
-OLDEST_TORCH = "2.9"
+OLDEST_TORCH = "2.11"
 BUILD_TOOLS = 'ninja "setuptools>=70.1"'
 NO_TORCH = f"""
 There is no torch here to build the GPU kernels with. They must be built with the one that they will run under, and pip

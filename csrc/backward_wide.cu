@@ -12,11 +12,10 @@
 //             columns of dQ, of all keys, which it adds to float32 sums in global memory
 // Each accumulates 64 keys x 128 columns of dK and dV in registers. Two warps load, one Q and the other dO. Of both,
 // own columns live until dK or dV has been summed; the other columns only until S or dP.
-// There are two forms. Where items are short, pairs are persistent: they take item after item, and one more warp finds
-// the next one meanwhile. Elsewhere a pair has one item, in a main loop that is a little faster. Two more warps see to
-// it that dQ is added to in turn, where it is to be the same in every run (backward_turns.cuh): then a pair waits for
-// pairs of lower numbers, which the hardware has started before it.
-// docs/backward.md has the order of work, the barriers, the layout of shared memory and the cycle budget.
+// There are two forms. Persistent pairs take item after item, and one more warp finds the next one meanwhile. In the
+// other form a pair has one item. There two more warps see to it that dQ is added to in turn, where it is to be the
+// same in every run (backward_turns.cuh): a pair then waits for pairs of lower numbers, which the hardware has started
+// before it. docs/backward.md has the order of work, the barriers, the layout of shared memory and the cycle budget.
 
 #include <cuda/ptx>
 #include <type_traits>

@@ -39,7 +39,7 @@ struct BackwardPlan {
   bool v_in_registers = false;    // V alone does, as the left operand of dP
   bool by_pairs = false;          // a pair of thread blocks shares out the head dim (backward_wide.cu)
   bool own_in_registers = false;  // and each keeps its own columns of K and V in registers, as those of S and dP
-  int persistent_steps = 0;       // and takes item after item, where these are of at most so many steps
+  int persistent_steps = 0;       // pairs take item after item where items have at most so many steps
   constexpr bool built() const { return block_q > 0; }
 };
 
@@ -71,7 +71,7 @@ inline constexpr HeadDimLimits kLimits[] = {
     {.head_dim = 128,
      .forward = {.block_q = 128, .block_kv = 128, .stages = 2, .keeps_offset = true},
      .backward = {.block_q = 64, .block_kv = 128, .stages = 3, .ds_stages = 2}},
-    // As 256; the backward has registers for what it reads of K and V most often.
+    // As 256; the backward has registers for what it reads of K and V most often, and pairs are always persistent.
     {.head_dim = 192,
      .forward = {.block_q = 128, .block_kv = 96, .stages = 2, .turns = true},
      .backward = {.block_q = 64,

@@ -91,10 +91,10 @@ inline KeySchedule backward_schedule(const Problem& problem, const BackwardPlan&
                             .multiprocessors = multiprocessors});
 }
 
-// Whether pairs of thread blocks take item after item. Where items wait for each other, each has a pair.
+// Whether pairs of thread blocks take item after item. Where items may have to wait for each other, each has a pair.
 inline bool is_persistent(const Problem& problem, const BackwardPlan& plan, const KeySchedule& schedule) {
   const int64_t steps = int64_t{backward_steps(problem, plan)} * schedule.most_heads;  // of an item
-  return steps <= plan.persistent_steps && !(problem.options.deterministic);
+  return steps <= plan.persistent_steps && !problem.options.deterministic;
 }
 
 }  // namespace flash_attn_ext

@@ -340,6 +340,17 @@ def test_cudnn_begins_a_causal_mask_at_the_top_left_and_has_biases(before_ours, 
     assert cudnn(*inputs(cudnn, rows=9))[0].any()
 
 
+def test_cudnn_has_strides_of_its_own_for_expanded_tensors(before_ours):
+    q, k, v = inputs(cudnn)
+    assert_reaches(cudnn, (q, k[:, :1].expand(k.shape), v))
+    assert flash(q, k[:, :1].expand(k.shape), v)[0].any()
+
+
+@each("operator", [flash, cudnn], ids=["flash", "cudnn"])
+def test_tensors_of_two_dimensions(before_ours, operator):
+    assert_reaches(operator, [x[0, 0] for x in inputs(operator)])
+
+
 @each("change", [lambda x: x.long(), lambda x: x[:0], lambda x: x[None], lambda x: x.repeat(2)[::2]])
 def test_lengths_that_do_not_fit(before_ours, change):
     tensors, lengths = packed()
@@ -530,6 +541,19 @@ def test_what_is_changed_inside_is_undone(another, inside):
             assert not is_active()
         assert is_active() and Other.count == 0
     assert not is_active()
+
+
+def test_contexts_may_overlap(another):
+    """As those of two threads do."""
+    torch.nn.attention.activate_flash_attention_impl("another")
+    first, second = flash_attn_ext.sdpa(), flash_attn_ext.sdpa()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert is_active()
+    second.__exit__(None, None, None)
+    assert torch.nn.attention.current_flash_attention_impl() == "another" and not is_active()
+    torch.nn.attention.restore_flash_attention_impl()
 
 
 def test_an_activation_that_fails_changes_nothing(another, monkeypatch):

@@ -58,6 +58,7 @@ enum Argument {
 constexpr std::string_view kRead[] = {
     "query",     "key",       "value",     "grad_out",          "out",   "logsumexp",        "cum_seq_q",
     "cum_seq_k", "dropout_p", "is_causal", "return_debug_mask", "scale", "window_size_left", "window_size_right"};
+static_assert(std::size(kRead) == kRight + 1);
 
 // Those that may have any value. The largest lengths are not needed, and torch's context parallelism passes wrong ones
 // to a backward; the others belong to dropout, or ask for an lse, which is always there. Any further one must be None.
@@ -179,11 +180,22 @@ class Override : public c10::OperatorKernel {
               .lse = tensor_of(at(kLse)),
               .options = {at(kScale).toOptional<double>(), causal, -1, -1, 0.0, false, std::nullopt,
                           optional_of(at(kCuSeqlensQ)), optional_of(at(kCuSeqlensK)), std::nullopt, std::nullopt}};
+    if (!is_complete(call)) return std::nullopt;
     if (op_.of_cudnn) {
+      const auto is_expanded = [](const at::Tensor& t) { return std::ranges::count(t.strides(), 0) > 0; };
+      // Of an expanded tensor torch promises a gradient with strides that ours does not have.
+      if (is_expanded(call.q) || is_expanded(call.k) || is_expanded(call.v)) return std::nullopt;
       if (causal && call.q.size(2) != call.k.size(2)) return std::nullopt;
       if (op_.is_backward) call.lse = call.lse.squeeze(-1);
     }
     return op_.heads_first ? with_heads_swapped(std::move(call)) : call;
+  }
+
+  // Whether the tensors can be read at all. What torch's kernel refuses, it is to refuse in its own words.
+  bool is_complete(const Call& call) const {
+    const auto is_fine = [&](const at::Tensor& t) { return t.defined() && (!op_.heads_first || t.dim() == 4); };
+    const bool are_fine = is_fine(call.q) && is_fine(call.k) && is_fine(call.v);
+    return are_fine && (!op_.is_backward || (is_fine(call.dout) && is_fine(call.out) && call.lse.defined()));
   }
 
   static Call with_heads_swapped(Call call) {

@@ -39,7 +39,7 @@ def _shardings(name: str, arguments) -> list:
     given = dict(zip((argument.name for argument in schema.arguments), arguments, strict=False))
     q, k, sinks = (given.get(x) for x in ("q", "k", "sinks"))
 
-    def sharding(of_tensors: dict, dsinks=None):
+    def sharding(of_tensors: dict, dsinks):
         """of_tensors: placements by the arguments' names; where none stands there, it is replicated."""
         places = {x: of_tensors.get(x, Replicate()) for x, value in given.items() if hasattr(value, "tensor_meta")}
         if name == "forward":
@@ -47,14 +47,13 @@ def _shardings(name: str, arguments) -> list:
         else:  # gradients that are not needed have no elements
             needs = given.get("needs", (True, True, True))
             results = [places[x] if needed else Replicate() for x, needed in zip("qkv", needs, strict=True)]
-            results.append(Replicate() if sinks is None or dsinks is None else dsinks)
+            results.append(Replicate() if sinks is None else dsinks)
         return results, [places.get(x) for x in given]
 
-    shardings = [sharding({})]
+    shardings = [sharding({}, dsinks=Replicate())]
     if q.ndim == k.ndim == 4:
-        by_batch = Shard(0)
         names = ("q", "k", "v", "out", "dout", "lse", "dlse", "seqused_q", "seqused_k")
-        shardings.append(sharding(dict.fromkeys(names, by_batch), dsinks=Partial()))
+        shardings.append(sharding(dict.fromkeys(names, Shard(0)), dsinks=Partial()))
     if _divides(q.mesh, k.shape[-2]):
         of_q, of_k, of_lse = Shard(q.ndim - 2), Shard(k.ndim - 2), Shard(q.ndim - 3)
         by_heads = {"q": of_q, "out": of_q, "dout": of_q, "k": of_k, "v": of_k, "lse": of_lse, "dlse": of_lse}

@@ -7,6 +7,7 @@ first would do too, but it is another setting to restore, the calls that are not
 and a graph that torch.compile traced earlier would keep its cuDNN.
 """
 
+import threading
 from contextlib import contextmanager
 
 from torch.nn.attention import (
@@ -30,17 +31,34 @@ def _activate():
 register_flash_attention_impl(NAME, register_fn=_activate)
 
 
+# The setting is the process's, and contexts of several threads may overlap: the first one finds what was active before,
+# and the last one brings it back.
+_lock = threading.Lock()
+_contexts = 0
+_before = None
+
+
 @contextmanager
 def activated():
     """What `flash_attn_ext.sdpa` returns."""
-    before = current_flash_attention_impl()
+    global _contexts, _before
+    with _lock:
+        if _contexts == 0:
+            _before = current_flash_attention_impl()
+        _contexts += 1
     try:
-        if before != NAME:
-            activate_flash_attention_impl(NAME)
+        with _lock:
+            _set(NAME)
         yield
     finally:
-        now = current_flash_attention_impl()
-        if before is None and now is not None:
-            restore_flash_attention_impl()
-        elif now != before:
-            activate_flash_attention_impl(before)
+        with _lock:
+            _contexts -= 1
+            _set(NAME if _contexts else _before)
+
+
+def _set(wanted):
+    now = current_flash_attention_impl()
+    if wanted is None and now is not None:
+        restore_flash_attention_impl()
+    elif now != wanted:
+        activate_flash_attention_impl(wanted)

@@ -610,6 +610,7 @@ static void check_persistent_pairs() {
     const std::string name = "head dim " + std::to_string(row.head_dim) + ": pairs that take item after item";
     test::check(persists(1, 1, false) == plan.by_pairs, name);
     test::check(!persists(1, 1, true), name + ", in turn");
+    if (most_rows > 100000) test::check(persists(131072, 4, false), name + " of any number of steps");
     if (!plan.by_pairs || most_rows > 100000) continue;
     test::check(persists(most_rows, 1, false) && persists(most_rows / 2, 2, false), name + " of few steps");
     test::check(!persists(most_rows + 1, 1, false) && !persists(most_rows, 2, false), name + " of many steps");
