@@ -92,9 +92,9 @@ def test_the_torch_that_a_package_requires(tmp_path):
         (tmp_path / name).mkdir()
         run("setup.py", "-q", "dist_info", "--output-dir", str(tmp_path / name), cwd=ROOT, FLASH_ATTN_EXT_CUDA=switch)
     without, kernels = (next(tmp_path.glob(f"{name}/*/METADATA")).read_text() for name in ("without", "with"))
-    assert requirements(without) == ["Requires-Dist: torch>=2.9"]
+    assert requirements(without) == ["Requires-Dist: torch>=2.11"]
     minor = ".".join(torch.__version__.split(".")[:2])
-    assert requirements(kernels) == [f"Requires-Dist: torch=={minor}.*" if torch.version.cuda else "torch>=2.9"]
+    assert requirements(kernels) == [f"Requires-Dist: torch=={minor}.*" if torch.version.cuda else "torch>=2.11"]
 
 
 @pytest.mark.parametrize(
