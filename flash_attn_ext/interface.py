@@ -329,8 +329,9 @@ def sdpa() -> AbstractContextManager[None]:
     They take float16 and bfloat16 on a Hopper GPU at the head dims that train (`supported`), with or without is_causal,
     grouped heads and a scale. Every other call goes where it goes outside of the context: masks, dropout, windows of
     varlen_attn, other head dims, dtypes and devices; but varlen_attn takes CPU tensors, for which torch has nothing.
-    The backward counts by itself, by where it runs. The setting is one of the whole process. On exit, after an
-    exception too, the implementation that was active before is again.
+    The backward counts by itself, by where it runs. The lse of varlen_attn has no gradient, as outside: that of
+    flash_attn_varlen_func has. The setting is one of the whole process. On exit, after an exception too, the
+    implementation that was active before is again.
 
     Raises:
         RuntimeError: this installation has no GPU kernels. The context raises it on entry.

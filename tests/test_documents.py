@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,22 @@ def run(folder, *arguments, torch_may_abort=False):
         "CUDA_VISIBLE_DEVICES": "",
     }
     process = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
     )
     aborted = torch_may_abort and TORCH_ABORTS in process.stderr
     assert process.returncode == 0 or aborted, process.stdout + process.stderr
     return process.stdout
+
+
+def test_the_lines_by_which_adapters_are_turned_on(tmp_path):
+    """Those of README's table that are Python."""
+    _, _, table = README.read_text().partition("## Use it from")
+    lines = re.findall(r"\[`(from \S+ import [^`]+)`\]", table)
+    assert len(lines) == 3
+    if find_spec("transformers") is None:
+        lines = [line for line in lines if ".transformers " not in line]
+    for line in lines:
+        assert run(tmp_path, "-c", line) == ""
 
 
 def test_the_profiled_program(tmp_path):

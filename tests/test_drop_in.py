@@ -31,7 +31,7 @@ def run(*arguments, path=(), device="cpu", torch_may_abort=False, **environment)
     folders = [*map(str, path), str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment |= {"PYTHONPATH": os.pathsep.join(folders), "HF_HUB_OFFLINE": "1", **hidden}
     done = subprocess.run(
-        [sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True, timeout=120
     )
     aborted = torch_may_abort and TORCH_ABORTS in done.stderr
     assert done.returncode == 0 or aborted, done.stdout + done.stderr

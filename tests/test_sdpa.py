@@ -196,6 +196,15 @@ def test_varlen_attn(activated, causal, kv_heads):
     assert len(results) == 5 and all(x.abs().max() > 0 for x in results)
 
 
+def test_lse_of_varlen_attn_has_no_gradient(activated):
+    """In torch's own backward, which the documents say: whoever needs one calls flash_attn_varlen_func."""
+    (q, k, v), lengths = packed(kv_heads=4)
+    arguments = (q, k, v, lengths, lengths, 14, 14)
+    _, lse = varlen.varlen_attn(*arguments, return_aux=varlen.AuxRequest(lse=True))
+    (dq,) = torch.autograd.grad(lse.sum(), q)
+    assert not dq.any()
+
+
 def test_lengths_out_of_range_are_refused(activated):
     tensors, lengths = packed()
     with pytest.raises(ValueError, match="cu_seqlens_q"):
@@ -566,7 +575,7 @@ def test_an_activation_that_fails_changes_nothing(another, monkeypatch):
     torch.nn.attention.restore_flash_attention_impl()
 
 
-def test_imports_change_nothing():
+def test_imports_change_nothing(tmp_path):
     """Importing the package does not register it, importing the adapter does not activate it; and nothing is said
     about kernels that are overridden."""
     program = """
@@ -581,7 +590,8 @@ with flash_attn_ext.sdpa():
     print(current_flash_attention_impl())
 """
     environment = os.environ | {"PYTHONPATH": str(Path(flash_attn_ext.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", program]  # not run in a checkout: Python would import from there
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True", "None", "flash_attn_ext"] and done.stderr == ""
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -236,6 +237,18 @@ def test_masks_against_those_of_sdpa(seed):
     by_sdpa = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=expected).transpose(1, 2)
     assert rows.any() or used is not None
     assert_same(out[rows], by_sdpa[rows])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-9], ids=["ours", "where it falls back"])
+def test_a_window_without_a_mask(dropout, calls):
+    """Of a model that makes no masks by transformers' functions."""
+    module = torch.nn.Module()
+    module.config, module.is_causal, module.num_key_value_groups = SimpleNamespace(), True, 1
+    q, k, v = torch.randn(3, 2, 4, 17, 8)
+    out, _ = adapter.attention(module, q, k, v, None, dropout=dropout, sliding_window=5)
+    swapped = [x.transpose(1, 2) for x in (q, k, v)]
+    expected = flash_attn_ext.flash_attn_func(*swapped, causal=True, window_size=(4, 0))
+    torch.testing.assert_close(out, expected)
 
 
 def test_positions_and_lengths_say_the_same(calls):

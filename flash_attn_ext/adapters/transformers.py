@@ -212,7 +212,7 @@ def attention(
         query: (batch, heads, queries, head_dim).
         key, value: (batch, kv_heads, keys, head_dim).
         attention_mask: in one of the forms above. It decides where there is a window, and sliding_window how wide it
-            is, or the module's config.
+            is, or the module's config. Without one, sliding_window decides: a model may make no masks.
         s_aux: (heads,): sinks.
         cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,), of packed sequences; no padding then.
 
@@ -245,6 +245,8 @@ def attention(
         window = sliding_window or getattr(module.config, "sliding_window", None)
         if window is None:
             raise ValueError("The mask has a sliding window, and neither the call nor module.config its width.")
+    if form is None and causal and sliding_window and sliding_window < key.shape[2]:
+        window = sliding_window
     if form == 1:
         causal = True
         if cu_seq_lens_q is None:
@@ -255,7 +257,7 @@ def attention(
     options = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
     if reason := _why_not(query, key, value, attention_mask, dropout, position_bias, causal, cu_seq_lens_q):
         _warn_once(reason)
-        if attention_mask is not None or cu_seq_lens_q is not None:
+        if attention_mask is not None or cu_seq_lens_q is not None or window is not None:
             attention_mask = _dense_mask(query, key, attention_mask, causal, window, cu_seq_lens_q, cu_seq_lens_k)
         if softcap or s_aux is not None:
             return _plain(query, key, value, attention_mask, causal, position_bias, **options), None
