@@ -96,7 +96,7 @@ struct BackwardSmem {
   QRing dout_ring;
   Ring<1> k_ring, v_ring;                           // of the item
   uint64_t item_found;                              // scheduler -> loader
-  uint64_t next_item;                               // loader -> scheduler: the item has come to its last step
+  uint64_t next_item;                               // loader -> scheduler: the item comes to its end
   uint64_t ds_full[kDsStages][Config::kConsumers];  // a consumer -> dQ
   uint64_t ds_empty[kDsStages];                     // dQ -> consumers
 
@@ -116,8 +116,8 @@ constexpr int kStoreBarrier = 3;      // + consumer: my four warps agree on the 
 // --------------------------------------------------------------------------------------------------------- producer
 
 // The scheduler, one warp. The first item is the thread block's own number, the others are claimed: each when the one
-// before has come to its last step, as late as the latency of claiming and finding stays hidden. Where items wait for
-// each other all are claimed, so that none is left to a thread block that has not begun.
+// before comes to its end, as late as the latency of claiming and finding stays hidden. Where items wait for each other
+// all are claimed, so that none is left to a thread block that has not begun.
 template <class Config>
 __device__ __forceinline__ void find_items(const BackwardArguments<Config>& args, BackwardSmem<Config>& smem) {
   using Smem = BackwardSmem<Config>;
@@ -174,7 +174,7 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Back
             __ballot_sync(~0u, block >= own.begin && block < own.end) & (3 * Step::kSeen | 3 * Step::kWhole);
         if (block == first_block && head == item.first_head) flags |= Step::kFirst;
         if (block == last_block && head + 1 == end_head) flags |= Step::kLast;
-        if (leads && flags & Step::kLast) cuda::ptx::mbarrier_arrive(&smem.next_item);
+        if (leads && block == item.claim_block && head + 1 == end_head) cuda::ptx::mbarrier_arrive(&smem.next_item);
         smem.q_ring.wait_empty(at);
         if (leads) {
           const Step step = {flags, block * kBlockQ, first_q_block + block};
@@ -424,20 +424,23 @@ struct Consumer {
       make_p(scores, lse_log2);
     }
     for (;;) {
-      uint32_t ds[kBlockQ / 16][4];
+      uint32_t ds[kBlockQ / 16][4], next;  // next: the flags of the item's next step
       const bool shared = Step::is_shared(flags);
       {
         float dp[kBlockQ / 2];
         float2 delta[kBlockQ / 8];
         smem.dout_ring.wait_full(at);
+        // Additions to dQ hold up loads from shared memory, for hundreds of cycles. So these come before the turn, and
+        // dS is handed over before it too: nobody waits for memory while the tensor cores are his.
+        if constexpr (!kSoftcap) {
+          if constexpr (kNeedsDq) wait_for_ds_stage();
+          load_queries(delta, smem.stats[at.stage].delta, thread);
+        }
         await_issue_turn(shared);
         if constexpr (kNeedsDkv) product_rs(dv, p, dout_rows.at(at.stage), true);
         issue_dp(dp);
         pass_issue_turn(shared);
-        if constexpr (!kSoftcap) {
-          load_queries(delta, smem.stats[at.stage].delta, thread);
-          if constexpr (kNeedsDq) wait_for_ds_stage();
-        }
+        next = next_flags();
         ptx::wgmma_wait_group<0>(dp, dv);
         smem.dout_ring.release(at);
         if constexpr (kSoftcap) {  // earlier, and ptxas spills
@@ -447,13 +450,16 @@ struct Consumer {
         const auto& of_ds = kSoftcap ? sloped_p : p;
         make_ds(ds, [&](int i) { return unpack<T>(of_ds[i / 8][i % 8 / 2]); }, dp, delta);
       }
-      const uint32_t next = next_flags();  // not while it is my turn
-      await_issue_turn(shared);
-      if constexpr (kNeedsDkv) product_rs(dk, ds, q_rows.at(at.stage), true);
       if constexpr (kNeedsDq) {
         cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
         hand_over_ds();
       }
+      float2 lse_log2[kBlockQ / 8];  // of the next step, if there is one
+      RingPosition<Config::kStages> next_at = at;
+      next_at.next();
+      load_queries(lse_log2, smem.stats[next_at.stage].lse_log2, thread);
+      await_issue_turn(shared);
+      if constexpr (kNeedsDkv) product_rs(dk, ds, q_rows.at(at.stage), true);
       const RingPosition<Config::kStages> done = at;
       if (!next_step(next)) {
         pass_issue_turn(shared);
@@ -461,11 +467,11 @@ struct Consumer {
         smem.q_ring.release(done);
         break;
       }
+      if (!(next & seen_bit)) [[unlikely]]
+        load_queries(lse_log2, smem.stats[at.stage].lse_log2, thread);
       float scores[kBlockQ / 2];
-      float2 lse_log2[kBlockQ / 8];
       issue_scores(scores);
       pass_issue_turn(shared);
-      load_queries(lse_log2, smem.stats[at.stage].lse_log2, thread);
       ptx::wgmma_wait_group<0>(scores, dk);
       smem.q_ring.release(done);
       make_p(scores, lse_log2);

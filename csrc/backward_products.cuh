@@ -80,6 +80,7 @@ struct alignas(128) Item {
 
   int first_head, end_head;     // kNone: there is no item any more
   int first_block, last_block;  // of each head's walk over Q blocks, up or down
+  int claim_block;              // where the last head's walk comes to it, the next item is claimed
   Range ranges[4];              // Q blocks that some of the first and of the last 64 keys see, and that all of them see
   int first_q_block, head_blocks;  // in the workspace: of the first head, and from head to head
   int first_key;                   // in its sequence
@@ -91,6 +92,10 @@ struct alignas(128) Item {
   bool ascends;       // the sequence's first keys were handed out first
   int copy, kv_block;
 };
+
+// With so many steps to go an item's successor is claimed: to claim and to find it takes as long as two or three.
+// Claimed much earlier, items would leave thread blocks to end unevenly.
+constexpr int kClaimSteps = 3;
 
 // Finds the item with this number; false if that is a hole among the blocks of packed sequences. All lanes of the warp
 // find the same, but for the ranges: each of the first four works out one of them.
@@ -124,6 +129,8 @@ __device__ __forceinline__ bool find_item(const BackwardArguments<Config>& args,
   if (blocks.begin >= blocks.end) blocks = {0, 1};  // nobody sees the keys: one step, for the zeros in dK and dV
   item.first_block = work.direction > 0 ? blocks.begin : blocks.end - 1;
   item.last_block = work.direction > 0 ? blocks.end - 1 : blocks.begin;
+  const int claim_steps = min(kClaimSteps, blocks.end - blocks.begin);
+  item.claim_block = work.direction > 0 ? blocks.end - claim_steps : blocks.begin + claim_steps - 1;
   const int lane = threadIdx.x % 32, own_key = first_key + 64 * (lane % 2);
   item.ranges[lane % 4] =
       lane / 2 % 2 == 0 ? keys.blocks(own_key, 64, kBlockQ) : keys.full_blocks(own_key, 64, kBlockQ);

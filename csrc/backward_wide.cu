@@ -8,8 +8,9 @@
 // Own keys' P and dS are what the products with own columns need of the other thread block, its peer: each step they go
 // to the peer's shared memory, 8 KB each. In a thread block two warpgroups multiply:
 //   OwnKeys   S, P, dP and dS of own keys; own columns of their dV and dK, with P^T and dS^T from registers
-//   PeerKeys  own columns of the peer's keys' dV and dK, with P^T and dS^T as they arrive in shared memory; then own
-//             columns of dQ, of all keys, which it adds to float32 sums in global memory
+//   PeerKeys  own columns of the peer's keys' dV and dK, with P^T and dS^T as they arrive in shared memory (P^T, where
+//             there are registers for it, as the peer's registers had it); then own columns of dQ, of all keys, which
+//             it adds to float32 sums in global memory
 // Each accumulates 64 keys x 128 columns of dK and dV in registers. Two warps load, one Q and the other dO. Of both,
 // own columns live until dK or dV has been summed; the other columns only until S or dP.
 // There are two forms. Persistent pairs take item after item, and one more warp finds the next one meanwhile. In the
@@ -37,11 +38,7 @@ namespace {
 
 constexpr int kWideThreads = 128 * 3;
 // The SM's 65536 registers, shared out by setmaxnreg in multiples of 8: together at most 504 for three warpgroups.
-constexpr int kLoaderRegisters = 40;
-template <class Config>
-constexpr int kOwnKeysRegisters = Config::kOwnInRegisters ? 248 : 240;
-template <class Config>
-constexpr int kPeerKeysRegisters = 464 - kOwnKeysRegisters<Config>;
+constexpr int kLoaderRegisters = 40, kOwnKeysRegisters = 240, kPeerKeysRegisters = 224;
 
 // ---------------------------------------------------------------------------------------------------- shared memory
 
@@ -55,22 +52,31 @@ struct WideSmem {
   using DsTile = SmemTile<T, 64, Config::kBlockQ>;  // transposed: a row is a key
   using Stats = RowStats<Config::kBlockQ>;
 
-  // Own keys: own columns, and the others. At an item's end dV and dK of own keys leave through V's place.
+  // P as a thread holds it, an operand's quad of registers after the other.
+  struct Fragments {
+    uint4 quads[Config::kBlockQ / 16][128];
+  };
+
+  // Own keys: own columns, and the others.
   HalfTile k[2], v[2];
   HalfTile peer_k;                     // own columns of the peer's keys, for dQ
   HalfTile q[kStages], dout[kStages];  // own columns
   HalfTile other_q, other_dout;        // the other columns
-  DsTile ds[kStages];                  // of own keys: P on its way to the peer, then dS
-  DsTile peer_p[kStages], peer_ds[kStages];
-  // dV and dK of the peer's keys on their way out, while the next item begins. Where there is none, or no room, they
-  // leave through K's place.
+  DsTile ds[kStages];                  // of own keys; where P travels as a tile, P before dS
+  // The peer's P comes as fragments where PeerKeys has registers for them.
+  static constexpr bool kSendsFragments = Config::kOwnInRegisters;
+  std::conditional_t<kSendsFragments, Fragments, DsTile> peer_p[kStages];
+  DsTile peer_ds[kStages];
+  // What the next item begins with while this one ends: a place for dV and dK on their way out, in turn of own keys and
+  // of the peer's; and own columns of K once more, for dQ, which is behind. Where there is no room, dV and dK leave
+  // through V's place and K's, and dQ reads the K that OwnKeys does.
   static constexpr int kTileBytes = (7 + 2 * kStages) * HalfTile::kBytes + 3 * kStages * DsTile::kBytes;
-  static constexpr bool kHasPeerOut = kPersistent && kTileBytes + 2 * HalfTile::kBytes + 4096 < kSharedMemoryBytes;
+  static constexpr bool kOverlapsItems = kPersistent && kTileBytes + 3 * HalfTile::kBytes + 4096 < kSharedMemoryBytes;
   struct None {};
-  struct OutBuffer {
-    HalfTile tiles[2];
+  struct Overlap {
+    HalfTile out[2], dq_k;
   };
-  [[no_unique_address]] std::conditional_t<kHasPeerOut, OutBuffer, None> out_buffer;
+  [[no_unique_address]] std::conditional_t<kOverlapsItems, Overlap, None> overlap;
   Stats stats[kStages];
   // The item at hand; of persistent pairs, those before and behind it too, and one more so that numbers are taken
   // modulo 4.
@@ -81,19 +87,21 @@ struct WideSmem {
   Ring<kStages> q_ring;  // with stats
   Ring<kStages> dout_ring;
   Ring<1> other_q_ring, other_dout_ring;
-  Ring<1> k_ring, v_ring;          // of the item; with K the peer's K
-  uint64_t item_found;             // scheduler -> loaders
-  uint64_t next_item;              // loaders of both thread blocks -> scheduler: the item has come to its last step
-  uint64_t ds_full[kStages];       // own keys' dS is in shared memory
-  uint64_t peer_p_full[kStages];   // the peer's P has arrived
-  uint64_t peer_ds_full[kStages];  // and its dS
-  uint64_t ds_empty[kStages];      // neither here nor at the peer does anybody read what own keys' P and dS left
+  Ring<1> k_ring, v_ring, dq_k_ring;  // of the item; with dQ's K, or the K of both, the peer's
+  uint64_t own_left, peer_left;       // dV and dK of own keys, or of the peer's, have left `overlap.out`
+  uint64_t item_found;                // scheduler -> loaders
+  uint64_t next_item;                 // loaders of both thread blocks -> scheduler: the item comes to its end
+  uint64_t ds_full[kStages];          // own keys' dS is in shared memory
+  uint64_t peer_p_full[kStages];      // the peer's P has arrived
+  uint64_t peer_ds_full[kStages];     // and its dS
+  uint64_t ds_empty[kStages];         // neither here nor at the peer does anybody read what own keys' P and dS left
 
-  __device__ auto peer_out() -> HalfTile (&)[2] {
-    if constexpr (kHasPeerOut) {
-      return out_buffer.tiles;
+  // Own columns of own K, as dQ reads them.
+  __device__ HalfTile& dq_k() {
+    if constexpr (kOverlapsItems) {
+      return overlap.dq_k;
     } else {
-      return k;
+      return k[0];
     }
   }
 };
@@ -120,8 +128,8 @@ struct Walk {
   __device__ __forceinline__ explicit Walk(const Item& item)
       : item(item), block(uniform(item.first_block)), last_block(uniform(item.last_block)) {}
 
-  __device__ __forceinline__ bool is_last() const {
-    return block == last_block && head + 1 == uniform(item.end_head - item.first_head);
+  __device__ __forceinline__ bool claims_next() const {
+    return block == item.claim_block && head + 1 == item.end_head - item.first_head;
   }
 
   // To the next step; false if there is none.
@@ -141,8 +149,8 @@ struct Walk {
 // ------------------------------------------------------------------------------------------------------------ items
 
 // The scheduler of a persistent pair, one warp of its first thread block. It leaves a record of each item here and at
-// the peer. The first item has the pair's own number, the others are claimed: each when the one before has come to its
-// last step in both thread blocks.
+// the peer. The first item has the pair's own number, the others are claimed: each when the one before comes to its
+// end in both thread blocks.
 template <class Config>
 __device__ __forceinline__ void find_items(const BackwardArguments<Config>& args, WideSmem<Config, true>& smem) {
   constexpr int kItems = WideSmem<Config, true>::kItems;
@@ -166,15 +174,14 @@ __device__ __forceinline__ void find_items(const BackwardArguments<Config>& args
   }
 }
 
-// Calls f with each of the pair's items, once its K has arrived, and its place in the rings of items.
-template <class Config, bool kPersistent, class F>
-__device__ __forceinline__ void for_each_item(WideSmem<Config, kPersistent>& smem, F&& f) {
+// Calls f with each of the pair's items and how many there were before it, once await(count) has returned.
+template <class Config, bool kPersistent, class Await, class F>
+__device__ __forceinline__ void for_each_item(WideSmem<Config, kPersistent>& smem, Await&& await, F&& f) {
   for (int count = 0;; ++count) {
-    const RingPosition<1> at = {0, count % 2u};
-    smem.k_ring.wait_full(at);
+    await(count);
     const Item& item = smem.items[count % smem.kItems];
     if (kPersistent && item.first_head == Item::kNone) break;
-    f(item, at);
+    f(item, count);
     if constexpr (!kPersistent) break;
   }
 }
@@ -216,25 +223,32 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Wide
     const RingPosition<1> item_at = {0, count % 2u};
     key_ring.wait_empty(item_at);
     if (kPersistent && item.first_head == Item::kNone) {
-      if (kLoadsQ && leads) key_ring.end_fill(item_at);
+      if constexpr (kLoadsQ) {
+        if (leads) key_ring.end_fill(item_at);
+      } else if constexpr (Smem::kOverlapsItems) {  // PeerKeys looks for items here
+        ring.wait_empty(at);
+        if (leads) ring.end_fill(at);
+      }
       break;
     }
+    const int own_key = item.first_key + 64 * rank, peer_key = own_key ^ 64;
+    constexpr bool kLoadsPeerK = kLoadsQ && !Smem::kOverlapsItems;
     if (leads) {
-      const int own_key = item.first_key + 64 * rank;
-      uint64_t* full = key_ring.begin_fill(item_at, (kLoadsQ ? 3 : 2) * HalfTile::kBytes);
+      uint64_t* full = key_ring.begin_fill(item_at, (kLoadsPeerK ? 3 : 2) * HalfTile::kBytes);
       load_tile(key_tiles[1], key_map, item.kv, own_key, item.kv_head, full, other_column);
       load_tile(key_tiles[0], key_map, item.kv, own_key, item.kv_head, full, own_column);
-      if (kLoadsQ) load_tile(smem.peer_k, args.k, item.kv, own_key ^ 64, item.kv_head, full, own_column);
+      if (kLoadsPeerK) load_tile(smem.peer_k, args.k, item.kv, peer_key, item.kv_head, full, own_column);
     }
     __syncwarp();
+    bool loads_dq_k = kLoadsQ && Smem::kOverlapsItems;
 
     Walk walk(item);
     do {
       const int row = walk.block * Config::kBlockQ, head = item.first_head + walk.head;
       const int q_block = item.first_q_block + walk.head * item.head_blocks + walk.block;
       if constexpr (kPersistent) {
-        const bool is_last = walk.is_last();
-        if (leads && is_last) ptx::mbarrier_arrive_remote(next_item);
+        const bool claims = walk.claims_next();
+        if (leads && claims) ptx::mbarrier_arrive_remote(next_item);
       }
       other_ring.wait_empty(other_at);
       if (leads) {
@@ -255,6 +269,18 @@ __device__ __forceinline__ void load(const BackwardArguments<Config>& args, Wide
         if (in_turn) smem.turns.put(turn_at, Workspace<Config>::kTurns * q_block + rank, walk.block, kOnlyItem);
       }
       __syncwarp();
+      if constexpr (kLoadsQ && Smem::kOverlapsItems) {
+        if (loads_dq_k) {  // behind the first Q: dQ may still read the K of the item before
+          loads_dq_k = false;
+          smem.dq_k_ring.wait_empty(item_at);
+          if (leads) {
+            uint64_t* full = smem.dq_k_ring.begin_fill(item_at, 2 * HalfTile::kBytes);
+            load_tile(smem.overlap.dq_k, args.k, item.kv, own_key, item.kv_head, full, own_column);
+            load_tile(smem.peer_k, args.k, item.kv, peer_key, item.kv_head, full, own_column);
+          }
+          __syncwarp();
+        }
+      }
       other_at.next();
       at.next();
       turn_at.next();
@@ -368,7 +394,7 @@ struct OwnKeys {
     }
   }
 
-  // P of the step at hand, in registers and in shared memory.
+  // P of the step at hand, in registers, and in shared memory where it travels as a tile.
   __device__ __forceinline__ void make_p(float (&scores)[kBlockQ / 2], const float2 (&lse_log2)[kBlockQ / 8],
                                          const Walk& walk) {
     if constexpr (Config::kSoftcap) cap(scores, args.cap_log2);
@@ -383,7 +409,7 @@ struct OwnKeys {
       to_operand<T>(p, scores);
     }
     wait_phase(&smem.ds_empty[at.stage], at.phase ^ 1);
-    store_ds(p);
+    if constexpr (!Smem::kSendsFragments) store_ds(p);
     __syncwarp();
   }
 
@@ -393,14 +419,23 @@ struct OwnKeys {
     for (int j = 0; j < kBlockQ / 16; ++j) store_columns<typename Smem::DsTile>(address, j, x[j]);
   }
 
-  // P leaves from where dS will be, so it is read before.
+  // P goes to the peer: fragments from registers; a tile from where dS will be, so that it is read before.
   __device__ __forceinline__ void send_p() {
-    const uint32_t offset = threadIdx.x / 32 % 4 * kWarpBytes + threadIdx.x % 32 * sizeof(uint4);
-    const uint32_t from = smem_address(smem.ds[at.stage].data) + offset;
-    const uint32_t to = peer(smem_address(smem.peer_p[at.stage].data) + offset);
     const uint32_t full = peer(smem_address(&smem.peer_p_full[at.stage]));
+    if constexpr (Smem::kSendsFragments) {
+      const uint32_t to = peer(smem_address(&smem.peer_p[at.stage].quads[0][threadIdx.x % 128]));
 #pragma unroll
-    for (int i = 0; i < kWarpBytes / 512; ++i) ptx::st_async_v4(to + 512 * i, ptx::ld_shared_v4(from + 512 * i), full);
+      for (int j = 0; j < kBlockQ / 16; ++j) {
+        ptx::st_async_v4(to + j * sizeof smem.peer_p[0].quads[0], {p[j][0], p[j][1], p[j][2], p[j][3]}, full);
+      }
+    } else {
+      const uint32_t offset = threadIdx.x / 32 % 4 * kWarpBytes + threadIdx.x % 32 * sizeof(uint4);
+      const uint32_t from = smem_address(smem.ds[at.stage].data) + offset;
+      const uint32_t to = peer(smem_address(&smem.peer_p[at.stage]) + offset);
+#pragma unroll
+      for (int i = 0; i < kWarpBytes / 512; ++i)
+        ptx::st_async_v4(to + 512 * i, ptx::ld_shared_v4(from + 512 * i), full);
+    }
     __syncwarp();
   }
 
@@ -418,7 +453,8 @@ struct OwnKeys {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void run(const Item& item, RingPosition<1> item_at) {
+  __device__ __forceinline__ void run(const Item& item, int count) {
+    const RingPosition<1> item_at = {0, count % 2u};
     Walk walk(item);
     bool accumulate = false;  // not in the first step
     find_diagonal(diagonal, item, item.first_key + 64 * rank);
@@ -441,8 +477,9 @@ struct OwnKeys {
         float2 delta[kBlockQ / 8];
         issue_dp(dp);
         product_rs(dv, p, over_rows(smem.dout[0]).at(at.stage), accumulate);
-        send_p();
+        if constexpr (!Smem::kSendsFragments) send_p();
         if constexpr (!Config::kSoftcap) load_queries(delta, smem.stats[at.stage].delta);
+        if constexpr (Smem::kSendsFragments) send_p();  // behind these loads, which it would hold up
         ptx::wgmma_wait_group<0>(dp, dv);
         if constexpr (Config::kSoftcap) load_queries(delta, smem.stats[at.stage].delta);  // earlier, and ptxas spills
         smem.other_dout_ring.release({});
@@ -470,8 +507,17 @@ struct OwnKeys {
       smem.q_ring.release(done);
       make_p(scores, lse_log2, walk);
     }
-    store_keys(args, item, smem.v, dk, dv, rank, rank);
-    smem.v_ring.release({});
+    if constexpr (Smem::kOverlapsItems) {
+      smem.k_ring.release(item_at);
+      smem.v_ring.release(item_at);
+      wait_phase(&smem.peer_left, item_at.phase ^ 1);
+      store_keys(args, item, smem.overlap.out, dk, dv, rank, rank);
+      if (threadIdx.x % 128 == 0) cuda::ptx::mbarrier_arrive(&smem.own_left);
+      __syncwarp();
+    } else {
+      store_keys(args, item, smem.v, dk, dv, rank, rank);
+      smem.v_ring.release(item_at);
+    }
   }
 };
 
@@ -486,12 +532,12 @@ __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& a
   constexpr int kOwnColumns = Smem::kOwnColumns, kQPatches = Workspace<Config>::kQPatches;
   constexpr int kColumns[2] = {64, kOwnColumns - 64};  // of dQ, one part after the other
   const Peer peer(&smem, rank);
-  const KMajor<DsTile> peer_p(smem.peer_p[0], kBitsInCluster), peer_ds(smem.peer_ds[0], kBitsInCluster);
+  const KMajor<DsTile> peer_ds(smem.peer_ds[0], kBitsInCluster);
   const MnMajor<DsTile> ds_rows(smem.ds[0], 0, kBitsInCluster), peer_ds_rows(smem.peer_ds[0], 0, kBitsInCluster);
   const MnMajor<HalfTile> q(smem.q[0], 0, kBitsInCluster), dout(smem.dout[0], 0, kBitsInCluster);
   constexpr int kSlab = 64 / HalfTile::kSlabColumns;  // the second part's first
-  const MnMajor<HalfTile> k[2] = {MnMajor<HalfTile>(smem.k[0], 0, kBitsInCluster),
-                                  MnMajor<HalfTile>(smem.k[0], kSlab, kBitsInCluster)};
+  const MnMajor<HalfTile> k[2] = {MnMajor<HalfTile>(smem.dq_k(), 0, kBitsInCluster),
+                                  MnMajor<HalfTile>(smem.dq_k(), kSlab, kBitsInCluster)};
   const MnMajor<HalfTile> peer_k[2] = {MnMajor<HalfTile>(smem.peer_k, 0, kBitsInCluster),
                                        MnMajor<HalfTile>(smem.peer_k, kSlab, kBitsInCluster)};
   const bool leads = threadIdx.x % 32 == 0;
@@ -510,7 +556,15 @@ __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& a
   const bool needs_dq = args.dq_sums != nullptr;
   const bool in_turn = !kPersistent && args.turns != nullptr;
   TurnRing::Position turn_at;
-  for_each_item(smem, [&](const Item& item, RingPosition<1>) {
+  const auto await_item = [&](int count) {
+    if constexpr (Smem::kOverlapsItems) {
+      smem.dout_ring.wait_full(at);  // its K is needed later
+    } else {
+      smem.k_ring.wait_full({0, count % 2u});
+    }
+  };
+  for_each_item(smem, await_item, [&](const Item& item, int count) {
+    const RingPosition<1> item_at = {0, count % 2u};
     Walk walk(item);
     SumPatch* const first_sums = args.dq_sums + int64_t{item.first_q_block} * kQPatches + rank * (kOwnColumns / 8);
     const int64_t head_patches = int64_t{item.head_blocks} * kQPatches;
@@ -518,12 +572,26 @@ __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& a
     do {
       smem.dout_ring.wait_full(at);
       wait_phase(&smem.peer_p_full[at.stage], at.phase);
-      cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);  // P came by ordinary stores
-      product_ss(dv, peer_p.at(at.stage), dout.at(at.stage), accumulate);
+      uint32_t p[Config::kBlockQ / 16][4];
+      if constexpr (Smem::kSendsFragments) {
+#pragma unroll
+        for (int j = 0; j < Config::kBlockQ / 16; ++j) {
+          const uint4 x = ptx::ld_shared_v4(smem_address(&smem.peer_p[at.stage].quads[j][threadIdx.x % 128]));
+          p[j][0] = x.x, p[j][1] = x.y, p[j][2] = x.z, p[j][3] = x.w;
+        }
+        product_rs(dv, p, dout.at(at.stage), accumulate);
+      } else {
+        cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);  // P came by ordinary stores
+        const KMajor<DsTile> peer_p(smem.peer_p[0], kBitsInCluster);
+        product_ss(dv, peer_p.at(at.stage), dout.at(at.stage), accumulate);
+      }
       smem.q_ring.wait_full(at);
       wait_phase(&smem.peer_ds_full[at.stage], at.phase);
       expect_peer(at.stage);
       product_ss(dk, peer_ds.at(at.stage), q.at(at.stage), accumulate);
+      if constexpr (Smem::kOverlapsItems) {
+        if (!accumulate) smem.dq_k_ring.wait_full(item_at);
+      }
       accumulate = true;
 
       float first_dq[kColumns[0] / 2], second_dq[kColumns[1] / 2];
@@ -561,9 +629,16 @@ __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& a
       }
       at.next();
     } while (walk.next());
-    if constexpr (Smem::kHasPeerOut) smem.k_ring.release({});
-    store_keys(args, item, smem.peer_out(), dk, dv, rank, 1 - rank);
-    if constexpr (!Smem::kHasPeerOut) smem.k_ring.release({});
+    if constexpr (Smem::kOverlapsItems) {
+      smem.dq_k_ring.release(item_at);
+      wait_phase(&smem.own_left, item_at.phase);
+      store_keys(args, item, smem.overlap.out, dk, dv, rank, 1 - rank);
+      if (threadIdx.x % 128 == 0) cuda::ptx::mbarrier_arrive(&smem.peer_left);
+      __syncwarp();
+    } else {
+      store_keys(args, item, smem.k, dk, dv, rank, 1 - rank);
+      smem.k_ring.release(item_at);
+    }
   });
   // Until the peer has told that it has read the last of what went to it, it may still arrive at a barrier here.
   for (int i = 0; i < Smem::kStages; ++i, at.next()) wait_phase(&smem.ds_empty[at.stage], at.phase ^ 1);
@@ -595,6 +670,9 @@ __cluster_dims__(2, 1, 1) __global__ void __launch_bounds__(kWideThreads, 1)
     smem.turns.init();
     smem.k_ring.init(kWarps);
     smem.v_ring.init(kWarps);
+    smem.dq_k_ring.init(kWarps);
+    cuda::ptx::mbarrier_init(&smem.own_left, 1);
+    cuda::ptx::mbarrier_init(&smem.peer_left, 1);
     cuda::ptx::mbarrier_init(&smem.item_found, 1);
     cuda::ptx::mbarrier_init(&smem.next_item, 4);
     for (int i = 0; i < Smem::kStages; ++i) {
@@ -625,11 +703,12 @@ __cluster_dims__(2, 1, 1) __global__ void __launch_bounds__(kWideThreads, 1)
       if (threadIdx.x == 3 * 32) announce_turns(args, smem.turns);
     }
   } else if (warp < 8) {
-    ptx::setmaxnreg_inc<kOwnKeysRegisters<Config>>();
+    ptx::setmaxnreg_inc<kOwnKeysRegisters>();
     OwnKeys<Config, kPersistent> own_keys(args, smem, rank);
-    for_each_item(smem, [&](const Item& item, RingPosition<1> at) { own_keys.run(item, at); });
+    const auto await_item = [&](int count) { smem.k_ring.wait_full({0, count % 2u}); };
+    for_each_item(smem, await_item, [&](const Item& item, int count) { own_keys.run(item, count); });
   } else {
-    ptx::setmaxnreg_inc<kPeerKeysRegisters<Config>>();
+    ptx::setmaxnreg_inc<kPeerKeysRegisters>();
     cudaGridDependencySynchronize();  // `prepare` has left zeros in dQ's sums
     sum_peer_keys(args, smem, rank);
   }

@@ -66,6 +66,10 @@ struct ForwardConfig {
   // was measured to cost more than it saves, since the consumers then fall into step (docs/tuning.md).
   static constexpr bool kHalfFirstBlock = kHeadDim == 64 && kBlockKv == 128;
 
+  // Sums of rows are finished under the last P V where registers suffice: elsewhere ptxas serialises the products
+  // (C7511).
+  static constexpr bool kFinishesEarly = !(kHeadDim == 64 && kBlockKv == 128);
+
   // Only bf16 has float32's range, which P takes at an offset that stays. With it consumers need turns.
   static constexpr bool kKeepsOffset = kPlan.keeps_offset && std::is_same_v<T, __nv_bfloat16> && !kSoftcap;
   static constexpr bool kTurns = kPlan.turns || kKeepsOffset;
@@ -506,21 +510,28 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void last_output() {
+  // What O is multiplied by at the end, and lse, of the thread's two rows.
+  struct Ending {
+    float row_scale[2], lse[2];
+  };
+  __device__ __forceinline__ void finish(OnlineSoftmax& softmax, Ending& ending) {
+    softmax.finish(args.sinks != nullptr ? args.sinks[item().head] * kLog2E : -INFINITY, ending.row_scale, ending.lse);
+  }
+
+  __device__ __forceinline__ void last_output(OnlineSoftmax& softmax, Ending& ending) {
     smem.v_ring.wait_full(v_at);
     product_rs(out, p, v.at(v_at.stage), true);
+    if constexpr (Config::kFinishesEarly) finish(softmax, ending);
     ptx::wgmma_wait_group<0>(out);
     release_v();
   }
 
   // O / sum leaves through shared memory by TMA, which clips the rows past the end; lse leaves from registers.
-  __device__ __forceinline__ void store(OnlineSoftmax& softmax) {
+  __device__ __forceinline__ void store(OnlineSoftmax& softmax, Ending& ending) {
+    if constexpr (!Config::kFinishesEarly) finish(softmax, ending);
     const Tile& tile = this->tile();
-    const int head = item().head, first_row = same(tile.first_row);
-    const float sink_log2 = args.sinks != nullptr ? args.sinks[head] * kLog2E : -INFINITY;
-    float row_scale[2], lse[2];
-    softmax.finish(sink_log2, row_scale, lse);
-    const int row = first_row + own_row();
+    const int head = item().head, first_row = same(tile.first_row), row = first_row + own_row();
+    auto& [row_scale, lse] = ending;
     if (first_row + 64 > tile.rows && tile.rows < tile.stored) zero_unused(row, tile.rows, row_scale, lse);
 
     const bool leader = threadIdx.x % 128 == 0;
@@ -572,6 +583,7 @@ struct Consumer {
     const bool sees = own.begin < own.end;
     has_turns = same(item().has_turns);
     OnlineSoftmax softmax(args.scale_log2);
+    Ending ending;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.f;
 
@@ -592,13 +604,14 @@ struct Consumer {
       }
       for (; block >= full.begin; --block) next_block<false>(softmax, block, block == own.begin);
       for (; block >= own.begin; --block) next_block<true>(softmax, block, block == own.begin);
-      last_output();
+      last_output(softmax, ending);
       const int last = same(tile().skipped) + same(tile().blocks.end) - same(tile().blocks.begin);
       for (int i = same(item().block_count) - last; i > 0; --i) skip_block(true);
     } else {
       release_q();
+      if constexpr (Config::kFinishesEarly) finish(softmax, ending);
     }
-    store(softmax);
+    store(softmax, ending);
     __syncwarp();  // all lanes have read the item
     smem.item_ring.release(item_at());
     ++item_count;

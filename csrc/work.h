@@ -36,12 +36,14 @@ inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan
       packed ? quotient(sequences.blocks_each(64) - 1, plan.consumers()) + 1 : sequences.blocks_each(plan.block_q);
   check_counts({packed ? int64_t{heads} * sequences.blocks_each(64) : sequences.block_count(heads, plan.block_q)});
   const int pairs = (packed ? 1 : sequences.count) * heads;
+  const int section = Schedule::even_section(pairs, 2 * problem.seqlen_k * problem.head_dim * kElementBytes,
+                                             problem.heads_per_kv_head(), kL2Bytes);
   return {.blocks = blocks,
           .heads = heads,
           .first_pair = 0,
           .pairs = pairs,
-          .section = Schedule::even_section(pairs, 2 * problem.seqlen_k * problem.head_dim * kElementBytes,
-                                            problem.heads_per_kv_head(), kL2Bytes),
+          .section = section,
+          .whole = Schedule::whole_sections(pairs, section, 1),
           .by_cost =
               packed || sequences.each.right != Sequence::kUnbounded};  // later rows see more, until a window is full
 }

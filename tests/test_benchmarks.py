@@ -545,6 +545,7 @@ def test_documents_are_rewritten_and_checked(published, tmp_path, monkeypatch, c
     document.write_text("before\n<!-- speed-table:begin -->\n<!-- speed-table:end -->\nafter\n")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "TRAIN_STEP", tmp_path / "h100-train-step.json")
+    monkeypatch.setattr(tables, "TRANSFORMERS_STEP", tmp_path / "h100-transformers-step.json")
     monkeypatch.setattr(tables, "BLOCKS", {document: {"speed-table": tables.readme_block}})
 
     def run(*arguments):

@@ -24,6 +24,7 @@ struct Schedule {
   int first_pair;  // pairs are counted sequence by sequence
   int pairs;       // from the first on
   int section;     // pairs of a section
+  int whole;       // pairs in sections of that width; those behind them are the last section
   bool by_cost;    // every block costs more than the one before it
 
   // The pairs of a section: a whole number of `group` neighbours, which share their memory of so many bytes.
@@ -41,13 +42,18 @@ struct Schedule {
     return ((groups - 1) / sections + 1) * group;
   }
 
+  // How many pairs are in whole sections, so that the last one has at least `last`, and fewer than a section more.
+  static HOST_DEVICE int whole_sections(int pairs, int section, int last) {
+    return last < pairs ? quotient(pairs - last, section) * section : 0;
+  }
+
   HOST_DEVICE int items() const { return blocks * pairs; }
 
   // The item that is handed out as number `index`.
   HOST_DEVICE WorkItem item(int index) const {
-    // The first pair of the item's section, and how many pairs this section has: the last may have fewer.
-    const int begin = section < pairs ? quotient(index, section * blocks) * section : 0;
-    const int width = section < pairs - begin ? section : pairs - begin;
+    // The first pair of the item's section, and how many pairs this section has.
+    const int begin = index < whole * blocks ? quotient(index, section * blocks) * section : whole;
+    const int width = begin < whole ? section : pairs - whole;
     const int rank = index - begin * blocks;
     const int inner = by_cost ? width : blocks, outer_rank = quotient(rank, inner),
               inner_rank = rank - outer_rank * inner;
@@ -94,6 +100,7 @@ struct KeySchedule {
   static constexpr int kFewSteps = 3;     // an item of so few steps a head is not worth its sums of dK and dV
   // So many items for each multiprocessor are even enough as they are; and as many fine ones are the most.
   static constexpr int kManyItems = 20;
+  static constexpr int kEnoughItems = 6;  // for each multiprocessor, to be even without fine ones
   // So many blocks of a head must run together for the direction of their walks to matter to L2.
   static constexpr int kTogether = 8;
 
@@ -123,15 +130,28 @@ struct KeySchedule {
     const int blocks = call.blocks, group = call.group, pairs = call.sequences * call.kv_heads;
     const bool shares = group > 1 && call.steps > kFewSteps;
     const int most = call.steps < kLongSteps ? kMostHeads : kMostHeadsOfLong;
-    const int copies = shares && call.falls ? (group - 1) / most + 1 : 1, most_heads = (group - 1) / copies + 1;
+    int copies = shares && call.falls ? (group - 1) / most + 1 : 1, most_heads = (group - 1) / copies + 1;
     const bool splits = shares || (call.ordered && call.falls && group == 1);
-    const int fine = splits ? pairs_to_split(call, copies, most_heads) : 0;
+    int fine = splits ? pairs_to_split(call, copies, most_heads) : 0;
+    // Where all would be shared out, as of a single KV head, items of two query heads need half the sums of dK and dV.
+    const int64_t items_of_two = int64_t{blocks} * pairs * (group / 2);
+    if (fine == pairs && call.falls && !call.ordered && group % 2 == 0 &&
+        items_of_two >= int64_t{kEnoughItems} * call.multiprocessors) {
+      copies = group / 2;
+      most_heads = 2;
+      fine = 0;
+    }
     const int coarse_pairs = (pairs - fine) * copies, fine_pairs = fine * group;
     const int coarse_section = section(call, coarse_pairs, most_heads, call.ordered);
     const int fine_section = section(call, fine_pairs, 1, true);
+    // A section that is about one wave of items begins with the longest, which may end last of all. So at the end there
+    // are two in one, unless fine items come then.
+    const int coarse_last = call.ordered || fine > 0 || coarse_section >= coarse_pairs ? 1 : 2 * coarse_section;
     const bool by_block = call.by_cost || call.ordered;
-    return {.coarse = {blocks, call.kv_heads * copies, 0, coarse_pairs, coarse_section, by_block},
-            .fine = {blocks, call.kv_heads * group, (pairs - fine) * group, fine_pairs, fine_section, by_block},
+    return {.coarse = {blocks, call.kv_heads * copies, 0, coarse_pairs, coarse_section,
+                       Schedule::whole_sections(coarse_pairs, coarse_section, coarse_last), by_block},
+            .fine = {blocks, call.kv_heads * group, (pairs - fine) * group, fine_pairs, fine_section,
+                     Schedule::whole_sections(fine_pairs, fine_section, 1), by_block},
             .kv_heads = call.kv_heads,
             .group = group,
             .copies = copies,

@@ -130,7 +130,8 @@ struct OnlineSoftmax {
 
   // After the last block: what O must be multiplied by, and the log-sum-exp of the scaled scores and of the sink, a
   // logit that joins the sum but not O. It is given in powers of two; -inf: none. A row that saw nothing, or only
-  // scores of -inf, has O 0 and the lse that the sink has. NaN stays NaN.
+  // scores of -inf, has O 0 and the lse that the sink has. NaN stays NaN. There is no branch, so that a product may run
+  // meanwhile.
   __device__ __forceinline__ void finish(float sink_log2, float (&row_scale)[2], float (&lse)[2]) {
     constexpr float kLn2 = 0.6931471805599453f;
 #pragma unroll
@@ -141,9 +142,8 @@ struct OnlineSoftmax {
       const float scaled = offset[r] * scale_log2, larger = fmaxf(scaled, sink_log2);
       const float reference = larger == -INFINITY ? 0.f : larger;
       const float rescale = ptx::ex2(scaled - reference), total = sum[r] * rescale + ptx::ex2(sink_log2 - reference);
-      const bool empty = total == 0.f;
-      row_scale[r] = empty ? 0.f : rescale / total;
-      lse[r] = empty ? -INFINITY : (reference + log2f(total)) * kLn2;
+      row_scale[r] = total == 0.f ? 0.f : rescale * ptx::rcp(total);
+      lse[r] = (reference + log2f(total)) * kLn2;
     }
   }
 

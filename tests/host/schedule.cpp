@@ -41,9 +41,9 @@ static void check_every_item_once(const Schedule& schedule, int sequences, const
 
 // Within a section the cost never rises.
 static void check_order(const Schedule& schedule, const std::string& name) {
-  const int section = std::min(schedule.section, schedule.pairs) * schedule.blocks;
   for (int index = 1; schedule.by_cost && index < schedule.items(); ++index) {
-    if (index % section == 0) continue;
+    const bool begins = index % schedule.blocks == 0 && index / schedule.blocks % schedule.section == 0;
+    if (begins && index / schedule.blocks <= schedule.whole) continue;
     test::check(schedule.item(index).block <= schedule.item(index - 1).block, name + ": the cost rises");
   }
 }
@@ -56,13 +56,19 @@ static void check_small_sizes() {
           for (bool by_cost : {false, true}) {
             const int all = heads * sequences;
             for (const Range pairs : {Range{0, all}, {0, all / 2}, {all / 2, all}}) {
-              const Schedule schedule{blocks, heads, pairs.begin, pairs.end - pairs.begin, section, by_cost};
-              const std::string name = std::to_string(blocks) + " blocks, " + std::to_string(heads) + " heads, " +
-                                       std::to_string(sequences) + " sequences, pairs " + std::to_string(pairs.begin) +
-                                       " to " + std::to_string(pairs.end) + " in sections of " +
-                                       std::to_string(section) + (by_cost ? ", by cost" : "");
-              check_every_item_once(schedule, sequences, name);
-              check_order(schedule, name);
+              for (int last : {1, 2 * section}) {
+                const int count = pairs.end - pairs.begin;
+                const Schedule schedule{blocks, heads,   pairs.begin,
+                                        count,  section, Schedule::whole_sections(count, section, last),
+                                        by_cost};
+                const std::string name = std::to_string(blocks) + " blocks, " + std::to_string(heads) + " heads, " +
+                                         std::to_string(sequences) + " sequences, pairs " +
+                                         std::to_string(pairs.begin) + " to " + std::to_string(pairs.end) +
+                                         " in sections of " + std::to_string(section) + ", the last of at least " +
+                                         std::to_string(last) + (by_cost ? ", by cost" : "");
+                check_every_item_once(schedule, sequences, name);
+                check_order(schedule, name);
+              }
             }
           }
         }
@@ -77,6 +83,9 @@ static void check_small_sizes() {
   test::check(Schedule::even_section(21, 1000, 3, 2500) == 6, "7 groups of 3, two a section");
   test::check(Schedule::even_section(9, 1000, 3, 2500) == 6, "3 groups: two sections, of one and two");
   test::check(Schedule::even_section(20, 1000, 5, 999) == 5, "a group that does not fit");
+  test::check(Schedule::whole_sections(8, 3, 1) == 6 && Schedule::whole_sections(9, 3, 1) == 6, "the rest is last");
+  test::check(Schedule::whole_sections(9, 3, 6) == 3 && Schedule::whole_sections(8, 3, 6) == 0, "two sections in one");
+  test::check(Schedule::whole_sections(3, 3, 1) == 0 && Schedule::whole_sections(0, 3, 1) == 0, "one section");
   test::check(Schedule::even_section(0, 1000, 3, 2500) >= 1 && Schedule::even_section(4, 0, 2, 2500) >= 4,
               "one section");
 }
@@ -207,6 +216,30 @@ static void check_balance(const std::string& name, const Costs& costs, int worke
               name + ": takes " + std::to_string(time) + " steps of " + std::to_string(ideal(costs, workers)));
 }
 
+// Any number of heads, not only the papers' powers of two: the last section must not leave one wave's longest items for
+// the end.
+static void check_numbers_of_heads() {
+  for (const HeadDimLimits& row : kLimits) {
+    for (int64_t seqlen : {2048, 4096, 8192, 16384}) {
+      double loss = 0;
+      int count = 0;
+      for (int64_t heads = 8; heads <= 48; ++heads, ++count) {
+        const Problem problem{1,     seqlen,       seqlen,           heads,
+                              heads, row.head_dim, DType::kBFloat16, {.softmax_scale = {}, .causal = true}};
+        const int pairs = workers(row.backward);
+        const Costs costs = backward_costs(problem, row.backward, backward_schedule(problem, row.backward, pairs));
+        const double took = static_cast<double>(makespan(costs, pairs)) / ideal(costs, pairs);
+        test::check(took <= 1.2, std::to_string(heads) + " heads of " + std::to_string(row.head_dim) + ", " +
+                                     std::to_string(seqlen) + ": takes " + std::to_string(took));
+        loss += took - 1;
+      }
+      const double mean = loss / count, limit = seqlen < 8192 ? 0.06 : 0.02;
+      test::check(mean <= limit, std::to_string(row.head_dim) + ", " + std::to_string(seqlen) + ": " +
+                                     std::to_string(mean) + " is lost on the average");
+    }
+  }
+}
+
 // What sharing costs in memory: the float32 sums of dK and dV beside those of dQ, in bytes.
 static int64_t shared_bytes(const Problem& problem, const BackwardPlan& plan) {
   const KeySchedule schedule = backward_schedule(problem, plan, kMultiprocessors);
@@ -225,6 +258,10 @@ static void check_sharing_is_bounded() {
     test::check(shared_bytes(problem(64, 8, 1024, 131072, causal), kPlan) == 0, "nor a long past");
     test::check(shared_bytes(problem(64, 8, 8192, 8192, causal), kPlan) <= 8192 * 64 * 128 * 4, "at most dQ's sums");
   }
+  test::check(shared_bytes(problem(32, 1, 8192, 8192, true), kPlan) == 16 * 2 * int64_t{8192} * 128 * 4,
+              "a single KV head: a copy of dK and dV for every two query heads");
+  test::check(shared_bytes(problem(32, 1, 2048, 2048, true), kPlan) == 32 * 2 * int64_t{2048} * 128 * 4,
+              "for every one where there are few items");
   test::check(shared_bytes(problem(32, 1, 32768, 32768, true), kPlan) <= int64_t{32768} * 32 * 128 * 4,
               "at most dQ's sums, for a long sequence too");
 }
@@ -622,6 +659,7 @@ int main() {
   check_small_sizes();
   check_small_key_schedules();
   check_real_shapes();
+  check_numbers_of_heads();
   check_claims();
   check_packings();
   check_sharing_is_bounded();
