@@ -216,8 +216,11 @@ def wide_shared_memory(row):
         (f"{plan['stages']} x {kilobytes(2 * ds)}", plan["stages"] * 2 * ds),
         (f"{plan['stages']} x {kilobytes(stats)}", plan["stages"] * stats),
     ]
-    has_out_buffer = sum(size for _, size in parts) + 2 * half_tile + 4096 < 227 * 1024
-    parts.insert(-1, (kilobytes(2 * half_tile), 2 * half_tile) if has_out_buffer else ("in K's place", 0))
+    items_overlap = sum(size for _, size in parts) + 3 * half_tile + 4096 < 227 * 1024
+    parts[-1:-1] = [
+        (kilobytes(2 * half_tile), 2 * half_tile) if items_overlap else ("in V's place and K's", 0),
+        (kilobytes(half_tile), half_tile) if items_overlap else ("K", 0),
+    ]
     return parts
 
 

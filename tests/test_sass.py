@@ -146,11 +146,12 @@ def products(kernel):
     form_of_dq = "rs_mn" if "kv_in_registers" in plan else "ss_mn"
     queries = {(part, form_of_dq): count * plan["block_kv"] // 16 for part, count in parts.items()}
     peer_keys = {(columns(kernel), "ss_b_mn"): plan["block_q"] // 16}
+    peer_p = keys if "own_in_registers" in plan else peer_keys  # the peer's P: as its registers had it, or as a tile
     dkv, dq = gradients != "dq", gradients != "dkv"
     return (
         {"S": over_columns("S"), "dP": over_columns("dP")}
         | ({"dV": keys, "dK": keys} if dkv else {})
-        | ({"peer's dV": peer_keys, "peer's dK": peer_keys} if gradients in BY_PAIRS else {})
+        | ({"peer's dV": peer_p, "peer's dK": peer_keys} if gradients in BY_PAIRS else {})
         | ({"dQ": queries} if dq else {})
     )
 
