@@ -419,7 +419,8 @@ struct OwnKeys {
     for (int j = 0; j < kBlockQ / 16; ++j) store_columns<typename Smem::DsTile>(address, j, x[j]);
   }
 
-  // P goes to the peer: fragments from registers; a tile from where dS will be, so that it is read before.
+  // P goes to the peer: fragments from the registers from which dV's product reads it too; a tile from where dS will
+  // be, so that it is read before.
   __device__ __forceinline__ void send_p() {
     const uint32_t full = peer(smem_address(&smem.peer_p_full[at.stage]));
     if constexpr (Smem::kSendsFragments) {
@@ -512,7 +513,7 @@ struct OwnKeys {
       smem.v_ring.release(item_at);
       wait_phase(&smem.peer_left, item_at.phase ^ 1);
       store_keys(args, item, smem.overlap.out, dk, dv, rank, rank);
-      if (threadIdx.x % 128 == 0) cuda::ptx::mbarrier_arrive(&smem.own_left);
+      if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&smem.own_left);
       __syncwarp();
     } else {
       store_keys(args, item, smem.v, dk, dv, rank, rank);
@@ -633,7 +634,7 @@ __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& a
       smem.dq_k_ring.release(item_at);
       wait_phase(&smem.own_left, item_at.phase);
       store_keys(args, item, smem.overlap.out, dk, dv, rank, 1 - rank);
-      if (threadIdx.x % 128 == 0) cuda::ptx::mbarrier_arrive(&smem.peer_left);
+      if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&smem.peer_left);
       __syncwarp();
     } else {
       store_keys(args, item, smem.k, dk, dv, rank, 1 - rank);
@@ -671,8 +672,8 @@ __cluster_dims__(2, 1, 1) __global__ void __launch_bounds__(kWideThreads, 1)
     smem.k_ring.init(kWarps);
     smem.v_ring.init(kWarps);
     smem.dq_k_ring.init(kWarps);
-    cuda::ptx::mbarrier_init(&smem.own_left, 1);
-    cuda::ptx::mbarrier_init(&smem.peer_left, 1);
+    cuda::ptx::mbarrier_init(&smem.own_left, kWarps);
+    cuda::ptx::mbarrier_init(&smem.peer_left, kWarps);
     cuda::ptx::mbarrier_init(&smem.item_found, 1);
     cuda::ptx::mbarrier_init(&smem.next_item, 4);
     for (int i = 0; i < Smem::kStages; ++i) {
