@@ -431,7 +431,7 @@ struct Consumer {
         float2 delta[kBlockQ / 8];
         smem.dout_ring.wait_full(at);
         // Additions to dQ hold up loads from shared memory, for hundreds of cycles. So these come before the turn, and
-        // dS is handed over before it too: nobody waits for memory while the tensor cores are his.
+        // dS is handed over before the next: in its turn a consumer waits for no memory.
         if constexpr (!kSoftcap) {
           if constexpr (kNeedsDq) wait_for_ds_stage();
           load_queries(delta, smem.stats[at.stage].delta, thread);

@@ -55,6 +55,14 @@ struct WideSmem {
   // P as a thread holds it, an operand's quad of registers after the other.
   struct Fragments {
     uint4 quads[Config::kBlockQ / 16][128];
+
+    __device__ __forceinline__ void load(uint32_t (&to)[Config::kBlockQ / 16][4]) const {
+#pragma unroll
+      for (int j = 0; j < Config::kBlockQ / 16; ++j) {
+        const uint4 x = ptx::ld_shared_v4(smem_address(&quads[j][threadIdx.x % 128]));
+        to[j][0] = x.x, to[j][1] = x.y, to[j][2] = x.z, to[j][3] = x.w;
+      }
+    }
   };
 
   // Own keys: own columns, and the others.
@@ -575,11 +583,7 @@ __device__ __forceinline__ void sum_peer_keys(const BackwardArguments<Config>& a
       wait_phase(&smem.peer_p_full[at.stage], at.phase);
       uint32_t p[Config::kBlockQ / 16][4];
       if constexpr (Smem::kSendsFragments) {
-#pragma unroll
-        for (int j = 0; j < Config::kBlockQ / 16; ++j) {
-          const uint4 x = ptx::ld_shared_v4(smem_address(&smem.peer_p[at.stage].quads[j][threadIdx.x % 128]));
-          p[j][0] = x.x, p[j][1] = x.y, p[j][2] = x.z, p[j][3] = x.w;
-        }
+        smem.peer_p[at.stage].load(p);
         product_rs(dv, p, dout.at(at.stage), accumulate);
       } else {
         cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);  // P came by ordinary stores
