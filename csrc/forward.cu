@@ -54,8 +54,6 @@ struct ForwardConfig {
   // 96, 480 of them. The producer's threads need more than 24.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 112;
-  // Lost scores are computed so many halves of 16 columns at a time. A function, since most kernels have no use for it.
-  static constexpr int halves_again() { return kConsumerRegisters > 112 ? 2 : 1; }
 
   // With a buffer of its own, O leaves while V of the next item arrives. Where it does not fit beside Q, K, V and 4 KB
   // of barriers and items, O leaves through V's.
@@ -94,6 +92,8 @@ struct Tile {
   int end_key;     // of those that some of its rows see
   Range blocks;    // its own
   Range full;      // of them, those that need no mask; what rows past the end see is never stored
+  bool lost;       // consumer -> scheduler: what was stored is wrong
+  bool exact;      // it was lost: no block keeps its offset now
   Origin q, out;
   int64_t first_lse;  // of the sequence's rows
 };
@@ -106,6 +106,7 @@ struct Item {
   int kv_head;
   int block_count;
   bool claims_next;  // at its last K the next items are claimed
+  bool again;        // it was handed out before, and a tile was lost
   bool has_turns;    // consumers take turns: not where they work on several sequences, each at another time
   struct Segment {
     Origin kv;
@@ -139,30 +140,20 @@ struct ForwardSmem {
   using Item = flash_attn_ext::Item<kConsumers>;
   Ring<kItems> item_ring;  // scheduler -> loaders and consumers; empty: the item is done
   Item items[kItems];
-  uint64_t next_items;  // KV loader -> scheduler: the item that claims the next ones has come to its last K
-  uint64_t out_left;    // consumers -> KV loader: O has left V's buffers (without an own buffer)
-
-  __device__ QTile& out(int consumer) {
-    if constexpr (Config::kOwnOutBuffer) {
-      return out_buffer.tile[consumer];
-    } else {
-      return reinterpret_cast<QTile&>(v[consumer]);
-    }
-  }
+  uint64_t next_items;            // KV loader -> scheduler: the item that claims the next ones has come to its last K
+  uint64_t out_left[kConsumers];  // consumer -> KV loader: O has left V's stage (without an own buffer)
 };
 
 // Named barriers; 0 is __syncthreads.
-constexpr int kTurnBarrier = 1;   // + consumer: the one before me has issued its products, the tensor cores are mine
-constexpr int kOutBarrier = 5;    // + consumer: my four warps agree on the state of my O buffer
-constexpr int kVDoneBarrier = 9;  // no consumer multiplies with V any more
+constexpr int kTurnBarrier = 1;  // + consumer: the one before me has issued its products, the tensor cores are mine
+constexpr int kOutBarrier = 5;   // + consumer: my four warps agree on the state of my O buffer
 
 struct ForwardArguments {
   CUtensorMap q, k, v, out;
   float* lse;
-  const float* sinks;     // of each head; null: none
-  Tensor q_rows, k_rows;  // what the maps q and k show
-  int* item_counters;     // of claims, and of thread blocks that have made their last one
-  int most_claims;        // at once
+  const float* sinks;  // of each head; null: none
+  int* item_counters;  // of claims, of thread blocks that have made their last one, and of items handed out again
+  int most_claims;     // at once
   Schedule schedule;
   Sequences sequences;
   int heads, heads_per_kv_head, head_dim;
@@ -203,6 +194,13 @@ __device__ __forceinline__ void describe_tile(const ForwardArguments& args, cons
   tile.blocks = sequence.blocks(first_row, 64, Config::kBlockKv);
   tile.end_key = sequence.seen(first_row, 64).end;
   ptx::forget_memory();
+  // An offset is kept behind a key that all rows have seen, the first one too.
+  if (Config::kKeepsOffset && tile.full.end < tile.blocks.end &&
+      sequence.end_key(first_row) == tile.full.end * Config::kBlockKv) {
+    --tile.full.end;
+  }
+  tile.lost = tile.exact = false;
+  ptx::forget_memory();
   tile.q = sequences.origin_of_used(at.sequence);
   tile.out = sequences.origin_of_stored(at.sequence);
   tile.first_lse = sequences.first_value(at.sequence, at.head, args.heads);
@@ -230,6 +228,46 @@ __device__ __forceinline__ void describe_blocks(const ForwardArguments& args,
   item.has_turns = segments <= 1;
 }
 
+// Waits for so many slots from `at` on, until their items are done. Those of which a tile was lost (Consumer::is_lost)
+// are handed out once more, in the first of the slots; none is lost twice.
+template <class Config>
+__device__ __forceinline__ void free_slots(const ForwardArguments& args, ForwardSmem<Config>& smem,
+                                           typename ForwardSmem<Config>::ItemPosition& at, int slots) {
+  const int lane = threadIdx.x % 32, slot = lane / Config::kConsumers, consumer = lane % Config::kConsumers;
+  while (true) {
+    auto own = at;
+    own.advance(slot);
+    if (slot < slots) smem.item_ring.wait_empty(own);
+    const uint32_t all_lost =
+        __ballot_sync(~0u, slot < slots && Config::kKeepsOffset && smem.items[own.stage].tiles[consumer].lost);
+    if (all_lost == 0) return;
+
+    const int first_slot = (__ffs(all_lost) - 1) / Config::kConsumers;
+    own = at;
+    own.advance(first_slot);
+    typename ForwardSmem<Config>::Item &old = smem.items[own.stage], &item = smem.items[at.stage];
+    if (first_slot > 0) {
+      auto* const from = reinterpret_cast<const int*>(&old);
+      auto* const to = reinterpret_cast<int*>(&item);
+#pragma unroll 1
+      for (int i = lane; i < static_cast<int>(sizeof(item) / sizeof(int)); i += 32) to[i] = from[i];
+    }
+    __syncwarp();
+    if (slot == first_slot) {
+      old.tiles[consumer].lost = item.tiles[consumer].lost = false;
+      item.tiles[consumer].exact = all_lost >> lane & 1;
+    }
+    if (lane == 0) {
+      item.again = true;
+      item.claims_next = false;
+      atomicAdd(&args.item_counters[2], 1);
+    }
+    __syncwarp();
+    if (lane == 0) smem.item_ring.end_fill(at);
+    at.next();
+  }
+}
+
 // The scheduler, one warp. The first item is the thread block's own number, the others are claimed when the one before
 // has come to its last K: as late as the latency of claiming and finding stays hidden. Where packed sequences are so
 // short that it would not, several are claimed at once and each is found by a lane, ahead of the last ones of those
@@ -238,29 +276,38 @@ __device__ __forceinline__ void describe_blocks(const ForwardArguments& args,
 template <class Config>
 __device__ __forceinline__ void find_items(const ForwardArguments& args, ForwardSmem<Config>& smem) {
   constexpr int kTiles = Config::kConsumers;
-  const int lane = threadIdx.x % 32, claim = lane / kTiles, consumer = lane % kTiles, first_lane = claim * kTiles;
+  const int lane = threadIdx.x % 32, claim = lane / kTiles, consumer = lane % kTiles;
   const int items = args.schedule.items();
   typename ForwardSmem<Config>::ItemPosition at;
   uint32_t phase = 0;  // of next_items
-  for (int first = blockIdx.x, claims = 1; first < items;) {
+  if constexpr (Config::kKeepsOffset) {
+    static_assert(ForwardSmem<Config>::kItems * kTiles <= 32);
+    if (claim < ForwardSmem<Config>::kItems) smem.items[claim].tiles[consumer].lost = false;
+    __syncwarp();
+  }
+  for (int first = blockIdx.x, claims = 1;;) {
     const int number = first + claim;
     const bool is_claimed = claim < claims && number < items;
     const Block tile = is_claimed ? locate_tile<Config>(args, number, consumer) : Block{0, 0, -1};
     const bool is_tile = is_claimed && has_rows(args, tile);
+    const int first_lane = lane - consumer;
     const bool found = __ballot_sync(~0u, is_tile) >> first_lane & ((1u << kTiles) - 1);
     const uint32_t all_found = __ballot_sync(~0u, found && consumer == 0);
     const int count = __popc(all_found), rank = __popc(all_found & ((1u << first_lane) - 1));
+    const bool is_end = first >= items;
+    free_slots<Config>(args, smem, at, Config::kKeepsOffset && is_end ? ForwardSmem<Config>::kItems : claims);
+    if (is_end) break;
     auto own = at;
     own.advance(rank);
     typename ForwardSmem<Config>::Item& item = smem.items[own.stage];
     if (found) {
-      smem.item_ring.wait_empty(own);
       describe_tile<Config>(args, tile, is_tile, item.tiles[consumer]);
     }
     __syncwarp();
     if (found && consumer == 0) {
       item.head = tile.head;
       item.kv_head = quotient(tile.head, args.heads_per_kv_head);
+      item.again = false;
       item.claims_next = rank == count / 4;
       describe_blocks<Config>(args, item);
       smem.item_ring.end_fill(own);
@@ -273,12 +320,12 @@ __device__ __forceinline__ void find_items(const ForwardArguments& args, Forward
     }
 
     constexpr int kShares = 4;  // of what is left, for each thread block
-    claims = max(1, min(args.most_claims, (items - first) / static_cast<int>(kShares * gridDim.x)));
-    if (lane == 0) first = gridDim.x + atomicAdd(&args.item_counters[0], claims);
+    const int thread_blocks = ptx::block_count();
+    claims = max(1, min(args.most_claims, quotient(items - first, kShares * thread_blocks)));
+    if (lane == 0) first = thread_blocks + atomicAdd(&args.item_counters[0], claims);
     first = __shfl_sync(~0u, first, 0);
   }
   if (lane == 0) {
-    smem.item_ring.wait_empty(at);
     smem.items[at.stage].head = ForwardSmem<Config>::Item::kNone;
     smem.item_ring.end_fill(at);
     // Whoever is last sets the counters back for the next launch.
@@ -311,9 +358,11 @@ __device__ __forceinline__ void load_kv(const ForwardArguments& args, ForwardSme
         load(smem.k[k_at.stage], args.k, segment, block, smem.k_ring.begin_fill(k_at, Smem::KvTile::kBytes));
         k_at.next();
       }
-      if (!Config::kOwnOutBuffer && i == min(count, 1)) {
-        // O of the item before; once an item, or a phase would be missed
-        wait_phase(&smem.out_left, item_at.stage % 2 ^ 1);
+      if constexpr (!Config::kOwnOutBuffer) {
+        // Each consumer's O of the item before, ahead of the V that comes to its stage; and all of them ahead of the
+        // last V: of each item, or a phase would be missed.
+        const int left = i == count ? Config::kConsumers : min(i, Config::kConsumers);
+        for (int c = max(i - 1, 0); c < left; ++c) wait_phase(&smem.out_left[c], item_at.stage % 2 ^ 1);
       }
       if (i > 0) {
         load(smem.v[v_at.stage], args.v, last_segment, last_block, smem.v_ring.begin_fill(v_at, Smem::KvTile::kBytes));
@@ -439,21 +488,6 @@ struct Consumer {
     release_v();
   }
 
-  // S = Q K^T of a block once more, without the shared memory that has been handed back.
-  __device__ __forceinline__ void score_again(int block) {
-    const Tile& tile = this->tile();
-    const Place q_place = args.sequences.place(tile.sequence),
-                k_place = args.sequences.transposed().place(tile.sequence);
-    const auto q_row = [&](int row) {  // what rows past the end see is never stored
-      return element<const T>(args.q_rows, q_place.batch, q_place.row + min(tile.first_row + row, tile.rows - 1),
-                              item().head, 0);
-    };
-    const T* const q_rows[2] = {q_row(own_row()), q_row(own_row() + 8)};
-    const T* const k_rows =
-        element<const T>(args.k_rows, k_place.batch, k_place.row + block * kBlockKv, item().kv_head, 0);
-    product_of_warp<T, Config::halves_again()>(scores, q_rows, k_rows, args.k_rows.strides.row, args.head_dim);
-  }
-
   // The item's first block has no P V to hide its softmax behind. Of its keys only the first kColumns are seen.
   template <int kColumns>
   __device__ __forceinline__ void first_block(OnlineSoftmax& softmax, int block, bool last) {
@@ -486,23 +520,15 @@ struct Consumer {
     release_k();
     if (last) release_q();
     if constexpr (Config::kSoftcap) cap(scores, args.cap_log2);
-    bool rescales, lost = false;
+    bool rescales = false;
     if constexpr (kMasked || !Config::kKeepsOffset) {
       if constexpr (kMasked) mask(scores, block);
       rescales = softmax.update(scores, rescale);
     } else {
-      const auto result = softmax.update_at_offset(scores, rescale);
-      rescales = result != OnlineSoftmax::AtOffset::kKept;
-      lost = result == OnlineSoftmax::AtOffset::kLost;
+      softmax.update_at_offset(scores);
     }
     ptx::wgmma_wait_group<0>(out);
     release_v();
-    if constexpr (!kMasked && Config::kKeepsOffset) {
-      if (lost) [[unlikely]] {  // here, where P's registers are free
-        score_again(block);
-        rescales = softmax.update(scores, rescale);
-      }
-    }
     to_operand<T>(p, scores);
     if (rescales) {
 #pragma unroll
@@ -526,30 +552,57 @@ struct Consumer {
     release_v();
   }
 
+  // Whether blocks without a maximum may have left one of the thread's rows wrong: P was larger than bf16 or the sum
+  // may be, or O was. What was NaN before them stays NaN.
+  __device__ __forceinline__ bool is_lost(const OnlineSoftmax& softmax, int row, int rows) const {
+    float finite[2] = {0.f, 0.f};  // or NaN
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) finite[fragment_row(i)] += 0.f * out[i];
+    bool lost = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      lost |= row + 8 * r < rows && !softmax.was_nan(r) && (softmax.is_too_large(r) || finite[r] != 0.f);
+    }
+    return lost;
+  }
+
   // O / sum leaves through shared memory by TMA, which clips the rows past the end; lse leaves from registers.
-  __device__ __forceinline__ void store(OnlineSoftmax& softmax, Ending& ending) {
+  __device__ __forceinline__ void store(OnlineSoftmax& softmax, Ending& ending, bool in_doubt) {
     if constexpr (!Config::kFinishesEarly) finish(softmax, ending);
     const Tile& tile = this->tile();
     const int head = item().head, first_row = same(tile.first_row), row = first_row + own_row();
+    if constexpr (Config::kKeepsOffset) {
+      if (__any_sync(~0u, in_doubt)) [[unlikely]] {
+        if (is_lost(softmax, row, tile.rows)) smem.items[item_count % Smem::kItems].tiles[index].lost = true;
+      }
+    }
     auto& [row_scale, lse] = ending;
     if (first_row + 64 > tile.rows && tile.rows < tile.stored) zero_unused(row, tile.rows, row_scale, lse);
 
     const bool leader = threadIdx.x % 128 == 0;
+    typename Smem::QTile* buffer;
     if constexpr (Config::kOwnOutBuffer) {  // the item before has left it
+      buffer = &smem.out_buffer.tile[index];
       if (leader) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
-      ptx::bar_sync(kOutBarrier + index, 128);
     } else {
-      ptx::bar_sync(kVDoneBarrier, 128 * Config::kConsumers);
+      // The stage that V comes to next; for the second consumer the one after it, since it is half a block behind. So
+      // none waits for the other's last P V.
+      auto at = v_at;
+      at.advance(index);
+      buffer = reinterpret_cast<typename Smem::QTile*>(&smem.v[at.stage]);
+      smem.v_ring.wait_empty(at);
     }
-    store_fragment<T, kHeadDim>(smem.out(index), out, row_scale);
+    ptx::bar_sync(kOutBarrier + index, 128);
+    store_fragment<T, kHeadDim>(*buffer, out, row_scale);
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     ptx::bar_sync(kOutBarrier + index, 128);
     if (leader) {
-      store_tile(args.out, smem.out(index), tile.out, first_row, head);
+      if (Config::kKeepsOffset && item().again) cuda::ptx::cp_async_bulk_wait_group(cuda::ptx::n32_t<0>{});
+      store_tile(args.out, *buffer, tile.out, first_row, head);
       cuda::ptx::cp_async_bulk_commit_group();
       if constexpr (!Config::kOwnOutBuffer) {
         cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
-        cuda::ptx::mbarrier_arrive(&smem.out_left);
+        cuda::ptx::mbarrier_arrive(&smem.out_left[index]);
       }
     }
 
@@ -578,12 +631,15 @@ struct Consumer {
   __device__ __forceinline__ bool run() {
     smem.item_ring.wait_full(item_at());
     if (same(item().head) == Smem::Item::kNone) return false;
-    const Range own = same(tile().blocks), full = same(tile().full);
+    const Range own = same(tile().blocks);
+    const bool is_exact = Config::kKeepsOffset && same(tile().exact);  // then each block has its maximum
+    const Range full = is_exact ? Range{own.end, own.begin} : same(tile().full);
     const int skipped = same(tile().skipped), count = same(item().block_count);
     const bool sees = own.begin < own.end;
     has_turns = same(item().has_turns);
     OnlineSoftmax softmax(args.scale_log2);
     Ending ending;
+    bool in_doubt = false;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.f;
 
@@ -602,7 +658,10 @@ struct Consumer {
       for (--block; block >= max(full.end, own.begin); --block) {
         next_block<true>(softmax, block, block == own.begin);
       }
+      const bool keeps_offset = Config::kKeepsOffset && block >= full.begin;
+      if (keeps_offset) softmax.keep_offset();
       for (; block >= full.begin; --block) next_block<false>(softmax, block, block == own.begin);
+      if (keeps_offset) in_doubt = softmax.is_large();
       for (; block >= own.begin; --block) next_block<true>(softmax, block, block == own.begin);
       last_output(softmax, ending);
       const int last = same(tile().skipped) + same(tile().blocks.end) - same(tile().blocks.begin);
@@ -611,7 +670,7 @@ struct Consumer {
       release_q();
       if constexpr (Config::kFinishesEarly) finish(softmax, ending);
     }
-    store(softmax, ending);
+    store(softmax, ending, in_doubt);
     __syncwarp();  // all lanes have read the item
     smem.item_ring.release(item_at());
     ++item_count;
@@ -635,7 +694,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
     for (auto& ring : smem.q_ring) ring.init(4);
     smem.item_ring.init(kConsumerWarps + 2);  // and the loaders
     cuda::ptx::mbarrier_init(&smem.next_items, 1);
-    cuda::ptx::mbarrier_init(&smem.out_left, Config::kConsumers);
+    for (auto& barrier : smem.out_left) cuda::ptx::mbarrier_init(&barrier, 1);
     cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
     for (const CUtensorMap* map : {&args.q, &args.k, &args.v, &args.out}) ptx::prefetch_tensormap(map);
   }
@@ -680,8 +739,6 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
   args.v = make_sequence_map<typename Smem::KvTile>("v", params.v, k_shape, k_is_ragged);
   args.out = make_sequence_map<typename Smem::QTile>("out", params.out, q_shape, q_is_ragged);
   args.lse = params.lse;
-  args.q_rows = params.q;
-  args.k_rows = params.k;
   args.sinks = params.sinks;
   args.item_counters = params.item_counters;
   args.most_claims = most_claims(problem, Config::kPlan);

@@ -38,14 +38,20 @@ inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan
   const int pairs = (packed ? 1 : sequences.count) * heads;
   const int section = Schedule::even_section(pairs, 2 * problem.seqlen_k * problem.head_dim * kElementBytes,
                                              problem.heads_per_kv_head(), kL2Bytes);
+  const bool by_cost =
+      packed || sequences.each.right != Sequence::kUnbounded;  // later rows see more, until a window is full
+  // A section's costliest blocks load all its K and V: few keys take longer to load than to multiply with. They are
+  // loaded head by head, but in the last section.
+  constexpr int kKeysByHead = 1024;
+  const bool by_head = by_cost && !packed && sequences.each.keys <= kKeysByHead;
+  const int narrow = by_head ? problem.heads_per_kv_head() : section;
   return {.blocks = blocks,
           .heads = heads,
           .first_pair = 0,
           .pairs = pairs,
-          .section = section,
-          .whole = Schedule::whole_sections(pairs, section, 1),
-          .by_cost =
-              packed || sequences.each.right != Sequence::kUnbounded};  // later rows see more, until a window is full
+          .section = narrow,
+          .whole = Schedule::whole_sections(pairs, narrow, by_head ? section : 1),
+          .by_cost = by_cost};
 }
 
 // How many items a thread block claims at once. Items of short packed sequences are done before the next one is found.

@@ -229,6 +229,39 @@ def test_repeats_of_scores_along_the_walk_are_bitwise_equal(kind, row, causal):
         assert_same(attend(*inputs, causal=causal), expected, "from the first time")
 
 
+@each_plan
+@both_masks
+def test_items_are_computed_twice_where_a_row_grows_too_far_and_nowhere_else(row, which, dtype, causal):
+    """Some rows see their first key, the last of the walk, so many nats above all others."""
+    block_q, keeps_offset = row[which]["block_q"], dtype == "bf16" and "keeps_offset" in row[which]
+    seqlen_q, seqlen_k = lengths_of_plan(row, which, dtype)
+    q, k, v = (normal(2, s, 2, row["head_dim"], dtype=DTYPES[dtype]) for s in (seqlen_q, seqlen_k, seqlen_k))
+    q[..., 0], k[..., 0] = 0, 0
+    places = [(0, 0, 0), (0, 1, 5), (0, 1, 70), (1, 0, block_q), (1, 1, 2 * block_q + 1), (1, 1, seqlen_q - 1)]
+    for batch, head, place in places:
+        q[batch, place, head, 0] = 8
+    for nats, lost in ((0, False), (40, False), (60, False), (90, keeps_offset), (3000, keeps_offset)):
+        k[:, 0, :, 0] = nats / 8 * row["head_dim"] ** 0.5
+        before = flash_attn_ext._C.items_again(q)
+        attend_and_check(q, k, v, causal=causal)
+        items = {(batch, head, place // block_q) for batch, head, place in places}
+        assert flash_attn_ext._C.items_again(q) - before == (len(items) if lost else 0), f"{nats} nats"
+
+
+@each_plan
+@both_masks
+def test_no_item_is_computed_twice_for_usual_scores(row, which, dtype, causal):
+    """Nor for a mask that ends with a block, or a NaN in q."""
+    seqlen_q, seqlen_k = lengths_of_plan(row, which, dtype)
+    before = flash_attn_ext._C.items_again(torch.empty(0, device="cuda"))
+    for more_keys in range(65):
+        lengths = (seqlen_q, seqlen_k + more_keys, seqlen_k + more_keys)
+        q, k, v = (normal(1, seqlen, 1, row["head_dim"], dtype=DTYPES[dtype]) for seqlen in lengths)
+        q[0, 3, 0, 1] = math.nan
+        attend(q, k, v, causal=causal)
+    assert flash_attn_ext._C.items_again(q) == before
+
+
 # Rows that see nothing, NaN and Inf ----------------------------------------------------------------------------------
 
 

@@ -60,6 +60,11 @@ __device__ __forceinline__ int thread_in_register() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
+__device__ __forceinline__ int block_count() {
+  int count;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(count));
+  return count;
+}
 
 // No instruction: what is computed from the value is computed anew at each use, and not kept in registers.
 template <class T>

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "../ptx/mma.cuh"
 #include "../ptx/warpgroup.cuh"
 #include "../ptx/wgmma.cuh"
 #include "smem.cuh"
@@ -125,36 +124,6 @@ __device__ __forceinline__ void product_rs(float (&acc)[kRegisters], const uint3
     }
   }
   ptx::wgmma_commit_group();
-}
-
-// Q K^T of the warp's 16 rows and kRegisters * 2 keys, by the warp alone and from global memory: slow. `q` are the
-// thread's two rows, `k` the block's first key, `k_stride` the distance from key to key; rows have `columns` columns, a
-// multiple of 8. They are taken 8 kHalves at a time.
-template <class T, int kHalves, int kRegisters>
-__device__ __forceinline__ void product_of_warp(float (&acc)[kRegisters], const T* const (&q)[2], const T* k,
-                                                int64_t k_stride, int columns) {
-#pragma unroll
-  for (float& x : acc) x = 0.f;
-#pragma unroll 1
-  for (int first = 0; first < columns; first += 8 * kHalves) {
-    const auto load = [&](const T* row, int half) {
-      const int column = first + 8 * half;
-      return half == 0 || column < columns ? *reinterpret_cast<const uint32_t*>(row + column + threadIdx.x % 4 * 2) : 0;
-    };
-    uint32_t a[kHalves][2], b[kHalves];
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) a[half][r] = load(q[r], half);
-    }
-    const T* key = k + threadIdx.x % 32 / 4 * k_stride;
-#pragma unroll
-    for (int i = 0; i < kRegisters / 4; ++i, key += 8 * k_stride) {
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) b[half] = load(key, half);
-      ptx::mma_m16n8<T>(acc + 4 * i, a, b);
-    }
-  }
 }
 
 }  // namespace flash_attn_ext

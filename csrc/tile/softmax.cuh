@@ -26,8 +26,9 @@ __device__ __forceinline__ void cap(float (&scores)[kRegisters], float factor_lo
 // precise.
 struct OnlineSoftmax {
   static constexpr float kSlack = 8.f;  // in powers of two
-  // Of a thread's sum, at an offset that stays: from where on the offset is raised, and how far that can be done.
-  static constexpr float kLargeSum = 0x1.0p10f, kMostSum = 0x1.0p120f;
+  // At an offset that stays: up to where a thread's sum leaves no doubt that O has not overflown, and a row's sum is
+  // right.
+  static constexpr float kLargeSum = 0x1.0p10f, kMostSum = 0x1.0p100f;
 
   float scale_log2;  // softmax_scale * log2(e): exp(scale * s) = exp2(scale_log2 * s), one FFMA and one EX2
   float offset[2] = {-INFINITY, -INFINITY};
@@ -82,17 +83,18 @@ struct OnlineSoftmax {
     return grew;
   }
 
-  // What `update_at_offset` has done.
-  enum class AtOffset {
-    kKept,    // P is right
-    kRaised,  // P is right, and O must be multiplied by `rescale` before P V is added to it
-    kLost,    // nothing, but the scores are lost: `update` must be called with them anew
-  };
+  // Before the first call of update_at_offset. What is NaN already is told from what becomes NaN.
+  __device__ __forceinline__ void keep_offset() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (isnan(sum[r])) offset[r] = INFINITY;
+    }
+  }
 
-  // The same as `update`, at the offset as it is: that spares the maximum. P may be as large as float32 and bf16 allow,
-  // and where a sum has become large the offset is raised afterwards. The result is the same for the whole warp.
+  // The same as `update`, at the offset as it is: that spares the maximum, and O is not rescaled. P may be as large as
+  // float32 and bf16 allow. Whether it was larger, the sums say in the end.
   template <int kRegisters>
-  __device__ __forceinline__ AtOffset update_at_offset(float (&scores)[kRegisters], float (&rescale)[2]) {
+  __device__ __forceinline__ void update_at_offset(float (&scores)[kRegisters]) {
     // Before any finite score the offset is -inf, and all is lost.
     const float scaled[2] = {offset[0] * scale_log2, offset[1] * scale_log2};
     float partial[2][2] = {{sum[0], 0.f}, {sum[1], 0.f}};
@@ -102,31 +104,14 @@ struct OnlineSoftmax {
       scores[i] = ptx::ex2(fmaf(scores[i], scale_log2, -scaled[r]));
       partial[r][i / 4 % 2] += scores[i];
     }
-    const float total[2] = {partial[0][0] + partial[0][1], partial[1][0] + partial[1][1]};
-    if (__all_sync(~0u, total[0] < kLargeSum && total[1] < kLargeSum)) [[likely]] {
-      sum[0] = total[0];
-      sum[1] = total[1];
-      return AtOffset::kKept;
-    }
-    const auto is_lost = [&](int r) { return !(total[r] < kMostSum) && sum[r] < kMostSum; };
-    if (__any_sync(~0u, is_lost(0) || is_lost(1))) return AtOffset::kLost;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float largest = total[r];  // of the row's threads; a NaN stays in the sum
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-      // A row is raised for itself alone, and by the sum, so that a key that dominates it has a P of 1, which rounding
-      // leaves alone. At the smallest scales it cannot be, and need not, since a sum counts keys and no more.
-      const float raise = log2f(largest) / scale_log2;
-      const bool raises = largest >= kLargeSum && raise < INFINITY;
-      rescale[r] = raises ? ptx::rcp(largest) : 1.f;
-      offset[r] += raises ? raise : 0.f;
-      sum[r] = total[r] * rescale[r];
-    }
-#pragma unroll
-    for (int i = 0; i < kRegisters; ++i) scores[i] *= rescale[fragment_row(i)];
-    return AtOffset::kRaised;
+    for (int r = 0; r < 2; ++r) sum[r] = partial[r][0] + partial[r][1];
   }
+
+  // Whether a sum is so large that O may have overflown, or P; and whether that of the row has.
+  __device__ __forceinline__ bool is_large() const { return !(sum[0] < kLargeSum && sum[1] < kLargeSum); }
+  __device__ __forceinline__ bool is_too_large(int r) const { return !(sum[r] < kMostSum); }
+  __device__ __forceinline__ bool was_nan(int r) const { return offset[r] == INFINITY; }
 
   // After the last block: what O must be multiplied by, and the log-sum-exp of the scaled scores and of the sink, a
   // logit that joins the sum but not O. It is given in powers of two; -inf: none. A row that saw nothing, or only

@@ -13,6 +13,7 @@
 #include "checks.h"
 #include "operators.h"
 #include "sdpa.h"
+#include "tensors.h"
 
 namespace at::autocast {
 TORCH_API ScalarType get_autocast_dtype(DeviceType);  // ATen/autocast_mode.h, without its ATen/ATen.h
@@ -147,6 +148,10 @@ void set_test_faults(bool tensor_map_encode_fails, int capability, int multiproc
   test_faults.multiprocessors = multiprocessors;
 }
 
+int items_again(const at::Tensor& like) {
+  return item_counters(c10::cuda::getCurrentCUDAStream(like.get_device()), like)[2].item<int>();
+}
+
 // The module ---------------------------------------------------------------------------------------------------------
 
 // The table of limits.h.
@@ -215,6 +220,8 @@ PYBIND11_MODULE(_C, m) {
       "shared_memory", shared_memory, py::arg("head_dim"),
       "For tests: bytes of shared memory that a thread block takes, (forward, short_forward, backward). 0 stands for\n"
       "'not built'.");
+  m.def("items_again", torch::wrap_pybind_function(items_again), py::arg("like"),
+        "For tests: how many work items forwards have computed twice, on this tensor's device in its current stream.");
   m.def("set_test_faults", set_test_faults, py::kw_only(), py::arg("tensor_map_encode_fails") = false,
         py::arg("compute_capability") = 0, py::arg("multiprocessors") = 0,
         "For tests only: makes the driver seem to refuse tensor maps, every GPU seem to be of this compute capability\n"

@@ -15,58 +15,49 @@ using test::DeviceArray;
 constexpr int kRows = 64, kBlock = 32, kBlocks = 4, kKeys = kBlock * kBlocks;
 constexpr float kScale = 0.3f, kLog2e = 1.4426950408889634f;
 
-// What became of a block: of a thread, as all of its warp should have it.
-enum : int { kUpdated, kKept, kRaised, kLost };
-
 // O = softmax(scale * scores) 1, which is the sum of the probabilities: 1 where a row sees something and there is no
 // sink. Also the lse. Row r sees the keys first_key[r] <= j < end_key[r]. With kKeepsOffset blocks behind the first one
-// that all rows of a warp see as a whole are computed at the offset as it is.
+// that all rows of a warp see as a whole are computed at the offset as it is, and `lost` says of which rows that fails.
 template <bool kKeepsOffset>
 __global__ void online_softmax(const float* scores, const int* first_key, const int* end_key, float sink, float* out,
-                               float* lse_out, int* became) {
+                               float* lse_out, int* lost) {
   const int row = own_row(), column = own_column();
   OnlineSoftmax softmax(kScale * kLog2e);
   float o[2] = {0.f, 0.f};
+  bool keeps_offset = false;
   for (int block = 0; block < kBlocks; ++block) {
     float s[kBlock / 2], rescale[2];
-    const auto load = [&] {
 #pragma unroll
-      for (int i = 0; i < kBlock / 2; ++i) {
-        s[i] = scores[(row + 8 * fragment_row(i)) * kKeys + block * kBlock + column + fragment_column(i)];
-      }
-    };
-    load();
+    for (int i = 0; i < kBlock / 2; ++i) {
+      s[i] = scores[(row + 8 * fragment_row(i)) * kKeys + block * kBlock + column + fragment_column(i)];
+    }
     const int first[2] = {first_key[row] - block * kBlock, first_key[row + 8] - block * kBlock};
     const int end[2] = {end_key[row] - block * kBlock, end_key[row + 8] - block * kBlock};
     const bool sees_all = first[0] <= 0 && first[1] <= 0 && end[0] >= kBlock && end[1] >= kBlock;
-    int result = kUpdated;
-    bool rescales;
+    bool rescales = false;
     if (kKeepsOffset && block > 0 && __all_sync(~0u, sees_all)) {
-      using AtOffset = OnlineSoftmax::AtOffset;
-      const AtOffset at_offset = softmax.update_at_offset(s, rescale);
-      result = at_offset == AtOffset::kKept ? kKept : at_offset == AtOffset::kRaised ? kRaised : kLost;
-      rescales = result == kRaised;
-      if (result == kLost) {
-        load();
-        rescales = softmax.update(s, rescale);
-      }
+      if (!keeps_offset) softmax.keep_offset();
+      keeps_offset = true;
+      softmax.update_at_offset(s);
     } else {
       mask_before(s, first);
       mask_from(s, end);
       rescales = softmax.update(s, rescale);
     }
-    became[block * 128 + threadIdx.x] = result;
     if (rescales) {
       for (int r = 0; r < 2; ++r) o[r] *= rescale[r];
     }
 #pragma unroll
     for (int i = 0; i < kBlock / 2; ++i) o[fragment_row(i)] += s[i];
   }
+  const bool in_doubt = keeps_offset && softmax.is_large();
   float row_scale[2], lse[2];
   softmax.finish(sink * kLog2e, row_scale, lse);
   for (int r = 0; r < 2; ++r) {
     o[r] += __shfl_xor_sync(~0u, o[r], 1);
     o[r] += __shfl_xor_sync(~0u, o[r], 2);
+    const bool is_lost = in_doubt && !softmax.was_nan(r) && (softmax.is_too_large(r) || !isfinite(o[r]));
+    if (is_lost) lost[row + 8 * r] = 1;
     if (column == 0) {
       out[row + 8 * r] = o[r] * row_scale[r];
       lse_out[row + 8 * r] = lse[r];
@@ -74,17 +65,19 @@ __global__ void online_softmax(const float* scores, const int* first_key, const 
   }
 }
 
-// Of each block and thread what became of it.
+// Of each row whether it was lost: what it has then is not looked at.
 template <bool kKeepsOffset>
 static std::vector<int> check_softmax(const std::vector<float>& scores, const std::vector<int>& first,
                                       const std::vector<int>& end, float sink) {
   DeviceArray<float> scores_device(scores), out_device(kRows), lse_device(kRows);
-  DeviceArray<int> first_device(first), end_device(end), became_device(kBlocks * 128);
+  DeviceArray<int> first_device(first), end_device(end), lost_device(std::vector<int>(kRows, 0));
   online_softmax<kKeepsOffset><<<1, 128>>>(scores_device.data, first_device.data, end_device.data, sink,
-                                           out_device.data, lse_device.data, became_device.data);
+                                           out_device.data, lse_device.data, lost_device.data);
   const std::vector<float> out = out_device.host(), lse = lse_device.host();
+  const std::vector<int> lost = lost_device.host();
 
   for (int row = 0; row < kRows; ++row) {
+    if (lost[row]) continue;
     double maximum = sink, sum = 0;
     bool poisoned = false;
     for (int key = first[row]; key < end[row]; ++key) {
@@ -107,7 +100,7 @@ static std::vector<int> check_softmax(const std::vector<float>& scores, const st
       test::check(first[row] < end[row] || out[row] == 0.f, name + " saw the sink alone");
     }
   }
-  return became_device.host();
+  return lost;
 }
 
 static void check_sink(const std::vector<float>& scores, const std::vector<int>& first, const std::vector<int>& end,
@@ -116,34 +109,26 @@ static void check_sink(const std::vector<float>& scores, const std::vector<int>&
   check_softmax<true>(scores, first, end, sink);
 }
 
-// One row of each warp, of which all others are small, and what must become of the warp's blocks behind the first one.
+// One row of each warp, of which all others are small, and whether it must be lost.
 static void check_offset_that_stays() {
   struct Warp {
     const char* name;
     float (*score)(int block, int key);  // of a key of the block, in nats
-    int became[kBlocks];
+    bool lost;
   };
   const Warp warps[] = {
-      {"small", [](int, int) { return 0.f; }, {kUpdated, kKept, kKept, kKept}},
-      {"falling", [](int block, int) { return -500.f * block; }, {kUpdated, kKept, kKept, kKept}},
-      {"growing by 20", [](int block, int) { return 20.f * block; }, {kUpdated, kRaised, kRaised, kRaised}},
-      {"growing by 60", [](int block, int) { return 60.f * block; }, {kUpdated, kRaised, kRaised, kRaised}},
-      {"growing by 100", [](int block, int) { return 100.f * block; }, {kUpdated, kLost, kLost, kLost}},
-      {"one key of 30",
-       [](int block, int key) { return block == 2 && key == 9 ? 30.f : 0.f; },
-       {kUpdated, kKept, kRaised, kKept}},
-      {"one key of 1000",
-       [](int block, int key) { return block == 2 && key == 9 ? 1000.f : 0.f; },
-       {kUpdated, kKept, kLost, kKept}},
-      {"nothing finite in the first two blocks",
-       [](int block, int) { return block < 2 ? -INFINITY : 0.f; },
-       {kUpdated, kLost, kLost, kKept}},
-      {"nothing finite", [](int, int) { return -INFINITY; }, {kUpdated, kLost, kLost, kLost}},
-      {"NaN", [](int block, int key) { return block == 2 && key == 9 ? NAN : 0.f; }, {kUpdated, kKept, kLost, kRaised}},
-      {"NaN from the first block on", [](int, int) { return NAN; }, {kUpdated, kRaised, kRaised, kRaised}},
-      {"+inf",
-       [](int block, int key) { return block == 1 && key == 9 ? INFINITY : 0.f; },
-       {kUpdated, kLost, kRaised, kRaised}},
+      {"small", [](int, int) { return 0.f; }, false},
+      {"falling", [](int block, int) { return -500.f * block; }, false},
+      {"growing by 20", [](int block, int) { return 20.f * block; }, false},
+      {"growing by 30", [](int block, int) { return 30.f * block; }, true},
+      {"growing by 100", [](int block, int) { return 100.f * block; }, true},
+      {"one key of 60", [](int block, int key) { return block == 2 && key == 9 ? 60.f : 0.f; }, false},
+      {"one key of 1000", [](int block, int key) { return block == 2 && key == 9 ? 1000.f : 0.f; }, true},
+      {"nothing finite in the first two blocks", [](int block, int) { return block < 2 ? -INFINITY : 0.f; }, true},
+      {"nothing finite", [](int, int) { return -INFINITY; }, true},
+      {"NaN", [](int block, int key) { return block == 2 && key == 9 ? NAN : 0.f; }, true},
+      {"NaN from the first block on", [](int, int) { return NAN; }, false},
+      {"+inf", [](int block, int key) { return block == 1 && key == 9 ? INFINITY : 0.f; }, true},
   };
   static_assert(std::size(warps) % 4 == 0, "four warps a launch");
   std::mt19937 generator(2);
@@ -158,13 +143,12 @@ static void check_offset_that_stays() {
           scores[row * kKeys + key] = (level + normal(generator)) / kScale;
         }
       }
-      const std::vector<int> became = check_softmax<true>(scores, first, end, -INFINITY);
-      for (int i = 0; i < kBlocks * 128; ++i) {
-        const Warp& warp = warps[at + i % 128 / 32];
-        const int block = i / 128;
-        test::check(became[i] == warp.became[block], std::string(warp.name) + ": block " + std::to_string(block) +
-                                                         " became " + std::to_string(became[i]) + " in thread " +
-                                                         std::to_string(i % 128));
+      const std::vector<int> lost = check_softmax<true>(scores, first, end, -INFINITY);
+      for (int row = 0; row < kRows; ++row) {
+        const Warp& warp = warps[at + row / 16];
+        const bool expected = row % 16 == own && warp.lost;
+        test::check(lost[row] == expected,
+                    std::string(warp.name) + (expected ? " was not" : " was") + " lost in row " + std::to_string(row));
       }
     }
   }
