@@ -37,8 +37,8 @@ struct ForwardParams {
   Tensor out;
   float* lse;          // (batch, heads, seqlen_q), packed (heads, seqlen_q), contiguous; natural logarithm
   const float* sinks;  // (heads,): a logit that joins each row's sum of exponentials, and no value; null: none
-  // kItemCounters, used by one launch at a time: two that are 0 when the kernel claims, and 0 again when it is done, and
-  // one of the items that were handed out again, which only grows.
+  // kItemCounters, used by one launch at a time: two that are 0 when the kernel claims, and 0 again when it is done,
+  // and one of the items that were handed out again, which only grows.
   int* item_counters;
 };
 

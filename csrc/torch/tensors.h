@@ -124,11 +124,11 @@ struct Result {
   at::Tensor finish() const { return written.is_same(tensor) ? tensor : tensor.copy_(written); }
 };
 
-// The forward kernel's item counters: those of claims are 0 before a launch and again after it. A launch claims nothing until the one
-// before it in the stream has ended, so each stream has its own, which nothing has to zero between launches. A captured
-// launch may be replayed on any stream, beside anything: it gets counters of its own, which the graph zeroes. So does a
-// launch on a further stream when there are many already: a program that keeps making streams must not fill the memory
-// with them.
+// The forward kernel's item counters: those of claims are 0 before a launch and again after it. A launch claims nothing
+// until the one before it in the stream has ended, so each stream has its own, which nothing has to zero between
+// launches. A captured launch may be replayed on any stream, beside anything: it gets counters of its own, which the
+// graph zeroes. So does a launch on a further stream when there are many already: a program that keeps making streams
+// must not fill the memory with them.
 inline at::Tensor item_counters(c10::cuda::CUDAStream stream, const at::Tensor& like) {
   const auto new_counters = [&] { return allocate({kItemCounters}, like, at::kInt).zero_(); };
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return new_counters();
