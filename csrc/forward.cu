@@ -8,6 +8,7 @@
 // has the barriers, the layout of shared memory and the cycle budget.
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cuda/ptx>
 #include <stdexcept>
@@ -72,6 +73,9 @@ struct ForwardConfig {
   static constexpr bool kKeepsOffset = kPlan.keeps_offset && std::is_same_v<T, __nv_bfloat16> && !kSoftcap;
   static constexpr bool kTurns = kPlan.turns || kKeepsOffset;
 
+  // Whether heads may share a tile (work.h). With softcap there are no registers for it at head dim 64.
+  static constexpr bool kSharesTiles = !kSoftcap;
+
   static_assert(kPlan.built() && kBlockQ == 64 * kConsumers && kBlockKv % 16 == 0 && kHeadDim % 32 == 0);
   static_assert(kOwnOutBuffer || (kStages >= kConsumers && kBlockKv >= 64), "each consumer's O takes a stage of V");
   static_assert(kConsumers >= 2 && kConsumers <= 4, "register counts are chosen for two to four consumers");
@@ -87,7 +91,7 @@ struct Tile {
   int sequence;
   int rows, keys;  // of the sequence: those that are used
   int stored;      // rows that the sequence has room for
-  int first_row;   // in the sequence
+  int first_row;   // in the sequence; where heads share the tile, of each
   int skipped;     // blocks of the item ahead of the tile's own
   int end_key;     // of those that some of its rows see
   Range blocks;    // its own
@@ -156,9 +160,10 @@ struct ForwardArguments {
   int most_claims;     // at once
   Schedule schedule;
   Sequences sequences;
-  int heads, heads_per_kv_head, head_dim;
-  float scale_log2;  // with softcap: of the capped scores, which are at most 1
-  float cap_log2;    // softmax_scale / softcap * 2 * log2(e)
+  int heads, heads_per_kv_head;    // of the schedule's: its heads are those that have tiles of their own
+  int tile_heads, tile_rows_log2;  // query heads that share a tile, and rows of each there
+  float scale_log2;                // with softcap: of the capped scores, which are at most 1
+  float cap_log2;                  // softmax_scale / softcap * 2 * log2(e)
 };
 
 // --------------------------------------------------------------------------------------------------------- producer
@@ -175,24 +180,25 @@ __device__ __forceinline__ Block locate_tile(const ForwardArguments& args, int n
 // Whether there are rows in the tile. There are none behind a sequence's last one, and in holes among packed sequences.
 __device__ __forceinline__ bool has_rows(const ForwardArguments& args, const Block& tile) {
   const int stored = args.sequences.stored_rows(tile.sequence);
-  return tile.index >= 0 && stored > 0 && tile.index <= (stored - 1) / 64;
+  return tile.index >= 0 && stored > 0 && tile.index <= (stored - 1) >> args.tile_rows_log2;
 }
 
 template <class Config>
 __device__ __forceinline__ void describe_tile(const ForwardArguments& args, const Block& at, bool is_tile, Tile& tile) {
   const Sequences& sequences = args.sequences;
   const Sequence sequence = sequences.at(at.sequence);
-  const int stored = sequences.stored_rows(at.sequence), first_row = is_tile ? at.index * 64 : stored;
+  const int rows = 1 << args.tile_rows_log2;
+  const int stored = sequences.stored_rows(at.sequence), first_row = is_tile ? at.index << args.tile_rows_log2 : stored;
   tile.sequence = at.sequence;
   tile.rows = sequence.rows;
   tile.keys = sequence.keys;
   tile.stored = stored;
   tile.first_row = first_row;
   ptx::forget_memory();  // what is read again below takes no registers above
-  tile.full = sequence.full_blocks(first_row, min(64, sequence.rows - first_row), Config::kBlockKv);
+  tile.full = sequence.full_blocks(first_row, min(rows, sequence.rows - first_row), Config::kBlockKv);
   ptx::forget_memory();
-  tile.blocks = sequence.blocks(first_row, 64, Config::kBlockKv);
-  tile.end_key = sequence.seen(first_row, 64).end;
+  tile.blocks = sequence.blocks(first_row, rows, Config::kBlockKv);
+  tile.end_key = sequence.seen(first_row, rows).end;
   ptx::forget_memory();
   // An offset is kept behind a key that all rows have seen, the first one too.
   if (Config::kKeepsOffset && tile.full.end < tile.blocks.end &&
@@ -203,7 +209,7 @@ __device__ __forceinline__ void describe_tile(const ForwardArguments& args, cons
   ptx::forget_memory();
   tile.q = sequences.origin_of_used(at.sequence);
   tile.out = sequences.origin_of_stored(at.sequence);
-  tile.first_lse = sequences.first_value(at.sequence, at.head, args.heads);
+  tile.first_lse = sequences.first_value(at.sequence, at.head * args.tile_heads, args.heads);
 }
 
 // What the tiles make together. Later tiles see blocks that end later: the last one's come first.
@@ -224,38 +230,42 @@ __device__ __forceinline__ void describe_blocks(const ForwardArguments& args,
     item.segments[segments - 1].blocks = {tile.blocks.begin, end};
     tile.skipped = before + end - tile.blocks.end;
   }
-  item.block_count = before + (segments > 0 ? end - item.segments[segments - 1].blocks.begin : 0);
+  if (segments == 0) {  // one block for nobody: consumers that see nothing keep step with the loaders
+    item.segments[segments++] = {args.sequences.transposed().origin_of_used(item.tiles[0].sequence), {0, 1}};
+    end = 1;
+  }
+  item.block_count = before + end - item.segments[segments - 1].blocks.begin;
   item.has_turns = segments <= 1;
 }
 
-// Waits for so many slots from `at` on, until their items are done. Those of which a tile was lost (Consumer::is_lost)
-// are handed out once more, in the first of the slots; none is lost twice.
+// Waits until the items in so many slots from `at` on are done. Those of which a tile was lost (Consumer::is_lost) are
+// handed out once more, in the first of the slots; none is lost twice.
 template <class Config>
 __device__ __forceinline__ void free_slots(const ForwardArguments& args, ForwardSmem<Config>& smem,
                                            typename ForwardSmem<Config>::ItemPosition& at, int slots) {
-  const int lane = threadIdx.x % 32, slot = lane / Config::kConsumers, consumer = lane % Config::kConsumers;
-  while (true) {
-    auto own = at;
-    own.advance(slot);
-    if (slot < slots) smem.item_ring.wait_empty(own);
-    const uint32_t all_lost =
-        __ballot_sync(~0u, slot < slots && Config::kKeepsOffset && smem.items[own.stage].tiles[consumer].lost);
-    if (all_lost == 0) return;
-
-    const int first_slot = (__ffs(all_lost) - 1) / Config::kConsumers;
-    own = at;
-    own.advance(first_slot);
-    typename ForwardSmem<Config>::Item &old = smem.items[own.stage], &item = smem.items[at.stage];
-    if (first_slot > 0) {
+  using Item = typename ForwardSmem<Config>::Item;
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int ahead = 0; ahead < slots;) {
+    auto done = at;
+    done.advance(ahead);
+    smem.item_ring.wait_empty(done);
+    Item &old = smem.items[done.stage], &item = smem.items[at.stage];
+    const bool lost = Config::kKeepsOffset && lane < Config::kConsumers && old.tiles[lane].lost;
+    if (!__any_sync(~0u, lost)) {
+      ++ahead;
+      continue;
+    }
+    if (ahead > 0) {
       auto* const from = reinterpret_cast<const int*>(&old);
       auto* const to = reinterpret_cast<int*>(&item);
 #pragma unroll 1
-      for (int i = lane; i < static_cast<int>(sizeof(item) / sizeof(int)); i += 32) to[i] = from[i];
+      for (int i = lane; i < static_cast<int>(sizeof(Item) / sizeof(int)); i += 32) to[i] = from[i];
+      __syncwarp();
     }
-    __syncwarp();
-    if (slot == first_slot) {
-      old.tiles[consumer].lost = item.tiles[consumer].lost = false;
-      item.tiles[consumer].exact = all_lost >> lane & 1;
+    if (lane < Config::kConsumers) {
+      old.tiles[lane].lost = item.tiles[lane].lost = false;
+      item.tiles[lane].exact = lost;
     }
     if (lane == 0) {
       item.again = true;
@@ -353,18 +363,18 @@ __device__ __forceinline__ void load_kv(const ForwardArguments& args, ForwardSme
     const int count = item.block_count;
     int segment = 0, block = item.segments[0].blocks.end - 1, last_segment = 0, last_block = 0;
     for (int i = 0; i <= count; ++i) {
-      if (item.claims_next && i == max(count - 1, 0)) cuda::ptx::mbarrier_arrive(&smem.next_items);
+      if (item.claims_next && i == count - 1) cuda::ptx::mbarrier_arrive(&smem.next_items);
       if (i < count) {
         load(smem.k[k_at.stage], args.k, segment, block, smem.k_ring.begin_fill(k_at, Smem::KvTile::kBytes));
         k_at.next();
       }
-      if constexpr (!Config::kOwnOutBuffer) {
-        // Each consumer's O of the item before, ahead of the V that comes to its stage; and all of them ahead of the
-        // last V: of each item, or a phase would be missed.
-        const int left = i == count ? Config::kConsumers : min(i, Config::kConsumers);
-        for (int c = max(i - 1, 0); c < left; ++c) wait_phase(&smem.out_left[c], item_at.stage % 2 ^ 1);
-      }
       if (i > 0) {
+        if constexpr (!Config::kOwnOutBuffer) {
+          // Each consumer's O of the item before, ahead of the V that comes to its stage; and all of them ahead of the
+          // last V: of each item, or a phase would be missed.
+          const int left = i == count ? Config::kConsumers : min(i, Config::kConsumers);
+          for (int c = i - 1; c < left; ++c) wait_phase(&smem.out_left[c], item_at.stage % 2 ^ 1);
+        }
         load(smem.v[v_at.stage], args.v, last_segment, last_block, smem.v_ring.begin_fill(v_at, Smem::KvTile::kBytes));
         v_at.next();
       }
@@ -458,6 +468,15 @@ struct Consumer {
   static __device__ __forceinline__ int same(int number) { return __shfl_sync(~0u, number, 0); }
   static __device__ __forceinline__ Range same(const Range& range) { return {same(range.begin), same(range.end)}; }
 
+  // Of the thread's row r, 0 or 1: its place in the sequence, and its head among those of the tile.
+  __device__ __forceinline__ int row(int r) const {
+    const int mask = Config::kSharesTiles ? (1 << args.tile_rows_log2) - 1 : 63;
+    return same(tile().first_row) + (own_row() & mask) + (8 * r & mask);
+  }
+  __device__ __forceinline__ int head_of_tile(int r) const {
+    return Config::kSharesTiles ? own_row() + 8 * r >> args.tile_rows_log2 : 0;
+  }
+
   // Masks the edges that the block has.
   template <int kRegisters>
   __device__ __forceinline__ void mask(float (&part)[kRegisters], int block) {
@@ -465,13 +484,13 @@ struct Consumer {
     const Sequence sequence = {same(tile().rows), same(tile().keys), args.sequences.each.left,
                                args.sequences.each.right};
     const Range full = same(tile().full);
-    const int row = same(tile().first_row) + own_row(), first_key = block * kBlockKv;
+    const int first_key = block * kBlockKv, rows[2] = {row(0), row(1)};
     if (block >= full.end) {
-      const int end[2] = {sequence.end_key(row) - first_key, sequence.end_key(row + 8) - first_key};
+      const int end[2] = {sequence.end_key(rows[0]) - first_key, sequence.end_key(rows[1]) - first_key};
       mask_from(part, end);
     }
     if (block < full.begin) {
-      const int first[2] = {sequence.first_key(row) - first_key, sequence.first_key(row + 8) - first_key};
+      const int first[2] = {sequence.first_key(rows[0]) - first_key, sequence.first_key(rows[1]) - first_key};
       mask_before(part, first);
     }
   }
@@ -541,7 +560,12 @@ struct Consumer {
     float row_scale[2], lse[2];
   };
   __device__ __forceinline__ void finish(OnlineSoftmax& softmax, Ending& ending) {
-    softmax.finish(args.sinks != nullptr ? args.sinks[item().head] * kLog2E : -INFINITY, ending.row_scale, ending.lse);
+    float sink_log2[2] = {-INFINITY, -INFINITY};
+    if (args.sinks != nullptr) {
+      const float* sinks = args.sinks + item().head * args.tile_heads;
+      for (int r = 0; r < 2; ++r) sink_log2[r] = sinks[head_of_tile(r)] * kLog2E;
+    }
+    softmax.finish(sink_log2, ending.row_scale, ending.lse);
   }
 
   __device__ __forceinline__ void last_output(OnlineSoftmax& softmax, Ending& ending) {
@@ -554,14 +578,14 @@ struct Consumer {
 
   // Whether blocks without a maximum may have left one of the thread's rows wrong: P was larger than bf16 or the sum
   // may be, or O was. What was NaN before them stays NaN.
-  __device__ __forceinline__ bool is_lost(const OnlineSoftmax& softmax, int row, int rows) const {
+  __device__ __forceinline__ bool is_lost(const OnlineSoftmax& softmax, int rows) const {
     float finite[2] = {0.f, 0.f};  // or NaN
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) finite[fragment_row(i)] += 0.f * out[i];
     bool lost = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      lost |= row + 8 * r < rows && !softmax.was_nan(r) && (softmax.is_too_large(r) || finite[r] != 0.f);
+      lost |= row(r) < rows && !softmax.was_nan(r) && (softmax.is_too_large(r) || finite[r] != 0.f);
     }
     return lost;
   }
@@ -570,14 +594,14 @@ struct Consumer {
   __device__ __forceinline__ void store(OnlineSoftmax& softmax, Ending& ending, bool in_doubt) {
     if constexpr (!Config::kFinishesEarly) finish(softmax, ending);
     const Tile& tile = this->tile();
-    const int head = item().head, first_row = same(tile.first_row), row = first_row + own_row();
+    const int head = item().head, first_row = same(tile.first_row);
     if constexpr (Config::kKeepsOffset) {
       if (__any_sync(~0u, in_doubt)) [[unlikely]] {
-        if (is_lost(softmax, row, tile.rows)) smem.items[item_count % Smem::kItems].tiles[index].lost = true;
+        if (is_lost(softmax, tile.rows)) smem.items[item_count % Smem::kItems].tiles[index].lost = true;
       }
     }
     auto& [row_scale, lse] = ending;
-    if (first_row + 64 > tile.rows && tile.rows < tile.stored) zero_unused(row, tile.rows, row_scale, lse);
+    if (first_row + 64 > tile.rows && tile.rows < tile.stored) zero_unused(tile.rows, row_scale, lse);
 
     const bool leader = threadIdx.x % 128 == 0;
     typename Smem::QTile* buffer;
@@ -606,18 +630,20 @@ struct Consumer {
       }
     }
 
-    float* row_lse = args.lse + tile.first_lse + row;
     if (own_column() == 0) {
-      if (row < tile.stored) row_lse[0] = lse[0];
-      if (row + 8 < tile.stored) row_lse[8] = lse[1];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int own = row(r), stored = tile.stored;
+        if (own < stored) args.lse[tile.first_lse + int64_t{head_of_tile(r)} * stored + own] = lse[r];
+      }
     }
   }
 
   // Rows that are stored but not used have O 0 and the lse of nothing, whatever their neighbours saw.
-  __device__ __forceinline__ void zero_unused(int row, int rows, float (&row_scale)[2], float (&lse)[2]) {
+  __device__ __forceinline__ void zero_unused(int rows, float (&row_scale)[2], float (&lse)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (row + 8 * r < rows) continue;
+      if (row(r) < rows) continue;
       row_scale[r] = 0.f;
       lse[r] = -INFINITY;
 #pragma unroll
@@ -661,7 +687,7 @@ struct Consumer {
       const bool keeps_offset = Config::kKeepsOffset && block >= full.begin;
       if (keeps_offset) softmax.keep_offset();
       for (; block >= full.begin; --block) next_block<false>(softmax, block, block == own.begin);
-      if (keeps_offset) in_doubt = softmax.is_large();
+      if (keeps_offset) in_doubt = softmax.release_offset();
       for (; block >= own.begin; --block) next_block<true>(softmax, block, block == own.begin);
       last_output(softmax, ending);
       const int last = same(tile().skipped) + same(tile().blocks.end) - same(tile().blocks.begin);
@@ -732,20 +758,22 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
   const Shape q_shape = problem.q_shape(), k_shape = problem.k_shape();
   const Sequences sequences = problem.sequences();
   const bool q_is_ragged = sequences.is_ragged(), k_is_ragged = sequences.transposed().is_ragged();
+  const int tile_heads = heads_of_tile(problem, Config::kPlan);
 
   ForwardArguments args;
-  args.q = make_sequence_map<typename Smem::QTile>("q", params.q, q_shape, q_is_ragged);
+  args.q = make_sequence_map<typename Smem::QTile>("q", params.q, q_shape, q_is_ragged, tile_heads);
   args.k = make_sequence_map<typename Smem::KvTile>("k", params.k, k_shape, k_is_ragged);
   args.v = make_sequence_map<typename Smem::KvTile>("v", params.v, k_shape, k_is_ragged);
-  args.out = make_sequence_map<typename Smem::QTile>("out", params.out, q_shape, q_is_ragged);
+  args.out = make_sequence_map<typename Smem::QTile>("out", params.out, q_shape, q_is_ragged, tile_heads);
   args.lse = params.lse;
   args.sinks = params.sinks;
   args.item_counters = params.item_counters;
   args.most_claims = most_claims(problem, Config::kPlan);
   args.sequences = sequences;
   args.heads = static_cast<int>(problem.heads);
-  args.heads_per_kv_head = problem.heads_per_kv_head();
-  args.head_dim = static_cast<int>(problem.head_dim);
+  args.tile_heads = tile_heads;
+  args.tile_rows_log2 = std::countr_zero(64u / tile_heads);
+  args.heads_per_kv_head = problem.heads_per_kv_head() / tile_heads;
   const auto softcap = static_cast<float>(problem.options.softcap);
   args.scale_log2 = (Config::kSoftcap ? softcap : problem.softmax_scale()) * kLog2E;
   args.cap_log2 = Config::kSoftcap ? problem.softmax_scale() / softcap * 2 * kLog2E : 0.f;

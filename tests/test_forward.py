@@ -132,8 +132,8 @@ def test_poison_reaches_what_is_allocated_next():
 def test_surroundings_change_nothing(row, causal):
     """q, k, v inside larger buffers: the fill around them, in every dimension, must not reach the result."""
     head_dim, rows = row["head_dim"], [1, *(plan["block_q"] + 5 for plan in forward_plans(row))]
-    for seqlen_q, seqlen_k in itertools.product(rows, (3, row["forward"]["block_kv"] + 9)):
-        inputs = [normal(2, s, h, head_dim) for s, h in ((seqlen_q, 6), (seqlen_k, 2), (seqlen_k, 2))]
+    for seqlen_q, seqlen_k, heads in itertools.product(rows, (3, row["forward"]["block_kv"] + 9), (6, 8)):
+        inputs = [normal(2, s, h, head_dim) for s, h in ((seqlen_q, heads), (seqlen_k, 2), (seqlen_k, 2))]
         expected = attend(*inputs, causal=causal)
         for fill in (0.0, math.nan, math.inf, -math.inf):
             embedded = [embed(x, fill, margin=300) for x in inputs]
@@ -251,7 +251,7 @@ def test_items_are_computed_twice_where_a_row_grows_too_far_and_nowhere_else(row
 @each_plan
 @both_masks
 def test_no_item_is_computed_twice_for_usual_scores(row, which, dtype, causal):
-    """Nor for a mask that ends with a block, or a NaN in q."""
+    """Nor for a mask that ends with a block, or a NaN that a row meets in its first block."""
     seqlen_q, seqlen_k = lengths_of_plan(row, which, dtype)
     before = flash_attn_ext._C.items_again(torch.empty(0, device="cuda"))
     for more_keys in range(65):
@@ -259,7 +259,37 @@ def test_no_item_is_computed_twice_for_usual_scores(row, which, dtype, causal):
         q, k, v = (normal(1, seqlen, 1, row["head_dim"], dtype=DTYPES[dtype]) for seqlen in lengths)
         q[0, 3, 0, 1] = math.nan
         attend(q, k, v, causal=causal)
+    if not causal:
+        k[0, -1, 0, 1] = math.nan
+        out, _ = attend(q, k, v)
+        assert out.isnan().all()
     assert flash_attn_ext._C.items_again(q) == before
+
+
+@each_row
+def test_lost_items_of_short_packed_sequences(row):
+    """Several are claimed at once, and have tiles of several sequences."""
+    sequences, rows, keys = 150, 41, 500
+    inputs = along_the_walk("growing by 90 a block", row, rows, keys, heads=2, kv_heads=1, packed=True)
+    q, k, v = (x[0].repeat(sequences, 1, 1) for x in inputs)
+    edges = [torch.arange(sequences + 1, dtype=torch.int32, device="cuda") * n for n in (rows, keys)]
+    before = flash_attn_ext._C.items_again(q)
+    for _ in range(3):
+        attend_and_check(q, k, v, cu_seqlens_q=edges[0], cu_seqlens_k=edges[1])
+    assert (flash_attn_ext._C.items_again(q) > before) == ("keeps_offset" in row["forward"])
+
+
+@each_row
+@pytest.mark.parametrize("nats", [(60, 60), (80, 80), (85, 90), (87.5, 87.5), (90, 20), (100, 100)], ids=str)
+def test_large_sums_ahead_of_the_edge_of_a_window(row, nats):
+    """A key that is far above all before it, in a block without a mask, and one in the block that the window cuts."""
+    seqlen, left = 1163, 700
+    q, k, v = (normal(1, seqlen, 2, row["head_dim"]) for _ in range(3))
+    q[..., 0], k[..., 0] = 0, 0
+    q[:, -1, :, 0] = 8
+    for key, size in zip((seqlen - left // 2, seqlen - 1 - left), nats, strict=True):
+        k[:, key, :, 0] = size / 8 * row["head_dim"] ** 0.5
+    attend_and_check(q, k, v, window_size=(left, 0))
 
 
 # Rows that see nothing, NaN and Inf ----------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ __device__ __forceinline__ void cap(float (&scores)[kRegisters], float factor_lo
 // precise.
 struct OnlineSoftmax {
   static constexpr float kSlack = 8.f;  // in powers of two
-  // At an offset that stays: up to where a thread's sum leaves no doubt that O has not overflown, and a row's sum is
-  // right.
+  // At an offset that stays: up to where a thread's sum leaves no doubt that O has not overflown (of a V below 2^116),
+  // and up to where a row's sum is right.
   static constexpr float kLargeSum = 0x1.0p10f, kMostSum = 0x1.0p100f;
 
   float scale_log2;  // softmax_scale * log2(e): exp(scale * s) = exp2(scale_log2 * s), one FFMA and one EX2
@@ -83,11 +83,14 @@ struct OnlineSoftmax {
     return grew;
   }
 
-  // Before the first call of update_at_offset. What is NaN already is told from what becomes NaN.
+  // Before the first call of update_at_offset. A row that is NaN already is told from one that becomes NaN.
   __device__ __forceinline__ void keep_offset() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (isnan(sum[r])) offset[r] = INFINITY;
+      float total = sum[r];
+      total += __shfl_xor_sync(~0u, total, 1);
+      total += __shfl_xor_sync(~0u, total, 2);
+      if (isnan(total)) offset[r] = INFINITY;
     }
   }
 
@@ -108,8 +111,16 @@ struct OnlineSoftmax {
     for (int r = 0; r < 2; ++r) sum[r] = partial[r][0] + partial[r][1];
   }
 
-  // Whether a sum is so large that O may have overflown, or P; and whether that of the row has.
-  __device__ __forceinline__ bool is_large() const { return !(sum[0] < kLargeSum && sum[1] < kLargeSum); }
+  // After the last one: whether a sum is so large that O, or P, may have overflown. One that is too large becomes
+  // infinite, so that no rescaling hides it.
+  __device__ __forceinline__ bool release_offset() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (sum[r] >= kMostSum) sum[r] = INFINITY;
+    }
+    return !(sum[0] < kLargeSum && sum[1] < kLargeSum);
+  }
+  // After `finish`, of a row.
   __device__ __forceinline__ bool is_too_large(int r) const { return !(sum[r] < kMostSum); }
   __device__ __forceinline__ bool was_nan(int r) const { return offset[r] == INFINITY; }
 
@@ -117,16 +128,16 @@ struct OnlineSoftmax {
   // logit that joins the sum but not O. It is given in powers of two; -inf: none. A row that saw nothing, or only
   // scores of -inf, has O 0 and the lse that the sink has. NaN stays NaN. There is no branch, so that a product may run
   // meanwhile.
-  __device__ __forceinline__ void finish(float sink_log2, float (&row_scale)[2], float (&lse)[2]) {
+  __device__ __forceinline__ void finish(const float (&sink_log2)[2], float (&row_scale)[2], float (&lse)[2]) {
     constexpr float kLn2 = 0.6931471805599453f;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
       sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
       // From the offset to the larger of both, so that nothing overflows: by exactly 1 where that is the offset.
-      const float scaled = offset[r] * scale_log2, larger = fmaxf(scaled, sink_log2);
+      const float scaled = offset[r] * scale_log2, larger = fmaxf(scaled, sink_log2[r]);
       const float reference = larger == -INFINITY ? 0.f : larger;
-      const float rescale = ptx::ex2(scaled - reference), total = sum[r] * rescale + ptx::ex2(sink_log2 - reference);
+      const float rescale = ptx::ex2(scaled - reference), total = sum[r] * rescale + ptx::ex2(sink_log2[r] - reference);
       row_scale[r] = total == 0.f ? 0.f : rescale * ptx::rcp(total);
       lse[r] = (reference + log2f(total)) * kLn2;
     }

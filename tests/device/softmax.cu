@@ -24,7 +24,7 @@ __global__ void online_softmax(const float* scores, const int* first_key, const 
   const int row = own_row(), column = own_column();
   OnlineSoftmax softmax(kScale * kLog2e);
   float o[2] = {0.f, 0.f};
-  bool keeps_offset = false;
+  bool keeps_offset = false, in_doubt = false;
   for (int block = 0; block < kBlocks; ++block) {
     float s[kBlock / 2], rescale[2];
 #pragma unroll
@@ -39,6 +39,7 @@ __global__ void online_softmax(const float* scores, const int* first_key, const 
       if (!keeps_offset) softmax.keep_offset();
       keeps_offset = true;
       softmax.update_at_offset(s);
+      in_doubt = softmax.release_offset();
     } else {
       mask_before(s, first);
       mask_from(s, end);
@@ -50,9 +51,8 @@ __global__ void online_softmax(const float* scores, const int* first_key, const 
 #pragma unroll
     for (int i = 0; i < kBlock / 2; ++i) o[fragment_row(i)] += s[i];
   }
-  const bool in_doubt = keeps_offset && softmax.is_large();
   float row_scale[2], lse[2];
-  softmax.finish(sink * kLog2e, row_scale, lse);
+  softmax.finish({sink * kLog2e, sink * kLog2e}, row_scale, lse);
   for (int r = 0; r < 2; ++r) {
     o[r] += __shfl_xor_sync(~0u, o[r], 1);
     o[r] += __shfl_xor_sync(~0u, o[r], 2);
@@ -171,6 +171,26 @@ static void check_any_sequence() {
       }
     }
     for (float sink : {-INFINITY, 5.f}) check_sink(scores, first, end, sink);
+    // The last block masked, as at the edge of a window.
+    check_sink(scores, first, std::vector<int>(kRows, kKeys - 1), -INFINITY);
+  }
+}
+
+// Sums that are large, and then rescaled in a masked block: nothing of them may be lost unnoticed.
+static void check_large_sums() {
+  const std::vector<int> first(kRows, 0), end(kRows, kKeys - 1);
+  for (float before : {40.f, 69.f, 75.f, 85.f, 87.5f, 95.f}) {
+    for (float after : {20.f, 85.f, 87.5f, 95.f, 200.f}) {
+      std::vector<float> scores(kRows * kKeys);
+      for (int row = 0; row < kRows; row += 5) {
+        scores[row * kKeys + 2 * kBlock + row % kBlock] = before / kScale;
+        scores[row * kKeys + 3 * kBlock + row % (kBlock - 1)] = after / kScale;
+      }
+      const std::vector<int> lost = check_softmax<true>(scores, first, end, -INFINITY);
+      for (int row = 0; row < kRows; ++row) {
+        test::check(lost[row] == (row % 5 == 0 && before > 70), "large sums: row " + std::to_string(row));
+      }
+    }
   }
 }
 
@@ -230,6 +250,7 @@ int main() {
   for (float sink : {-INFINITY, -100.f, 5.f, 1000.f}) check_sink(scores, first, end, sink);
   check_offset_that_stays();
   check_any_sequence();
+  check_large_sums();
   check_cap();
   return test::finish("softmax");
 }
