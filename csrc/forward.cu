@@ -471,7 +471,7 @@ struct Consumer {
   // Of the thread's row r, 0 or 1: its place in the sequence, and its head among those of the tile.
   __device__ __forceinline__ int row(int r) const {
     const int mask = Config::kSharesTiles ? (1 << args.tile_rows_log2) - 1 : 63;
-    return same(tile().first_row) + (own_row() & mask) + (8 * r & mask);
+    return tile().first_row + (own_row() & mask) + (8 * r & mask);
   }
   __device__ __forceinline__ int head_of_tile(int r) const {
     return Config::kSharesTiles ? own_row() + 8 * r >> args.tile_rows_log2 : 0;
@@ -630,11 +630,11 @@ struct Consumer {
       }
     }
 
-    if (own_column() == 0) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int own = row(r), stored = tile.stored;
-        if (own < stored) args.lse[tile.first_lse + int64_t{head_of_tile(r)} * stored + own] = lse[r];
+    for (int r = 0; r < 2; ++r) {
+      const int own = row(r), stored = tile.stored;
+      if (own_column() == 0 && own < stored) {
+        args.lse[tile.first_lse + int64_t{head_of_tile(r)} * stored + own] = lse[r];
       }
     }
   }
