@@ -8,7 +8,6 @@
 // has the barriers, the layout of shared memory and the cycle budget.
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cuda/ptx>
 #include <stdexcept>
@@ -73,9 +72,6 @@ struct ForwardConfig {
   static constexpr bool kKeepsOffset = kPlan.keeps_offset && std::is_same_v<T, __nv_bfloat16> && !kSoftcap;
   static constexpr bool kTurns = kPlan.turns || kKeepsOffset;
 
-  // Whether heads may share a tile (work.h). With softcap there are no registers for it at head dim 64.
-  static constexpr bool kSharesTiles = !kSoftcap;
-
   static_assert(kPlan.built() && kBlockQ == 64 * kConsumers && kBlockKv % 16 == 0 && kHeadDim % 32 == 0);
   static_assert(kOwnOutBuffer || (kStages >= kConsumers && kBlockKv >= 64), "each consumer's O takes a stage of V");
   static_assert(kConsumers >= 2 && kConsumers <= 4, "register counts are chosen for two to four consumers");
@@ -91,7 +87,7 @@ struct Tile {
   int sequence;
   int rows, keys;  // of the sequence: those that are used
   int stored;      // rows that the sequence has room for
-  int first_row;   // in the sequence; where heads share the tile, of each
+  int first_row;   // in the sequence
   int skipped;     // blocks of the item ahead of the tile's own
   int end_key;     // of those that some of its rows see
   Range blocks;    // its own
@@ -160,10 +156,9 @@ struct ForwardArguments {
   int most_claims;     // at once
   Schedule schedule;
   Sequences sequences;
-  int heads, heads_per_kv_head;    // of the schedule's: its heads are those that have tiles of their own
-  int tile_heads, tile_rows_log2;  // query heads that share a tile, and rows of each there
-  float scale_log2;                // with softcap: of the capped scores, which are at most 1
-  float cap_log2;                  // softmax_scale / softcap * 2 * log2(e)
+  int heads, heads_per_kv_head;
+  float scale_log2;  // with softcap: of the capped scores, which are at most 1
+  float cap_log2;    // softmax_scale / softcap * 2 * log2(e)
 };
 
 // --------------------------------------------------------------------------------------------------------- producer
@@ -180,25 +175,24 @@ __device__ __forceinline__ Block locate_tile(const ForwardArguments& args, int n
 // Whether there are rows in the tile. There are none behind a sequence's last one, and in holes among packed sequences.
 __device__ __forceinline__ bool has_rows(const ForwardArguments& args, const Block& tile) {
   const int stored = args.sequences.stored_rows(tile.sequence);
-  return tile.index >= 0 && stored > 0 && tile.index <= (stored - 1) >> args.tile_rows_log2;
+  return tile.index >= 0 && stored > 0 && tile.index <= (stored - 1) / 64;
 }
 
 template <class Config>
 __device__ __forceinline__ void describe_tile(const ForwardArguments& args, const Block& at, bool is_tile, Tile& tile) {
   const Sequences& sequences = args.sequences;
   const Sequence sequence = sequences.at(at.sequence);
-  const int rows = 1 << args.tile_rows_log2;
-  const int stored = sequences.stored_rows(at.sequence), first_row = is_tile ? at.index << args.tile_rows_log2 : stored;
+  const int stored = sequences.stored_rows(at.sequence), first_row = is_tile ? at.index * 64 : stored;
   tile.sequence = at.sequence;
   tile.rows = sequence.rows;
   tile.keys = sequence.keys;
   tile.stored = stored;
   tile.first_row = first_row;
   ptx::forget_memory();  // what is read again below takes no registers above
-  tile.full = sequence.full_blocks(first_row, min(rows, sequence.rows - first_row), Config::kBlockKv);
+  tile.full = sequence.full_blocks(first_row, min(64, sequence.rows - first_row), Config::kBlockKv);
   ptx::forget_memory();
-  tile.blocks = sequence.blocks(first_row, rows, Config::kBlockKv);
-  tile.end_key = sequence.seen(first_row, rows).end;
+  tile.blocks = sequence.blocks(first_row, 64, Config::kBlockKv);
+  tile.end_key = sequence.seen(first_row, 64).end;
   ptx::forget_memory();
   // An offset is kept behind a key that all rows have seen, the first one too.
   if (Config::kKeepsOffset && tile.full.end < tile.blocks.end &&
@@ -209,7 +203,7 @@ __device__ __forceinline__ void describe_tile(const ForwardArguments& args, cons
   ptx::forget_memory();
   tile.q = sequences.origin_of_used(at.sequence);
   tile.out = sequences.origin_of_stored(at.sequence);
-  tile.first_lse = sequences.first_value(at.sequence, at.head * args.tile_heads, args.heads);
+  tile.first_lse = sequences.first_value(at.sequence, at.head, args.heads);
 }
 
 // What the tiles make together. Later tiles see blocks that end later: the last one's come first.
@@ -238,8 +232,8 @@ __device__ __forceinline__ void describe_blocks(const ForwardArguments& args,
   item.has_turns = segments <= 1;
 }
 
-// Waits until the items in so many slots from `at` on are done. Those of which a tile was lost (Consumer::is_lost) are
-// handed out once more, in the first of the slots; none is lost twice.
+// Waits until the items in so many slots from `at` on are done. Those of which a tile was lost
+// (Consumer::say_what_is_lost) are handed out once more, in the first of the slots; none is lost twice.
 template <class Config>
 __device__ __forceinline__ void free_slots(const ForwardArguments& args, ForwardSmem<Config>& smem,
                                            typename ForwardSmem<Config>::ItemPosition& at, int slots) {
@@ -468,15 +462,6 @@ struct Consumer {
   static __device__ __forceinline__ int same(int number) { return __shfl_sync(~0u, number, 0); }
   static __device__ __forceinline__ Range same(const Range& range) { return {same(range.begin), same(range.end)}; }
 
-  // Of the thread's row r, 0 or 1: its place in the sequence, and its head among those of the tile.
-  __device__ __forceinline__ int row(int r) const {
-    const int mask = Config::kSharesTiles ? (1 << args.tile_rows_log2) - 1 : 63;
-    return tile().first_row + (own_row() & mask) + (8 * r & mask);
-  }
-  __device__ __forceinline__ int head_of_tile(int r) const {
-    return Config::kSharesTiles ? own_row() + 8 * r >> args.tile_rows_log2 : 0;
-  }
-
   // Masks the edges that the block has.
   template <int kRegisters>
   __device__ __forceinline__ void mask(float (&part)[kRegisters], int block) {
@@ -484,13 +469,13 @@ struct Consumer {
     const Sequence sequence = {same(tile().rows), same(tile().keys), args.sequences.each.left,
                                args.sequences.each.right};
     const Range full = same(tile().full);
-    const int first_key = block * kBlockKv, rows[2] = {row(0), row(1)};
+    const int row = same(tile().first_row) + own_row(), first_key = block * kBlockKv;
     if (block >= full.end) {
-      const int end[2] = {sequence.end_key(rows[0]) - first_key, sequence.end_key(rows[1]) - first_key};
+      const int end[2] = {sequence.end_key(row) - first_key, sequence.end_key(row + 8) - first_key};
       mask_from(part, end);
     }
     if (block < full.begin) {
-      const int first[2] = {sequence.first_key(rows[0]) - first_key, sequence.first_key(rows[1]) - first_key};
+      const int first[2] = {sequence.first_key(row) - first_key, sequence.first_key(row + 8) - first_key};
       mask_before(part, first);
     }
   }
@@ -555,17 +540,29 @@ struct Consumer {
     }
   }
 
+  // Where scores have grown too far for the offset, P was infinite: the tile is to be done again. What rows past the
+  // end see does not matter.
+  __device__ __forceinline__ void say_what_is_lost(const OnlineSoftmax& softmax) {
+    Tile& tile = smem.items[item_count % Smem::kItems].tiles[index];
+    const int rows = tile.rows - tile.first_row - own_row();
+    if ((softmax.is_lost(0) && rows > 0) || (softmax.is_lost(1) && rows > 8)) tile.lost = true;
+  }
+
+  // Where a sum has become large with P, ahead of P V.
+  __device__ __forceinline__ void raise_offset(OnlineSoftmax& softmax) {
+    float rescale[2];
+    softmax.raise_offset(scores, rescale);
+    to_operand<T>(p, scores);
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= rescale[fragment_row(i)];
+  }
+
   // What O is multiplied by at the end, and lse, of the thread's two rows.
   struct Ending {
     float row_scale[2], lse[2];
   };
   __device__ __forceinline__ void finish(OnlineSoftmax& softmax, Ending& ending) {
-    float sink_log2[2] = {-INFINITY, -INFINITY};
-    if (args.sinks != nullptr) {
-      const float* sinks = args.sinks + item().head * args.tile_heads;
-      for (int r = 0; r < 2; ++r) sink_log2[r] = sinks[head_of_tile(r)] * kLog2E;
-    }
-    softmax.finish(sink_log2, ending.row_scale, ending.lse);
+    softmax.finish(args.sinks != nullptr ? args.sinks[item().head] * kLog2E : -INFINITY, ending.row_scale, ending.lse);
   }
 
   __device__ __forceinline__ void last_output(OnlineSoftmax& softmax, Ending& ending) {
@@ -576,32 +573,13 @@ struct Consumer {
     release_v();
   }
 
-  // Whether blocks without a maximum may have left one of the thread's rows wrong: P was larger than bf16 or the sum
-  // may be, or O was. What was NaN before them stays NaN.
-  __device__ __forceinline__ bool is_lost(const OnlineSoftmax& softmax, int rows) const {
-    float finite[2] = {0.f, 0.f};  // or NaN
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) finite[fragment_row(i)] += 0.f * out[i];
-    bool lost = false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      lost |= row(r) < rows && !softmax.was_nan(r) && (softmax.is_too_large(r) || finite[r] != 0.f);
-    }
-    return lost;
-  }
-
   // O / sum leaves through shared memory by TMA, which clips the rows past the end; lse leaves from registers.
-  __device__ __forceinline__ void store(OnlineSoftmax& softmax, Ending& ending, bool in_doubt) {
+  __device__ __forceinline__ void store(OnlineSoftmax& softmax, Ending& ending) {
     if constexpr (!Config::kFinishesEarly) finish(softmax, ending);
     const Tile& tile = this->tile();
-    const int head = item().head, first_row = same(tile.first_row);
-    if constexpr (Config::kKeepsOffset) {
-      if (__any_sync(~0u, in_doubt)) [[unlikely]] {
-        if (is_lost(softmax, tile.rows)) smem.items[item_count % Smem::kItems].tiles[index].lost = true;
-      }
-    }
+    const int head = item().head, first_row = same(tile.first_row), row = first_row + own_row();
     auto& [row_scale, lse] = ending;
-    if (first_row + 64 > tile.rows && tile.rows < tile.stored) zero_unused(tile.rows, row_scale, lse);
+    if (first_row + 64 > tile.rows && tile.rows < tile.stored) zero_unused(row, tile.rows, row_scale, lse);
 
     const bool leader = threadIdx.x % 128 == 0;
     typename Smem::QTile* buffer;
@@ -630,20 +608,18 @@ struct Consumer {
       }
     }
 
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int own = row(r), stored = tile.stored;
-      if (own_column() == 0 && own < stored) {
-        args.lse[tile.first_lse + int64_t{head_of_tile(r)} * stored + own] = lse[r];
-      }
+    float* row_lse = args.lse + tile.first_lse + row;
+    if (own_column() == 0) {
+      if (row < tile.stored) row_lse[0] = lse[0];
+      if (row + 8 < tile.stored) row_lse[8] = lse[1];
     }
   }
 
   // Rows that are stored but not used have O 0 and the lse of nothing, whatever their neighbours saw.
-  __device__ __forceinline__ void zero_unused(int rows, float (&row_scale)[2], float (&lse)[2]) {
+  __device__ __forceinline__ void zero_unused(int row, int rows, float (&row_scale)[2], float (&lse)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (row(r) < rows) continue;
+      if (row + 8 * r < rows) continue;
       row_scale[r] = 0.f;
       lse[r] = -INFINITY;
 #pragma unroll
@@ -665,7 +641,6 @@ struct Consumer {
     has_turns = same(item().has_turns);
     OnlineSoftmax softmax(args.scale_log2);
     Ending ending;
-    bool in_doubt = false;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.f;
 
@@ -686,8 +661,16 @@ struct Consumer {
       }
       const bool keeps_offset = Config::kKeepsOffset && block >= full.begin;
       if (keeps_offset) softmax.keep_offset();
-      for (; block >= full.begin; --block) next_block<false>(softmax, block, block == own.begin);
-      if (keeps_offset) in_doubt = softmax.release_offset();
+      while (block >= full.begin) {  // what is rare stands outside the inner loop, which is faster without a branch
+        bool large;
+        do {
+          next_block<false>(softmax, block, block == own.begin);
+          --block;
+          large = Config::kKeepsOffset && softmax.is_large();
+        } while (!large && block >= full.begin);
+        if (large) raise_offset(softmax);
+      }
+      if (keeps_offset) say_what_is_lost(softmax);
       for (; block >= own.begin; --block) next_block<true>(softmax, block, block == own.begin);
       last_output(softmax, ending);
       const int last = same(tile().skipped) + same(tile().blocks.end) - same(tile().blocks.begin);
@@ -696,7 +679,7 @@ struct Consumer {
       release_q();
       if constexpr (Config::kFinishesEarly) finish(softmax, ending);
     }
-    store(softmax, ending, in_doubt);
+    store(softmax, ending);
     __syncwarp();  // all lanes have read the item
     smem.item_ring.release(item_at());
     ++item_count;
@@ -758,22 +741,19 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
   const Shape q_shape = problem.q_shape(), k_shape = problem.k_shape();
   const Sequences sequences = problem.sequences();
   const bool q_is_ragged = sequences.is_ragged(), k_is_ragged = sequences.transposed().is_ragged();
-  const int tile_heads = heads_of_tile(problem, Config::kPlan);
 
   ForwardArguments args;
-  args.q = make_sequence_map<typename Smem::QTile>("q", params.q, q_shape, q_is_ragged, tile_heads);
+  args.q = make_sequence_map<typename Smem::QTile>("q", params.q, q_shape, q_is_ragged);
   args.k = make_sequence_map<typename Smem::KvTile>("k", params.k, k_shape, k_is_ragged);
   args.v = make_sequence_map<typename Smem::KvTile>("v", params.v, k_shape, k_is_ragged);
-  args.out = make_sequence_map<typename Smem::QTile>("out", params.out, q_shape, q_is_ragged, tile_heads);
+  args.out = make_sequence_map<typename Smem::QTile>("out", params.out, q_shape, q_is_ragged);
   args.lse = params.lse;
   args.sinks = params.sinks;
   args.item_counters = params.item_counters;
   args.most_claims = most_claims(problem, Config::kPlan);
   args.sequences = sequences;
   args.heads = static_cast<int>(problem.heads);
-  args.tile_heads = tile_heads;
-  args.tile_rows_log2 = std::countr_zero(64u / tile_heads);
-  args.heads_per_kv_head = problem.heads_per_kv_head() / tile_heads;
+  args.heads_per_kv_head = problem.heads_per_kv_head();
   const auto softcap = static_cast<float>(problem.options.softcap);
   args.scale_log2 = (Config::kSoftcap ? softcap : problem.softmax_scale()) * kLog2E;
   args.cap_log2 = Config::kSoftcap ? problem.softmax_scale() / softcap * 2 * kLog2E : 0.f;

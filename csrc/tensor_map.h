@@ -38,17 +38,16 @@ struct MapDimensions {
   int64_t strides[4];
 };
 
-// A map of 16-bit elements whose copies move boxes of so many rows by one slab's columns; of the last dimension, so
-// many places.
+// A map of 16-bit elements whose copies move boxes of so many rows of one head by one slab's columns.
 inline CUtensorMap encode_tensor_map(const char* name, const Tensor& tensor, const Shape& shape,
                                      const MapDimensions& dimensions, CUtensorMapDataType type, cuuint32_t rows,
-                                     cuuint32_t columns, cuuint32_t last) {
+                                     cuuint32_t columns) {
   constexpr int kElementBytes = 2;
   const auto& strides = tensor.strides;
   cuuint64_t stride_bytes[4];
   for (int i = 0; i < 4; ++i) stride_bytes[i] = static_cast<cuuint64_t>(dimensions.strides[i]) * kElementBytes;
   const auto swizzle = columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-  const cuuint32_t box[5] = {columns, rows, 1, 1, last};
+  const cuuint32_t box[5] = {columns, rows, 1, 1, 1};
   const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
   CUresult result = tensor_map_encoder()(&map, type, dimensions.rank, tensor.data, dimensions.sizes, stride_bytes, box,
@@ -68,11 +67,11 @@ inline CUtensorMap encode_tensor_map(const char* name, const Tensor& tensor, con
 }
 
 template <class Tile>
-CUtensorMap make_tensor_map(const char* name, const Tensor& tensor, const Shape& shape, const MapDimensions& dimensions,
-                            int last = 1) {
+CUtensorMap make_tensor_map(const char* name, const Tensor& tensor, const Shape& shape,
+                            const MapDimensions& dimensions) {
   constexpr bool kIsHalf = std::is_same_v<typename Tile::Element, __half>;
   constexpr auto kType = kIsHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return encode_tensor_map(name, tensor, shape, dimensions, kType, Tile::kRows / last, Tile::kSlabColumns, last);
+  return encode_tensor_map(name, tensor, shape, dimensions, kType, Tile::kRows, Tile::kSlabColumns);
 }
 
 inline MapDimensions dense_dimensions(const Tensor& tensor, const Shape& shape) {
@@ -97,20 +96,10 @@ CUtensorMap make_tensor_map(const char* name, const Tensor& tensor, const Shape&
 // from batch offset + size on. The last dimension's step is so long that kWrap of them, less kWrap rows, are 2^64 bytes
 // or a multiple, which an address does not show. Triton's tools/ragged_tma.py has the trick. Dense batches must follow
 // each other like rows.
-//
-// Where so many neighbouring heads share a tile, it has that many times fewer rows of each, head by head. A head's
-// coordinate is then their number, and the last dimension is the head among them.
 template <class Tile>
-CUtensorMap make_sequence_map(const char* name, const Tensor& tensor, const Shape& shape, bool is_ragged,
-                              int tile_heads = 1) {
+CUtensorMap make_sequence_map(const char* name, const Tensor& tensor, const Shape& shape, bool is_ragged) {
   MapDimensions dimensions = dense_dimensions(tensor, shape);
   dimensions.rank = 5;
-  if (tile_heads > 1) {
-    dimensions.sizes[2] /= tile_heads;
-    dimensions.sizes[4] = tile_heads;
-    dimensions.strides[1] *= tile_heads;
-    dimensions.strides[3] = tensor.strides.head;
-  }
   if (is_ragged) {
     constexpr int64_t kWrappingStride = int64_t{1} << 34;  // times kWrap and 2 bytes: 2^65
     constexpr cuuint64_t kMost = 0x7fff0000;               // sizes may be 2^32, but coordinates are signed
@@ -126,7 +115,7 @@ CUtensorMap make_sequence_map(const char* name, const Tensor& tensor, const Shap
     dimensions.strides[0] = dimensions.strides[2] = row_stride;
     dimensions.strides[3] = kWrappingStride - row_stride;
   }
-  return make_tensor_map<Tile>(name, tensor, shape, dimensions, tile_heads);
+  return make_tensor_map<Tile>(name, tensor, shape, dimensions);
 }
 
 }  // namespace flash_attn_ext

@@ -23,39 +23,28 @@ inline bool has_short_forward(const Problem& problem, const ForwardPlan& plan) {
          each.rows >= plan.block_q && has_few_keys;
 }
 
-// How many query heads share a tile of 64 rows. One, but of sequences of one length with few rows, where the heads of a
-// KV head would leave items of their own half empty. Kernels with softcap do not know of it.
-inline int heads_of_tile(const Problem& problem, const ForwardPlan& plan) {
-  const int group = problem.heads_per_kv_head();
-  if (problem.lengths.any() || problem.options.softcap != 0 || (group != 2 && group != 4 && group != 8)) return 1;
-  const auto items = [&](int heads) {
-    const int64_t tiles = (problem.seqlen_q - 1) / (64 / heads) + 1;
-    return ((tiles - 1) / plan.consumers() + 1) * (group / heads);
-  };
-  return 10 * items(group) <= 9 * items(1) ? group : 1;
-}
-
 // Blocks of query rows. The query heads of a KV head read the same K and V.
 inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan) {
   constexpr int kElementBytes = 2;
   const Sequences sequences = problem.sequences();
-  const int tile_heads = heads_of_tile(problem, plan), heads = static_cast<int>(problem.heads) / tile_heads;
+  const int heads = static_cast<int>(problem.heads);
   // Packed sequences are taken as one, since their lengths are not known here: from the last block to the first. Under
   // a causal mask a costly block has all its sequence's cheaper ones behind it, which even out what it leaves. A block
   // has a tile of 64 rows for each consumer, of any sequences.
   const bool packed = sequences.is_packed();
-  check_counts({sequences.block_count(heads, 64 / tile_heads)});
-  const int blocks = quotient(sequences.blocks_each(64 / tile_heads) - 1, plan.consumers()) + 1;
-  const int pairs = (packed ? 1 : sequences.count) * heads, group = problem.heads_per_kv_head() / tile_heads;
-  const int section =
-      Schedule::even_section(pairs, 2 * problem.seqlen_k * problem.head_dim * kElementBytes, group, kL2Bytes);
+  const int blocks =
+      packed ? quotient(sequences.blocks_each(64) - 1, plan.consumers()) + 1 : sequences.blocks_each(plan.block_q);
+  check_counts({packed ? int64_t{heads} * sequences.blocks_each(64) : sequences.block_count(heads, plan.block_q)});
+  const int pairs = (packed ? 1 : sequences.count) * heads;
+  const int section = Schedule::even_section(pairs, 2 * problem.seqlen_k * problem.head_dim * kElementBytes,
+                                             problem.heads_per_kv_head(), kL2Bytes);
   const bool by_cost =
       packed || sequences.each.right != Sequence::kUnbounded;  // later rows see more, until a window is full
   // A section's costliest blocks load all its K and V: few keys take longer to load than to multiply with. They are
   // loaded head by head, but in the last section.
   constexpr int kKeysByHead = 1024;
   const bool by_head = by_cost && !packed && sequences.each.keys <= kKeysByHead;
-  const int narrow = by_head ? group : section;
+  const int narrow = by_head ? problem.heads_per_kv_head() : section;
   return {.blocks = blocks,
           .heads = heads,
           .first_pair = 0,

@@ -209,18 +209,6 @@ def forward_cases(row):
             yield Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, causal, 1, *GQA, window_size=(FEW_KEYS, 0))
 
 
-def shared_tile_cases(row):
-    """Few rows, whose grouped heads share tiles: heads_of_tile of csrc/work.h."""
-    seqlen_k = 3 * row["forward"]["block_kv"] + 11
-    options = itertools.cycle([{}, {"sinks": True}, {"window_size": (70, 9)}, {"sinks": True, "window_size": (9, 70)}])
-    dtypes, layouts = itertools.cycle(DTYPES), itertools.cycle(("bshd", "bhsd", "sbhd"))
-    for heads, seqlen_q, causal in itertools.product(
-        ((4, 2), (8, 2), (16, 2), (8, 1)), (1, 8, 15, 33, 65, 131), (False, True)
-    ):
-        dtype, layout = next(dtypes), next(layouts)
-        yield Case(row["head_dim"], dtype, seqlen_q, seqlen_k, causal, 2, *heads, layout, **next(options))
-
-
 def backward_cases(row):
     """The same around the plan of the backward pass, at the edges of both passes' blocks."""
     plan = row["backward"]
@@ -402,9 +390,7 @@ BACKWARD_OPTIONS = [
 SMALL_ROW = {"head_dim": 16, "backward": {"block_q": 16, "block_kv": 24}}
 CPU_OPTIONS = [replace(case, batch=1) for case in option_cases(SMALL_ROW, "backward")]
 
-FORWARD = list(
-    dict.fromkeys(case for row in ROWS for case in itertools.chain(forward_cases(row), shared_tile_cases(row)))
-)
+FORWARD = list(dict.fromkeys(case for row in ROWS for case in forward_cases(row)))
 SMOKE = [case for row in ROWS for case in smoke_cases(row)]
 BACKWARD = list(dict.fromkeys(case for row in TRAINING_ROWS for case in backward_cases(row)))
 BACKWARD_SMOKE = [case for row in TRAINING_ROWS for case in smoke_cases(row, "backward")]

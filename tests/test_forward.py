@@ -132,8 +132,8 @@ def test_poison_reaches_what_is_allocated_next():
 def test_surroundings_change_nothing(row, causal):
     """q, k, v inside larger buffers: the fill around them, in every dimension, must not reach the result."""
     head_dim, rows = row["head_dim"], [1, *(plan["block_q"] + 5 for plan in forward_plans(row))]
-    for seqlen_q, seqlen_k, heads in itertools.product(rows, (3, row["forward"]["block_kv"] + 9), (6, 8)):
-        inputs = [normal(2, s, h, head_dim) for s, h in ((seqlen_q, heads), (seqlen_k, 2), (seqlen_k, 2))]
+    for seqlen_q, seqlen_k in itertools.product(rows, (3, row["forward"]["block_kv"] + 9)):
+        inputs = [normal(2, s, h, head_dim) for s, h in ((seqlen_q, 6), (seqlen_k, 2), (seqlen_k, 2))]
         expected = attend(*inputs, causal=causal)
         for fill in (0.0, math.nan, math.inf, -math.inf):
             embedded = [embed(x, fill, margin=300) for x in inputs]
@@ -240,7 +240,7 @@ def test_items_are_computed_twice_where_a_row_grows_too_far_and_nowhere_else(row
     places = [(0, 0, 0), (0, 1, 5), (0, 1, 70), (1, 0, block_q), (1, 1, 2 * block_q + 1), (1, 1, seqlen_q - 1)]
     for batch, head, place in places:
         q[batch, place, head, 0] = 8
-    for nats, lost in ((0, False), (40, False), (60, False), (90, keeps_offset), (3000, keeps_offset)):
+    for nats, lost in ((0, False), (40, False), (75, False), (95, keeps_offset), (3000, keeps_offset)):
         k[:, 0, :, 0] = nats / 8 * row["head_dim"] ** 0.5
         before = flash_attn_ext._C.items_again(q)
         attend_and_check(q, k, v, causal=causal)
@@ -280,7 +280,7 @@ def test_lost_items_of_short_packed_sequences(row):
 
 
 @each_row
-@pytest.mark.parametrize("nats", [(60, 60), (80, 80), (85, 90), (87.5, 87.5), (90, 20), (100, 100)], ids=str)
+@pytest.mark.parametrize("nats", [(40, 60), (80, 80), (85, 90), (87.5, 87.5), (90, 20), (100, 100)], ids=str)
 def test_large_sums_ahead_of_the_edge_of_a_window(row, nats):
     """A key that is far above all before it, in a block without a mask, and one in the block that the window cuts."""
     seqlen, left = 1163, 700

@@ -26,9 +26,9 @@ __device__ __forceinline__ void cap(float (&scores)[kRegisters], float factor_lo
 // precise.
 struct OnlineSoftmax {
   static constexpr float kSlack = 8.f;  // in powers of two
-  // At an offset that stays: up to where a thread's sum leaves no doubt that O has not overflown (of a V below 2^116),
-  // and up to where a row's sum is right.
-  static constexpr float kLargeSum = 0x1.0p10f, kMostSum = 0x1.0p100f;
+  // Of a thread's sum, at an offset that stays: from where on the warp raises its offsets, of which rows, and how far
+  // that can be done. Rows that would follow soon are raised with the first one.
+  static constexpr float kLargeSum = 0x1.0p10f, kRaisedSum = 0x1.0p4f, kMostSum = 0x1.0p120f;
 
   float scale_log2;  // softmax_scale * log2(e): exp(scale * s) = exp2(scale_log2 * s), one FFMA and one EX2
   float offset[2] = {-INFINITY, -INFINITY};
@@ -94,8 +94,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // The same as `update`, at the offset as it is: that spares the maximum, and O is not rescaled. P may be as large as
-  // float32 and bf16 allow. Whether it was larger, the sums say in the end.
+  // The same as `update`, at the offset as it is: that spares the maximum. P may be as large as float32 and bf16 allow.
   template <int kRegisters>
   __device__ __forceinline__ void update_at_offset(float (&scores)[kRegisters]) {
     // Before any finite score the offset is -inf, and all is lost.
@@ -111,33 +110,49 @@ struct OnlineSoftmax {
     for (int r = 0; r < 2; ++r) sum[r] = partial[r][0] + partial[r][1];
   }
 
-  // After the last one: whether a sum is so large that O, or P, may have overflown. One that is too large becomes
-  // infinite, so that no rescaling hides it.
-  __device__ __forceinline__ bool release_offset() {
+  // Whether a sum has become large, in one of the warp's threads: then `raise_offset` comes next.
+  __device__ __forceinline__ bool is_large() const {
+    return __any_sync(~0u, !(sum[0] < kLargeSum && sum[1] < kLargeSum));
+  }
+
+  // Raises the offsets of the warp's rows whose sum is not small, and multiplies P down. O must be multiplied by
+  // `rescale` before P V is added to it. A sum that is too large becomes infinite, and stays so: its row is lost.
+  template <int kRegisters>
+  __device__ __forceinline__ void raise_offset(float (&p)[kRegisters], float (&rescale)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (sum[r] >= kMostSum) sum[r] = INFINITY;
+      float largest = sum[r];  // of the row's threads; a NaN stays in the sum
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+      // By the sum, so that a key that dominates the row has a P of 1, which rounding leaves alone. At the smallest
+      // scales it cannot be, and need not, since a sum counts keys and no more.
+      const float raise = log2f(largest) / scale_log2;
+      const bool raises = largest >= kRaisedSum && largest < kMostSum && raise < INFINITY;
+      rescale[r] = raises ? ptx::rcp(largest) : 1.f;
+      offset[r] += raises ? raise : 0.f;
+      sum[r] *= largest < kMostSum ? rescale[r] : INFINITY;
     }
-    return !(sum[0] < kLargeSum && sum[1] < kLargeSum);
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) p[i] *= rescale[fragment_row(i)];
   }
-  // After `finish`, of a row.
-  __device__ __forceinline__ bool is_too_large(int r) const { return !(sum[r] < kMostSum); }
-  __device__ __forceinline__ bool was_nan(int r) const { return offset[r] == INFINITY; }
+
+  // After the last call of update_at_offset: whether the row is lost. What was NaN before the first one is not.
+  __device__ __forceinline__ bool is_lost(int r) const { return !(sum[r] < kMostSum) && offset[r] < INFINITY; }
 
   // After the last block: what O must be multiplied by, and the log-sum-exp of the scaled scores and of the sink, a
   // logit that joins the sum but not O. It is given in powers of two; -inf: none. A row that saw nothing, or only
   // scores of -inf, has O 0 and the lse that the sink has. NaN stays NaN. There is no branch, so that a product may run
   // meanwhile.
-  __device__ __forceinline__ void finish(const float (&sink_log2)[2], float (&row_scale)[2], float (&lse)[2]) {
+  __device__ __forceinline__ void finish(float sink_log2, float (&row_scale)[2], float (&lse)[2]) {
     constexpr float kLn2 = 0.6931471805599453f;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
       sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
       // From the offset to the larger of both, so that nothing overflows: by exactly 1 where that is the offset.
-      const float scaled = offset[r] * scale_log2, larger = fmaxf(scaled, sink_log2[r]);
+      const float scaled = offset[r] * scale_log2, larger = fmaxf(scaled, sink_log2);
       const float reference = larger == -INFINITY ? 0.f : larger;
-      const float rescale = ptx::ex2(scaled - reference), total = sum[r] * rescale + ptx::ex2(sink_log2[r] - reference);
+      const float rescale = ptx::ex2(scaled - reference), total = sum[r] * rescale + ptx::ex2(sink_log2 - reference);
       row_scale[r] = total == 0.f ? 0.f : rescale * ptx::rcp(total);
       lse[r] = (reference + log2f(total)) * kLn2;
     }

@@ -540,45 +540,6 @@ static void check_packing(const std::string& what, const std::vector<int>& sizes
   }
 }
 
-// Few rows of grouped heads: tiles that heads share hold every row of every head once, in fewer items.
-static void check_shared_tiles() {
-  constexpr ForwardPlan kPlan = {.block_q = 128, .block_kv = 128, .stages = 2};
-  const auto problem = [](int rows, int group) {
-    return Problem{3, rows, 500, 2 * group, 2, 128, DType::kBFloat16, {.softmax_scale = {}, .causal = true}};
-  };
-  for (int group : {2, 4, 8}) {
-    for (int rows : {1, 7, 8, 33, 64, 65, 131, 197}) {
-      const std::string name = std::to_string(rows) + " rows of " + std::to_string(group) + " heads";
-      const Problem few = problem(rows, group);
-      const Schedule schedule = forward_schedule(few, kPlan);
-      const int tile_heads = heads_of_tile(few, kPlan), tile_rows = 64 / tile_heads;
-      std::vector<int> visits(few.batch * few.heads * rows);
-      for (int index = 0; index < schedule.items(); ++index) {
-        const WorkItem item = schedule.item(index);
-        for (int i = 0; i < 128; ++i) {
-          const int row = (2 * item.block + i / 64) * tile_rows + i % tile_rows;
-          const int head = item.head * tile_heads + i % 64 / tile_rows;
-          if (row < rows) ++visits[(item.sequence * few.heads + head) * rows + row];
-        }
-      }
-      test::check(std::ranges::all_of(visits, [](int n) { return n == 1; }), name + ": each once");
-      const int64_t alone = 3 * few.heads * ((rows + 127) / 128);
-      test::check(tile_heads == 1 ? schedule.items() == alone : 10 * schedule.items() <= 9 * alone,
-                  name + ": " + std::to_string(schedule.items()) + " items, alone " + std::to_string(alone));
-    }
-    test::check(heads_of_tile(problem(33, group), kPlan) == group, "few rows");
-    test::check(heads_of_tile(problem(4096, group), kPlan) == 1, "many rows");
-  }
-  for (int group : {1, 3, 16}) test::check(heads_of_tile(problem(33, group), kPlan) == 1, "other groups");
-  const int lengths[4] = {};
-  Problem packed = problem(33, 4);
-  packed.lengths = {.cu_seqlens_q = lengths, .cu_seqlens_k = lengths};
-  test::check(heads_of_tile(packed, kPlan) == 1, "packed");
-  Problem capped = problem(33, 4);
-  capped.options.softcap = 30;
-  test::check(heads_of_tile(capped, kPlan) == 1, "softcap");
-}
-
 // A thread block claims several items at once where packed sequences are short.
 static void check_claims() {
   constexpr ForwardPlan kPlan = {.block_q = 128, .block_kv = 128, .stages = 2};
@@ -699,7 +660,6 @@ int main() {
   check_small_key_schedules();
   check_real_shapes();
   check_numbers_of_heads();
-  check_shared_tiles();
   check_claims();
   check_packings();
   check_sharing_is_bounded();
