@@ -309,7 +309,9 @@ def overhead_lines(results: dict) -> list[str]:
     }
     times = results.get("overhead_us") or {}
     rows = [f"| {label} | {times[peer]:.1f} |" for peer, label in names.items() if times.get(peer)]
-    return ["CPU time of one call, µs:", "", "| call | µs |", "|---|---|", *rows, ""] if rows else []
+    sources = results.get("overhead_csrc_sha256", results["csrc_sha256"])
+    of = "" if sources == results["csrc_sha256"] else f", of csrc sha256 `{sources[:12]}`"
+    return [f"CPU time of one call, µs{of}:", "", "| call | µs |", "|---|---|", *rows, ""] if rows else []
 
 
 def plots(path: Path, results: dict) -> dict[str, str]:

@@ -510,9 +510,10 @@ struct Consumer {
     to_operand<T>(p, scores);
   }
 
-  // S = Q K^T of this block is issued before O += P V of the one before it: the softmax of S runs under P V.
+  // S = Q K^T of this block is issued before O += P V of the one before it: the softmax of S runs under P V. Returns
+  // whether P is large in one of the thread's rows, at an offset that stays.
   template <bool kMasked>
-  __device__ __forceinline__ void next_block(OnlineSoftmax& softmax, int block, bool last) {
+  __device__ __forceinline__ bool next_block(OnlineSoftmax& softmax, int block, bool last) {
     float rescale[2];
     smem.k_ring.wait_full(k_at);
     await_turn();
@@ -524,12 +525,12 @@ struct Consumer {
     release_k();
     if (last) release_q();
     if constexpr (Config::kSoftcap) cap(scores, args.cap_log2);
-    bool rescales = false;
+    bool rescales = false, is_large = false;
     if constexpr (kMasked || !Config::kKeepsOffset) {
       if constexpr (kMasked) mask(scores, block);
       rescales = softmax.update(scores, rescale);
     } else {
-      softmax.update_at_offset(scores);
+      is_large = softmax.update_at_offset(scores);
     }
     ptx::wgmma_wait_group<0>(out);
     release_v();
@@ -537,6 +538,7 @@ struct Consumer {
     if (rescales) {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= rescale[fragment_row(i)];
+      return is_large;
     }
   }
 
@@ -548,7 +550,7 @@ struct Consumer {
     if ((softmax.is_lost(0) && rows > 0) || (softmax.is_lost(1) && rows > 8)) tile.lost = true;
   }
 
-  // Where a sum has become large with P, ahead of P V.
+  // Where P is large in one of the warp's rows, ahead of P V.
   __device__ __forceinline__ void raise_offset(OnlineSoftmax& softmax) {
     float rescale[2];
     softmax.raise_offset(scores, rescale);
@@ -664,9 +666,9 @@ struct Consumer {
       while (block >= full.begin) {  // what is rare stands outside the inner loop, which is faster without a branch
         bool large;
         do {
-          next_block<false>(softmax, block, block == own.begin);
+          large = next_block<false>(softmax, block, block == own.begin);
+          large = Config::kKeepsOffset && __any_sync(~0u, large);
           --block;
-          large = Config::kKeepsOffset && softmax.is_large();
         } while (!large && block >= full.begin);
         if (large) raise_offset(softmax);
       }

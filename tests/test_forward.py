@@ -240,7 +240,7 @@ def test_items_are_computed_twice_where_a_row_grows_too_far_and_nowhere_else(row
     places = [(0, 0, 0), (0, 1, 5), (0, 1, 70), (1, 0, block_q), (1, 1, 2 * block_q + 1), (1, 1, seqlen_q - 1)]
     for batch, head, place in places:
         q[batch, place, head, 0] = 8
-    for nats, lost in ((0, False), (40, False), (75, False), (95, keeps_offset), (3000, keeps_offset)):
+    for nats, lost in ((0, False), (40, False), (75, False), (95, keeps_offset), (300, keeps_offset)):
         k[:, 0, :, 0] = nats / 8 * row["head_dim"] ** 0.5
         before = flash_attn_ext._C.items_again(q)
         attend_and_check(q, k, v, causal=causal)

@@ -26,9 +26,8 @@ __device__ __forceinline__ void cap(float (&scores)[kRegisters], float factor_lo
 // precise.
 struct OnlineSoftmax {
   static constexpr float kSlack = 8.f;  // in powers of two
-  // Of a thread's sum, at an offset that stays: from where on the warp raises its offsets, of which rows, and how far
-  // that can be done. Rows that would follow soon are raised with the first one.
-  static constexpr float kLargeSum = 0x1.0p10f, kRaisedSum = 0x1.0p4f, kMostSum = 0x1.0p120f;
+  // At an offset that stays: from where on a thread's sum over a block raises it, and how far its sum allows that.
+  static constexpr float kLargeSum = 0x1.0p10f, kMostSum = 0x1.0p120f;
 
   float scale_log2;  // softmax_scale * log2(e): exp(scale * s) = exp2(scale_log2 * s), one FFMA and one EX2
   float offset[2] = {-INFINITY, -INFINITY};
@@ -95,39 +94,38 @@ struct OnlineSoftmax {
   }
 
   // The same as `update`, at the offset as it is: that spares the maximum. P may be as large as float32 and bf16 allow.
+  // Returns whether P is large in one of the thread's rows. If so in a thread of the warp, `raise_offset` comes next.
   template <int kRegisters>
-  __device__ __forceinline__ void update_at_offset(float (&scores)[kRegisters]) {
+  __device__ __forceinline__ bool update_at_offset(float (&scores)[kRegisters]) {
     // Before any finite score the offset is -inf, and all is lost.
     const float scaled[2] = {offset[0] * scale_log2, offset[1] * scale_log2};
-    float partial[2][2] = {{sum[0], 0.f}, {sum[1], 0.f}};
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) {
       const int r = fragment_row(i);
       scores[i] = ptx::ex2(fmaf(scores[i], scale_log2, -scaled[r]));
-      partial[r][i / 4 % 2] += scores[i];
     }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) sum[r] = partial[r][0] + partial[r][1];
+    const float2 block = sum_of(scores);
+    sum[0] += block.x;
+    sum[1] += block.y;
+    return block.x >= kLargeSum || block.y >= kLargeSum;
   }
 
-  // Whether a sum has become large, in one of the warp's threads: then `raise_offset` comes next.
-  __device__ __forceinline__ bool is_large() const {
-    return __any_sync(~0u, !(sum[0] < kLargeSum && sum[1] < kLargeSum));
-  }
-
-  // Raises the offsets of the warp's rows whose sum is not small, and multiplies P down. O must be multiplied by
-  // `rescale` before P V is added to it. A sum that is too large becomes infinite, and stays so: its row is lost.
+  // Raises the offsets of rows where P is large, and multiplies it down. O must be multiplied by `rescale` before P V
+  // is added to it. A sum that is too large for that becomes infinite, and stays so: its row is lost.
   template <int kRegisters>
   __device__ __forceinline__ void raise_offset(float (&p)[kRegisters], float (&rescale)[2]) {
+    const float2 block = sum_of(p);
+    const auto largest_of_row = [](float x) {  // of its threads; a NaN stays in the sum
+      x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+      return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+    };
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float largest = sum[r];  // of the row's threads; a NaN stays in the sum
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-      // By the sum, so that a key that dominates the row has a P of 1, which rounding leaves alone. At the smallest
-      // scales it cannot be, and need not, since a sum counts keys and no more.
+      const float largest_block = largest_of_row(r == 0 ? block.x : block.y), largest = largest_of_row(sum[r]);
+      // A row is raised for itself alone, and by the sum, so that a key that dominates it has a P of 1, which rounding
+      // leaves alone. At the smallest scales it cannot be, and need not, since a sum counts keys and no more.
       const float raise = log2f(largest) / scale_log2;
-      const bool raises = largest >= kRaisedSum && largest < kMostSum && raise < INFINITY;
+      const bool raises = largest_block >= kLargeSum && largest < kMostSum && raise < INFINITY;
       rescale[r] = raises ? ptx::rcp(largest) : 1.f;
       offset[r] += raises ? raise : 0.f;
       sum[r] *= largest < kMostSum ? rescale[r] : INFINITY;
@@ -159,6 +157,15 @@ struct OnlineSoftmax {
   }
 
  private:
+  // Of the thread's two rows.
+  template <int kRegisters>
+  static __device__ __forceinline__ float2 sum_of(const float (&p)[kRegisters]) {
+    float partial[2][2] = {};  // two chains a row
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) partial[fragment_row(i)][i / 4 % 2] += p[i];
+    return {partial[0][0] + partial[0][1], partial[1][0] + partial[1][1]};
+  }
+
   // An offset of -inf means that no finite score was seen: 0 makes P = exp2(-inf) = 0, where -inf would make it NaN.
   __device__ __forceinline__ float scaled_offset(int r) const {
     float scaled = offset[r] * scale_log2;

@@ -38,8 +38,7 @@ __global__ void online_softmax(const float* scores, const int* first_key, const 
     if (kKeepsOffset && block > 0 && __all_sync(~0u, sees_all)) {
       if (!keeps_offset) softmax.keep_offset();
       keeps_offset = true;
-      softmax.update_at_offset(s);
-      rescales = softmax.is_large();
+      rescales = __any_sync(~0u, softmax.update_at_offset(s));
       if (rescales) softmax.raise_offset(s, rescale);
       for (int r = 0; r < 2; ++r) is_lost[r] = softmax.is_lost(r);
     } else {
