@@ -538,8 +538,8 @@ struct Consumer {
     if (rescales) {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= rescale[fragment_row(i)];
-      return is_large;
     }
+    return is_large;
   }
 
   // Where scores have grown too far for the offset, P was infinite: the tile is to be done again. What rows past the
