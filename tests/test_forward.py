@@ -268,7 +268,7 @@ def test_no_item_is_computed_twice_for_usual_scores(row, which, dtype, causal):
 
 @each_row
 def test_lost_items_of_short_packed_sequences(row):
-    """Several are claimed at once, and have tiles of several sequences."""
+    """Items have tiles of several sequences."""
     sequences, rows, keys = 150, 41, 500
     inputs = along_the_walk("growing by 90 a block", row, rows, keys, heads=2, kv_heads=1, packed=True)
     q, k, v = (x[0].repeat(sequences, 1, 1) for x in inputs)

@@ -216,6 +216,16 @@ def test_no_product_is_of_a_single_warp(sass, kernel):
 
 @needs_kernels
 @each_kernel
+def test_offsets_are_raised_where_they_are_kept(sass, kernel):
+    """Sums are compared with kLargeSum of csrc/tile/softmax.cuh, 2^10, where keeps_offset of csrc/limits.h says so, in
+    bf16 and without softcap, and nowhere else."""
+    direction, _, dtype, softcap, _ = kernel
+    keeps_offset = direction == "forward" and "keeps_offset" in plan_of(kernel) and dtype == "bf16" and not softcap
+    assert bool(re.search(r"\bFSETP\.GE\S* [^;]*\b1024\b", sass[kernel])) == keeps_offset
+
+
+@needs_kernels
+@each_kernel
 def test_the_backward_multiplies_no_more_than_it_needs(sass, kernel):
     """ptxas dropped and duplicated no product, and no addition of dQ.
 
