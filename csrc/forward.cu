@@ -250,7 +250,7 @@ __device__ __forceinline__ void free_slots(const ForwardArguments& args, Forward
       ++ahead;
       continue;
     }
-    if (ahead > 0) {
+    if (ahead > 0) {  // word by word: as an assignment it takes 600 bytes of stack
       auto* const from = reinterpret_cast<const int*>(&old);
       auto* const to = reinterpret_cast<int*>(&item);
 #pragma unroll 1
@@ -283,8 +283,8 @@ __device__ __forceinline__ void find_items(const ForwardArguments& args, Forward
   const int lane = threadIdx.x % 32, claim = lane / kTiles, consumer = lane % kTiles;
   const int items = args.schedule.items();
   typename ForwardSmem<Config>::ItemPosition at;
-  uint32_t phase = 0;  // of next_items
-  if constexpr (Config::kKeepsOffset) {
+  uint32_t phase = 0;                    // of next_items
+  if constexpr (Config::kKeepsOffset) {  // free_slots looks at slots that have had no item
     static_assert(ForwardSmem<Config>::kItems * kTiles <= 32);
     if (claim < ForwardSmem<Config>::kItems) smem.items[claim].tiles[consumer].lost = false;
     __syncwarp();
@@ -601,6 +601,7 @@ struct Consumer {
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     ptx::bar_sync(kOutBarrier + index, 128);
     if (leader) {
+      // What was stored before is wrong: it must have arrived ahead of this.
       if (Config::kKeepsOffset && item().again) cuda::ptx::cp_async_bulk_wait_group(cuda::ptx::n32_t<0>{});
       store_tile(args.out, *buffer, tile.out, first_row, head);
       cuda::ptx::cp_async_bulk_commit_group();

@@ -40,8 +40,8 @@ inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan
                                              problem.heads_per_kv_head(), kL2Bytes);
   const bool by_cost =
       packed || sequences.each.right != Sequence::kUnbounded;  // later rows see more, until a window is full
-  // A section's costliest blocks load all its K and V: few keys take longer to load than to multiply with. They are
-  // loaded head by head, but in the last section.
+  // A section's costliest blocks load all its K and V together. Where keys are few, heads were measured to be faster
+  // one by one, but for the last section, which ends evenly (docs/tuning.md).
   constexpr int kKeysByHead = 1024;
   const bool by_head = by_cost && !packed && sequences.each.keys <= kKeysByHead;
   const int narrow = by_head ? problem.heads_per_kv_head() : section;

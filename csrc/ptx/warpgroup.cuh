@@ -60,6 +60,7 @@ __device__ __forceinline__ int thread_in_register() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
+// The number of thread blocks, read anew at each use: kept in a register, it is spilled where these run short.
 __device__ __forceinline__ int block_count() {
   int count;
   asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(count));
