@@ -102,12 +102,6 @@ struct KvSums {
   Sums dk, dv;
 };
 
-// The order of work depends on their number, and so do tests of it.
-inline int multiprocessors_to_fill() {
-  const int injected = test_faults.multiprocessors;
-  return injected > 0 ? injected : multiprocessors(current_device());
-}
-
 // How many items are worked on at a time.
 template <class Config>
 int workers() {

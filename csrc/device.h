@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "launch.h"
+
 namespace flash_attn_ext {
 
 inline void check_cuda(cudaError_t error, const char* what) {
@@ -28,6 +30,12 @@ inline int multiprocessors(int device) {
   int count = 0;
   check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "counting multiprocessors");
   return count;
+}
+
+// How many of the current device's are to be filled: the order of work depends on it, and so do tests of that.
+inline int multiprocessors_to_fill() {
+  const int injected = test_faults.multiprocessors;
+  return injected > 0 ? injected : multiprocessors(current_device());
 }
 
 // The most that a thread block can have: 227 KB.

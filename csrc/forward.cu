@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "device.h"
+#include "forward_parts.h"
 #include "launch.h"
 #include "limits.h"
 #include "ptx/tma.cuh"
@@ -37,10 +38,11 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------------- config
 
-template <int kRow, class Type, bool kCapped = false, bool kShort = false>
+template <int kRow, class Type, bool kCapped = false, bool kShort = false, bool kInParts = false>
 struct ForwardConfig {
   using T = Type;
   static constexpr bool kSoftcap = kCapped;
+  static constexpr bool kDivided = kInParts;  // the call is (work.h); others pay nothing for it
   static constexpr ForwardPlan kPlan = kShort ? kLimits[kRow].short_forward : kLimits[kRow].forward;
   static constexpr int kHeadDim = kLimits[kRow].head_dim;  // that of the tiles, filled up with zeros
   static constexpr int kBlockQ = kPlan.block_q;
@@ -62,11 +64,11 @@ struct ForwardConfig {
 
   // Where the first block's later half is masked for all rows of a consumer, it is not computed. At head dim 128 this
   // was measured to cost more than it saves, since the consumers then fall into step (docs/tuning.md).
-  static constexpr bool kHalfFirstBlock = kHeadDim == 64 && kBlockKv == 128;
+  static constexpr bool kHalfFirstBlock = (kHeadDim == 64 || kDivided) && kBlockKv == 128;
 
   // Sums of rows are finished under the last P V where registers suffice: elsewhere ptxas serialises the products
   // (C7511).
-  static constexpr bool kFinishesEarly = !(kHeadDim == 64 && kBlockKv == 128);
+  static constexpr bool kFinishesEarly = !kHalfFirstBlock;
 
   // Only bf16 has float32's range, which P takes at an offset that stays. With it consumers need turns.
   static constexpr bool kKeepsOffset = kPlan.keeps_offset && std::is_same_v<T, __nv_bfloat16> && !kSoftcap;
@@ -82,7 +84,8 @@ struct ForwardConfig {
 // A work item is a tile of 64 query rows for each consumer, all of one head. The tiles follow each other in the order
 // in which Sequences counts them: they are neighbours in a sequence, or belong to several short ones that are packed.
 // An item's KV blocks are those that its tiles see, sequence by sequence, each from the last to the first. A consumer
-// passes over the blocks of other tiles.
+// passes over the blocks of other tiles. In a divided call a tile's rows are those of several heads, and its keys a
+// part of the sequence's (work.h).
 struct Tile {
   int sequence;
   int rows, keys;  // of the sequence: those that are used
@@ -95,24 +98,26 @@ struct Tile {
   bool lost;       // consumer -> scheduler: what was stored is wrong
   bool exact;      // it was lost: no block keeps its offset now
   Origin q, out;
-  int64_t first_lse;  // of the sequence's rows
+  int64_t first_lse;  // of the sequence's rows, and of the first head
 };
 
 template <int kTiles>
 struct Item {
   static constexpr int kNone = -1;
 
-  int head;  // kNone: there are no more items
+  int head;  // kNone: there are no more items. The first one, where heads share tiles
   int kv_head;
   int block_count;
   bool claims_next;  // at its last K the next items are claimed
   bool again;        // it was handed out before, and a tile was lost
-  bool has_turns;    // consumers take turns: not where they work on several sequences, each at another time
+  bool has_turns;    // consumers take turns: not where one has all the work, nor where they work on several
+                     // sequences, each at another time
   struct Segment {
     Origin kv;
     Range blocks;
   } segments[kTiles];  // the blocks of each sequence
   Tile tiles[kTiles];
+  int first_key;  // of the item's part of the keys
 };
 
 template <class Config>
@@ -150,49 +155,70 @@ constexpr int kOutBarrier = 5;   // + consumer: my four warps agree on the state
 
 struct ForwardArguments {
   CUtensorMap q, k, v, out;
-  float* lse;
+  float* lse;          // where keys are shared out: of each part, one after the other
+  float* partial_out;  // (part, batch, head, row, column), relative to lse: where keys are shared out
   const float* sinks;  // of each head; null: none
   int* item_counters;  // of claims, of thread blocks that have made their last one, and of items handed out again
   int most_claims;     // at once
   Schedule schedule;
   Sequences sequences;
-  int heads, heads_per_kv_head;
+  Division division;
+  int heads, heads_per_kv_head, head_dim;
   float scale_log2;  // with softcap: of the capped scores, which are at most 1
   float cap_log2;    // softmax_scale / softcap * 2 * log2(e)
 };
 
+template <class Config>
+__device__ __forceinline__ Division division_of(const ForwardArguments& args) {
+  return Config::kDivided ? args.division : Division{};
+}
+
 // --------------------------------------------------------------------------------------------------------- producer
 
-// One of the tiles of the item with this number.
+// One of the tiles of the item with this number, and of which part of the keys.
+struct Located {
+  Block tile;
+  int part;
+};
 template <class Config>
-__device__ __forceinline__ Block locate_tile(const ForwardArguments& args, int number, int consumer) {
+__device__ __forceinline__ Located locate_tile(const ForwardArguments& args, int number, int consumer) {
   const WorkItem work = args.schedule.item(number);
   const int index = work.block * Config::kConsumers + consumer;
-  return args.sequences.is_packed() ? args.sequences.locate_packed(index, work.head, 64)
-                                    : Block{work.sequence, work.head, index};
+  if (args.sequences.is_packed()) return {args.sequences.locate_packed(index, work.head, 64), 0};
+  const Division division = division_of<Config>(args);
+  const int sequence = quotient(work.sequence, division.parts);
+  return {{sequence, work.head * division.heads, index}, work.sequence - sequence * division.parts};
 }
 
 // Whether there are rows in the tile. There are none behind a sequence's last one, and in holes among packed sequences.
+template <class Config>
 __device__ __forceinline__ bool has_rows(const ForwardArguments& args, const Block& tile) {
   const int stored = args.sequences.stored_rows(tile.sequence);
-  return tile.index >= 0 && stored > 0 && tile.index <= (stored - 1) / 64;
+  return tile.index >= 0 && stored > 0 && tile.index <= (stored - 1) >> division_of<Config>(args).tile_rows_log2;
 }
 
 template <class Config>
-__device__ __forceinline__ void describe_tile(const ForwardArguments& args, const Block& at, bool is_tile, Tile& tile) {
+__device__ __forceinline__ void describe_tile(const ForwardArguments& args, const Located& located, bool is_tile,
+                                              Tile& tile) {
   const Sequences& sequences = args.sequences;
-  const Sequence sequence = sequences.at(at.sequence);
-  const int stored = sequences.stored_rows(at.sequence), first_row = is_tile ? at.index * 64 : stored;
+  const Block& at = located.tile;
+  const Division division = division_of<Config>(args);
+  const int rows = 1 << division.tile_rows_log2;
+  Sequence sequence = sequences.at(at.sequence);
+  if constexpr (Config::kDivided) {
+    sequence.keys = min(sequence.keys - located.part * division.part_keys, division.part_keys);
+  }
+  const int stored = sequences.stored_rows(at.sequence), first_row = is_tile ? at.index * rows : stored;
   tile.sequence = at.sequence;
   tile.rows = sequence.rows;
   tile.keys = sequence.keys;
   tile.stored = stored;
   tile.first_row = first_row;
   ptx::forget_memory();  // what is read again below takes no registers above
-  tile.full = sequence.full_blocks(first_row, min(64, sequence.rows - first_row), Config::kBlockKv);
+  tile.full = sequence.full_blocks(first_row, min(rows, sequence.rows - first_row), Config::kBlockKv);
   ptx::forget_memory();
-  tile.blocks = sequence.blocks(first_row, 64, Config::kBlockKv);
-  tile.end_key = sequence.seen(first_row, 64).end;
+  tile.blocks = sequence.blocks(first_row, rows, Config::kBlockKv);
+  tile.end_key = sequence.seen(first_row, rows).end;
   ptx::forget_memory();
   // An offset is kept behind a key that all rows have seen, the first one too.
   if (Config::kKeepsOffset && tile.full.end < tile.blocks.end &&
@@ -203,7 +229,7 @@ __device__ __forceinline__ void describe_tile(const ForwardArguments& args, cons
   ptx::forget_memory();
   tile.q = sequences.origin_of_used(at.sequence);
   tile.out = sequences.origin_of_stored(at.sequence);
-  tile.first_lse = sequences.first_value(at.sequence, at.head, args.heads);
+  tile.first_lse = located.part * division.part_values + sequences.first_value(at.sequence, at.head, args.heads);
 }
 
 // What the tiles make together. Later tiles see blocks that end later: the last one's come first.
@@ -211,15 +237,19 @@ template <class Config>
 __device__ __forceinline__ void describe_blocks(const ForwardArguments& args,
                                                 typename ForwardSmem<Config>::Item& item) {
   int segments = 0, before = 0, sequence = 0, end = 0;  // blocks before the segment at hand, and where that ends
+  int seeing = 0;                                       // tiles that see something
 #pragma unroll 1
   for (int i = Config::kConsumers - 1; i >= 0; --i) {
     Tile& tile = item.tiles[i];
     if (tile.blocks.begin >= tile.blocks.end) continue;
+    ++seeing;
     if (segments == 0 || tile.sequence != sequence) {
       if (segments > 0) before += end - item.segments[segments - 1].blocks.begin;
       sequence = tile.sequence;
       end = tile.blocks.end;
-      item.segments[segments++].kv = args.sequences.transposed().origin_of_used(sequence);
+      Origin& kv = item.segments[segments++].kv;
+      kv = args.sequences.transposed().origin_of_used(sequence);
+      if constexpr (Config::kDivided) kv.row += item.first_key;
     }
     item.segments[segments - 1].blocks = {tile.blocks.begin, end};
     tile.skipped = before + end - tile.blocks.end;
@@ -229,7 +259,7 @@ __device__ __forceinline__ void describe_blocks(const ForwardArguments& args,
     end = 1;
   }
   item.block_count = before + end - item.segments[segments - 1].blocks.begin;
-  item.has_turns = segments <= 1;
+  item.has_turns = segments == 1 && seeing > 1;
 }
 
 // Waits until the items in so many slots from `at` on are done. Those of which a tile was lost
@@ -292,8 +322,8 @@ __device__ __forceinline__ void find_items(const ForwardArguments& args, Forward
   for (int first = blockIdx.x, claims = 1;;) {
     const int number = first + claim;
     const bool is_claimed = claim < claims && number < items;
-    const Block tile = is_claimed ? locate_tile<Config>(args, number, consumer) : Block{0, 0, -1};
-    const bool is_tile = is_claimed && has_rows(args, tile);
+    const Located tile = is_claimed ? locate_tile<Config>(args, number, consumer) : Located{{0, 0, -1}, 0};
+    const bool is_tile = is_claimed && has_rows<Config>(args, tile.tile);
     const int first_lane = lane - consumer;
     const bool found = __ballot_sync(~0u, is_tile) >> first_lane & ((1u << kTiles) - 1);
     const uint32_t all_found = __ballot_sync(~0u, found && consumer == 0);
@@ -309,8 +339,9 @@ __device__ __forceinline__ void find_items(const ForwardArguments& args, Forward
     }
     __syncwarp();
     if (found && consumer == 0) {
-      item.head = tile.head;
-      item.kv_head = quotient(tile.head, args.heads_per_kv_head);
+      item.head = tile.tile.head;
+      item.kv_head = quotient(tile.tile.head, args.heads_per_kv_head);
+      if constexpr (Config::kDivided) item.first_key = tile.part * args.division.part_keys;
       item.again = false;
       item.claims_next = rank == count / 4;
       describe_blocks<Config>(args, item);
@@ -462,6 +493,15 @@ struct Consumer {
   static __device__ __forceinline__ int same(int number) { return __shfl_sync(~0u, number, 0); }
   static __device__ __forceinline__ Range same(const Range& range) { return {same(range.begin), same(range.end)}; }
 
+  // Of the thread's two rows the r-th: its place among the tile's rows of its head, and that head's among the tile's.
+  __device__ __forceinline__ int row_of_head(int r) const {
+    const int row = own_row() + 8 * r;
+    return Config::kDivided ? row & ((1 << args.division.tile_rows_log2) - 1) : row;
+  }
+  __device__ __forceinline__ int head_of_tile(int r) const {
+    return Config::kDivided ? own_row() + 8 * r >> args.division.tile_rows_log2 : 0;
+  }
+
   // Masks the edges that the block has.
   template <int kRegisters>
   __device__ __forceinline__ void mask(float (&part)[kRegisters], int block) {
@@ -469,13 +509,14 @@ struct Consumer {
     const Sequence sequence = {same(tile().rows), same(tile().keys), args.sequences.each.left,
                                args.sequences.each.right};
     const Range full = same(tile().full);
-    const int row = same(tile().first_row) + own_row(), first_key = block * kBlockKv;
+    const int first_row = same(tile().first_row), first_key = block * kBlockKv;
+    const int row[2] = {first_row + row_of_head(0), first_row + row_of_head(1)};
     if (block >= full.end) {
-      const int end[2] = {sequence.end_key(row) - first_key, sequence.end_key(row + 8) - first_key};
+      const int end[2] = {sequence.end_key(row[0]) - first_key, sequence.end_key(row[1]) - first_key};
       mask_from(part, end);
     }
     if (block < full.begin) {
-      const int first[2] = {sequence.first_key(row) - first_key, sequence.first_key(row + 8) - first_key};
+      const int first[2] = {sequence.first_key(row[0]) - first_key, sequence.first_key(row[1]) - first_key};
       mask_before(part, first);
     }
   }
@@ -542,12 +583,15 @@ struct Consumer {
     return is_large;
   }
 
-  // Where scores have grown too far for the offset, P was infinite: the tile is to be done again. What rows past the
-  // end see does not matter.
+  // What rows past the end see does not matter.
+  __device__ __forceinline__ void keep_offset(OnlineSoftmax& softmax) {
+    const int rows = tile().rows - tile().first_row;
+    softmax.keep_offset({row_of_head(0) < rows, row_of_head(1) < rows});
+  }
+
+  // Where scores have grown too far for the offset, P was infinite: the tile is to be done again.
   __device__ __forceinline__ void say_what_is_lost(const OnlineSoftmax& softmax) {
-    Tile& tile = smem.items[item_count % Smem::kItems].tiles[index];
-    const int rows = tile.rows - tile.first_row - own_row();
-    if ((softmax.is_lost(0) && rows > 0) || (softmax.is_lost(1) && rows > 8)) tile.lost = true;
+    if (softmax.is_lost(0) || softmax.is_lost(1)) smem.items[item_count % Smem::kItems].tiles[index].lost = true;
   }
 
   // Where P is large in one of the warp's rows, ahead of P V.
@@ -564,7 +608,11 @@ struct Consumer {
     float row_scale[2], lse[2];
   };
   __device__ __forceinline__ void finish(OnlineSoftmax& softmax, Ending& ending) {
-    softmax.finish(args.sinks != nullptr ? args.sinks[item().head] * kLog2E : -INFINITY, ending.row_scale, ending.lse);
+    const auto sink_log2 = [&](int r) {
+      return args.sinks != nullptr ? args.sinks[item().head + head_of_tile(r)] * kLog2E : -INFINITY;
+    };
+    const float first = sink_log2(0), second = Config::kDivided ? sink_log2(1) : first;
+    softmax.finish({first, second}, ending.row_scale, ending.lse);
   }
 
   __device__ __forceinline__ void last_output(OnlineSoftmax& softmax, Ending& ending) {
@@ -575,15 +623,37 @@ struct Consumer {
     release_v();
   }
 
-  // O / sum leaves through shared memory by TMA, which clips the rows past the end; lse leaves from registers.
+  // O / sum and lse leave. TMA clips the rows past the end.
   __device__ __forceinline__ void store(OnlineSoftmax& softmax, Ending& ending) {
     if constexpr (!Config::kFinishesEarly) finish(softmax, ending);
     const Tile& tile = this->tile();
-    const int head = item().head, first_row = same(tile.first_row), row = first_row + own_row();
+    const int first_row = same(tile.first_row), row = first_row + row_of_head(0),
+              second_row = first_row + row_of_head(1);
     auto& [row_scale, lse] = ending;
     if (first_row + 64 > tile.rows && tile.rows < tile.stored) zero_unused(row, tile.rows, row_scale, lse);
+    if (Config::kDivided && args.partial_out != nullptr) {
+      store_partial(first_row, row_scale);
+    } else {
+      store_out(first_row, row_scale);
+    }
+    float* const row_lse = args.lse + value_of(0, row);
+    const int64_t to_second = Config::kDivided ? value_of(1, second_row) - value_of(0, row) : 8;
+    if (own_column() == 0) {
+      if (row < tile.stored) row_lse[0] = lse[0];
+      if (second_row < tile.stored) row_lse[to_second] = lse[1];
+    }
+  }
 
+  // Where the lse of the thread's r-th row stands.
+  __device__ __forceinline__ int64_t value_of(int r, int row) const {
+    const int64_t of_head = tile().first_lse + row;
+    return Config::kDivided ? of_head + int64_t{head_of_tile(r)} * tile().stored : of_head;
+  }
+
+  // Through shared memory.
+  __device__ __forceinline__ void store_out(int first_row, const float (&row_scale)[2]) {
     const bool leader = threadIdx.x % 128 == 0;
+    const int head = item().head;
     typename Smem::QTile* buffer;
     if constexpr (Config::kOwnOutBuffer) {  // the item before has left it
       buffer = &smem.out_buffer.tile[index];
@@ -603,19 +673,30 @@ struct Consumer {
     if (leader) {
       // What was stored before is wrong: it must have arrived ahead of this.
       if (Config::kKeepsOffset && item().again) cuda::ptx::cp_async_bulk_wait_group(cuda::ptx::n32_t<0>{});
-      store_tile(args.out, *buffer, tile.out, first_row, head);
+      store_tile(args.out, *buffer, tile().out, first_row, head);
       cuda::ptx::cp_async_bulk_commit_group();
       if constexpr (!Config::kOwnOutBuffer) {
         cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
         cuda::ptx::mbarrier_arrive(&smem.out_left[index]);
       }
     }
+  }
 
-    float* row_lse = args.lse + tile.first_lse + row;
-    if (own_column() == 0) {
-      if (row < tile.stored) row_lse[0] = lse[0];
-      if (row + 8 < tile.stored) row_lse[8] = lse[1];
+  // Of a part of the keys, in float32 and from registers.
+  __device__ __forceinline__ void store_partial(int first_row, const float (&row_scale)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = first_row + row_of_head(r);
+      if (row >= tile().stored) continue;
+      float* to = args.partial_out + value_of(r, row) * args.head_dim;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; i += 2) {
+        const int column = own_column() + fragment_column(i);
+        if (fragment_row(i) != r || column >= args.head_dim) continue;
+        *reinterpret_cast<float2*>(to + column) = {out[i] * row_scale[r], out[i + 1] * row_scale[r]};
+      }
     }
+    if (!Config::kOwnOutBuffer && threadIdx.x % 128 == 0) cuda::ptx::mbarrier_arrive(&smem.out_left[index]);
   }
 
   // Rows that are stored but not used have O 0 and the lse of nothing, whatever their neighbours saw.
@@ -663,7 +744,7 @@ struct Consumer {
         next_block<true>(softmax, block, block == own.begin);
       }
       const bool keeps_offset = Config::kKeepsOffset && block >= full.begin;
-      if (keeps_offset) softmax.keep_offset();
+      if (keeps_offset) keep_offset(softmax);
       while (block >= full.begin) {  // what is rare stands outside the inner loop, which is faster without a branch
         bool large;
         do {
@@ -738,29 +819,34 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
 // ----------------------------------------------------------------------------------------------------------- launch
 
 template <class Config>
-void launch(const ForwardParams& params, cudaStream_t stream) {
+void launch(const ForwardParams& params, const Division& division, cudaStream_t stream) {
   using Smem = ForwardSmem<Config>;
   const Problem& problem = params.problem;
   const Shape q_shape = problem.q_shape(), k_shape = problem.k_shape();
   const Sequences sequences = problem.sequences();
   const bool q_is_ragged = sequences.is_ragged(), k_is_ragged = sequences.transposed().is_ragged();
+  const PartialResults partial(problem, division, params.workspace);
+  const bool is_whole = division.parts == 1;
 
   ForwardArguments args;
-  args.q = make_sequence_map<typename Smem::QTile>("q", params.q, q_shape, q_is_ragged);
+  args.division = division;
+  args.q = make_sequence_map<typename Smem::QTile>("q", params.q, q_shape, q_is_ragged, division.heads);
   args.k = make_sequence_map<typename Smem::KvTile>("k", params.k, k_shape, k_is_ragged);
   args.v = make_sequence_map<typename Smem::KvTile>("v", params.v, k_shape, k_is_ragged);
-  args.out = make_sequence_map<typename Smem::QTile>("out", params.out, q_shape, q_is_ragged);
-  args.lse = params.lse;
-  args.sinks = params.sinks;
+  args.out = make_sequence_map<typename Smem::QTile>("out", params.out, q_shape, q_is_ragged, division.heads);
+  args.lse = is_whole ? params.lse : partial.lse;
+  args.partial_out = partial.out;
+  args.sinks = is_whole ? params.sinks : nullptr;
   args.item_counters = params.item_counters;
   args.most_claims = most_claims(problem, Config::kPlan);
   args.sequences = sequences;
   args.heads = static_cast<int>(problem.heads);
   args.heads_per_kv_head = problem.heads_per_kv_head();
+  args.head_dim = static_cast<int>(problem.head_dim);
   const auto softcap = static_cast<float>(problem.options.softcap);
   args.scale_log2 = (Config::kSoftcap ? softcap : problem.softmax_scale()) * kLog2E;
   args.cap_log2 = Config::kSoftcap ? problem.softmax_scale() / softcap * 2 * kLog2E : 0.f;
-  args.schedule = forward_schedule(problem, Config::kPlan);
+  args.schedule = forward_schedule(problem, Config::kPlan, division);
 
   constexpr int kBytes = sizeof(Smem);
   const int device = current_device();
@@ -768,33 +854,47 @@ void launch(const ForwardParams& params, cudaStream_t stream) {
   const int blocks = std::min(multiprocessors(device), args.schedule.items());
   launch_overlapped(forward_kernel<Config>, blocks, Config::kThreads, kBytes, stream, args,
                     "launching the forward kernel");
+  if (!is_whole) launch_combine(params, division, stream);
 }
 
 }  // namespace
 
 void launch_forward(const ForwardParams& params, cudaStream_t stream) {
-  const auto launch_type = [&]<std::size_t row, bool kSoftcap>() {
+  const Problem& problem = params.problem;
+  const auto launch_plan = [&]<int row, class T, bool kSoftcap, bool kShort>() {
+    using Config = ForwardConfig<row, T, kSoftcap, kShort>;
+    const Division division = divide(problem, Config::kPlan, multiprocessors_to_fill());
+    if constexpr (!kSoftcap) {
+      if (division.is_any()) return launch<ForwardConfig<row, T, kSoftcap, kShort, true>>(params, division, stream);
+    }
+    launch<Config>(params, division, stream);
+  };
+  const auto launch_type = [&]<int row, bool kSoftcap>() {
     if constexpr (kLimits[row].short_forward.built() && !kSoftcap) {  // has_short_forward says no to the others
-      if (has_short_forward(params.problem, kLimits[row].short_forward)) {
-        return launch<ForwardConfig<row, __nv_bfloat16, kSoftcap, true>>(params, stream);
+      if (has_short_forward(problem, kLimits[row].short_forward)) {
+        return launch_plan.template operator()<row, __nv_bfloat16, kSoftcap, true>();
       }
     }
-    if (params.problem.dtype == DType::kFloat16) {
-      launch<ForwardConfig<row, __half, kSoftcap>>(params, stream);
+    if (problem.dtype == DType::kFloat16) {
+      launch_plan.template operator()<row, __half, kSoftcap, false>();
     } else {
-      launch<ForwardConfig<row, __nv_bfloat16, kSoftcap>>(params, stream);
+      launch_plan.template operator()<row, __nv_bfloat16, kSoftcap, false>();
     }
   };
-  const bool found = with_limits(params.problem.head_dim, [&]<std::size_t row>() {
+  const bool found = with_limits(problem.head_dim, [&]<std::size_t row>() {
     if constexpr (kLimits[row].forward.built()) {
-      if (params.problem.options.softcap == 0) {
+      if (problem.options.softcap == 0) {
         launch_type.template operator()<row, false>();
       } else {
         launch_type.template operator()<row, true>();
       }
     }
   });
-  if (!found) throw std::runtime_error("no forward kernel for head_dim " + std::to_string(params.problem.head_dim));
+  if (!found) throw std::runtime_error("no forward kernel for head_dim " + std::to_string(problem.head_dim));
+}
+
+int64_t forward_workspace_bytes(const Problem& problem) {
+  return PartialResults(problem, divide(problem, forward_plan(problem), multiprocessors_to_fill()), nullptr).bytes;
 }
 
 int forward_shared_memory(int head_dim, bool short_forward) {

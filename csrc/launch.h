@@ -40,6 +40,7 @@ struct ForwardParams {
   // kItemCounters, used by one launch at a time: two that are 0 when the kernel claims, and 0 again when it is done,
   // and one of the items that were handed out again, which only grows.
   int* item_counters;
+  void* workspace;  // forward_workspace_bytes(), 16-byte aligned; what it holds does not matter
 };
 
 inline constexpr int kItemCounters = 3;
@@ -59,6 +60,10 @@ struct BackwardParams {
 // current device must be of compute capability 9.0.
 void launch_forward(const ForwardParams& params, cudaStream_t stream);
 
+// Bytes of ForwardParams::workspace that launch_forward needs on the current device: none but where few rows see many
+// keys. The head dim must have a forward plan.
+int64_t forward_workspace_bytes(const Problem& problem);
+
 // Attention backward: writes those of params.dq, dk, dv and dsinks that are needed. The head dim must have a backward
 // plan in limits.h, and the current device must be of compute capability 9.0.
 void launch_backward(const BackwardParams& params, cudaStream_t stream);
@@ -75,7 +80,7 @@ int backward_shared_memory(int head_dim);
 struct TestFaults {
   std::atomic<bool> tensor_map_encode_fails{false};  // the driver refuses to encode a tensor map
   std::atomic<int> compute_capability{0};            // 80 stands for 8.0; 0: ask the device
-  std::atomic<int> multiprocessors{0};               // that the backward's order of work is made for; 0: the device's
+  std::atomic<int> multiprocessors{0};               // that the order of work is made for; 0: the device's
 };
 inline TestFaults test_faults;
 

@@ -38,16 +38,16 @@ struct MapDimensions {
   int64_t strides[4];
 };
 
-// A map of 16-bit elements whose copies move boxes of so many rows of one head by one slab's columns.
+// A map of 16-bit elements whose copies move boxes of so many rows of each of some heads by one slab's columns.
 inline CUtensorMap encode_tensor_map(const char* name, const Tensor& tensor, const Shape& shape,
                                      const MapDimensions& dimensions, CUtensorMapDataType type, cuuint32_t rows,
-                                     cuuint32_t columns) {
+                                     cuuint32_t columns, cuuint32_t heads) {
   constexpr int kElementBytes = 2;
   const auto& strides = tensor.strides;
   cuuint64_t stride_bytes[4];
   for (int i = 0; i < 4; ++i) stride_bytes[i] = static_cast<cuuint64_t>(dimensions.strides[i]) * kElementBytes;
   const auto swizzle = columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-  const cuuint32_t box[5] = {columns, rows, 1, 1, 1};
+  const cuuint32_t box[5] = {columns, rows, heads, 1, 1};
   const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
   CUresult result = tensor_map_encoder()(&map, type, dimensions.rank, tensor.data, dimensions.sizes, stride_bytes, box,
@@ -67,11 +67,11 @@ inline CUtensorMap encode_tensor_map(const char* name, const Tensor& tensor, con
 }
 
 template <class Tile>
-CUtensorMap make_tensor_map(const char* name, const Tensor& tensor, const Shape& shape,
-                            const MapDimensions& dimensions) {
+CUtensorMap make_tensor_map(const char* name, const Tensor& tensor, const Shape& shape, const MapDimensions& dimensions,
+                            int heads = 1) {
   constexpr bool kIsHalf = std::is_same_v<typename Tile::Element, __half>;
   constexpr auto kType = kIsHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return encode_tensor_map(name, tensor, shape, dimensions, kType, Tile::kRows, Tile::kSlabColumns);
+  return encode_tensor_map(name, tensor, shape, dimensions, kType, Tile::kRows / heads, Tile::kSlabColumns, heads);
 }
 
 inline MapDimensions dense_dimensions(const Tensor& tensor, const Shape& shape) {
@@ -96,8 +96,11 @@ CUtensorMap make_tensor_map(const char* name, const Tensor& tensor, const Shape&
 // from batch offset + size on. The last dimension's step is so long that kWrap of them, less kWrap rows, are 2^64 bytes
 // or a multiple, which an address does not show. Triton's tools/ragged_tma.py has the trick. Dense batches must follow
 // each other like rows.
+//
+// A tile may have the rows of several heads, head by head: so many times fewer of each.
 template <class Tile>
-CUtensorMap make_sequence_map(const char* name, const Tensor& tensor, const Shape& shape, bool is_ragged) {
+CUtensorMap make_sequence_map(const char* name, const Tensor& tensor, const Shape& shape, bool is_ragged,
+                              int heads = 1) {
   MapDimensions dimensions = dense_dimensions(tensor, shape);
   dimensions.rank = 5;
   if (is_ragged) {
@@ -115,7 +118,7 @@ CUtensorMap make_sequence_map(const char* name, const Tensor& tensor, const Shap
     dimensions.strides[0] = dimensions.strides[2] = row_stride;
     dimensions.strides[3] = kWrappingStride - row_stride;
   }
-  return make_tensor_map<Tile>(name, tensor, shape, dimensions);
+  return make_tensor_map<Tile>(name, tensor, shape, dimensions, heads);
 }
 
 }  // namespace flash_attn_ext

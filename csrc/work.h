@@ -1,6 +1,10 @@
 // How a call's work is ordered, for each pass: plain functions of sizes, which the launches and the tests call alike.
 #pragma once
 
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+
 #include "limits.h"
 #include "problem.h"
 #include "tile/schedule.h"
@@ -23,28 +27,89 @@ inline bool has_short_forward(const Problem& problem, const ForwardPlan& plan) {
          each.rows >= plan.block_q && has_few_keys;
 }
 
+// The plan of a head dim that the table has.
+inline ForwardPlan forward_plan(const Problem& problem) {
+  ForwardPlan plan;
+  with_limits(problem.head_dim, [&]<std::size_t row>() {
+    const HeadDimLimits& limits = kLimits[row];
+    plan = has_short_forward(problem, limits.short_forward) ? limits.short_forward : limits.forward;
+  });
+  return plan;
+}
+
+// How the forward divides a call whose rows are few for its tiles, or its tiles for the multiprocessors. Query heads of
+// a KV head share a tile of 64 rows. And thread blocks share out the keys of a tile; what each makes of its part is
+// combined (forward_parts.cu).
+struct Division {
+  int heads = 1;           // that share a tile: a power of two
+  int tile_rows_log2 = 6;  // of each
+  int parts = 1;           // of the keys
+  int part_keys = Sequence::kUnbounded;
+  int64_t part_values = 0;  // rows of all heads
+
+  constexpr bool is_any() const { return heads > 1 || parts > 1; }
+};
+
+// Only calls without a mask, and of sequences of one length: a row's result is then the same, bit for bit, whichever
+// heads share its tile. Kernels with softcap cannot.
+inline Division divide(const Problem& problem, const ForwardPlan& plan, int multiprocessors) {
+  const Sequences sequences = problem.sequences();
+  const bool is_masked = sequences.each.left != Sequence::kUnbounded || sequences.each.right != Sequence::kUnbounded;
+  Division best;
+  if (is_masked || problem.lengths.any() || problem.options.softcap != 0) return best;
+
+  constexpr int kMostHeads = 8, kMostParts = 16, kFewestBlocks = 8;  // of a part: fewer are not worth combining
+  const int group = problem.heads_per_kv_head();
+  const int64_t values = problem.batch * problem.heads * problem.seqlen_q;
+  const int64_t blocks = (problem.seqlen_k - 1) / plan.block_kv + 1;
+  double least = 0;
+  for (int heads = 1; heads <= kMostHeads && group % heads == 0; heads *= 2) {
+    const int64_t rows = plan.block_q / heads;
+    const int64_t tiles = ((problem.seqlen_q - 1) / rows + 1) * (problem.heads / heads) * problem.batch;
+    const int64_t most_parts = tiles < 2 * multiprocessors ? std::min<int64_t>(blocks / kFewestBlocks, kMostParts) : 1;
+    for (int64_t asked = 1; asked <= std::max<int64_t>(most_parts, 1); ++asked) {
+      const int64_t part_blocks = (blocks - 1) / asked + 1, parts = (blocks - 1) / part_blocks + 1;
+      // In the time that a block of keys takes. Items take one more. They are of one length, so that rounds of them
+      // count; but in many rounds multiprocessors drift apart, so that it is their number: half of each. Combining has
+      // its launch, and float32 results that are written and read again.
+      const int64_t items = tiles * parts, rounds = (items - 1) / multiprocessors + 1;
+      const double of_items = (rounds + static_cast<double>(items) / multiprocessors) / 2 * (part_blocks + 1);
+      const double of_combining = 1 + 1.5 * parts * values / (plan.block_q * plan.block_kv);
+      const double time = of_items + (parts > 1 ? of_combining : 0);
+      if (least > 0 && time > (parts > best.parts ? 0.93 : 0.97) * least) continue;  // not for a small gain
+      least = time;
+      best = {.heads = heads,
+              .tile_rows_log2 = std::countr_zero(64u / heads),
+              .parts = static_cast<int>(parts),
+              .part_keys = parts == 1 ? Sequence::kUnbounded : static_cast<int>(part_blocks) * plan.block_kv,
+              .part_values = values};
+    }
+  }
+  return best;
+}
+
 // Blocks of query rows. The query heads of a KV head read the same K and V.
-inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan) {
+inline Schedule forward_schedule(const Problem& problem, const ForwardPlan& plan, const Division& division = {}) {
   constexpr int kElementBytes = 2;
   const Sequences sequences = problem.sequences();
-  const int heads = static_cast<int>(problem.heads);
+  const int heads = static_cast<int>(problem.heads) / division.heads, tile_rows = 1 << division.tile_rows_log2;
   // Packed sequences are taken as one, since their lengths are not known here: from the last block to the first. Under
   // a causal mask a costly block has all its sequence's cheaper ones behind it, which even out what it leaves. A block
   // has a tile of 64 rows for each consumer, of any sequences.
   const bool packed = sequences.is_packed();
-  const int blocks =
-      packed ? quotient(sequences.blocks_each(64) - 1, plan.consumers()) + 1 : sequences.blocks_each(plan.block_q);
-  check_counts({packed ? int64_t{heads} * sequences.blocks_each(64) : sequences.block_count(heads, plan.block_q)});
-  const int pairs = (packed ? 1 : sequences.count) * heads;
-  const int section = Schedule::even_section(pairs, 2 * problem.seqlen_k * problem.head_dim * kElementBytes,
-                                             problem.heads_per_kv_head(), kL2Bytes);
+  const int blocks = quotient(sequences.blocks_each(tile_rows) - 1, plan.consumers()) + 1;
+  check_counts({division.parts * sequences.block_count(heads, tile_rows)});
+  const int pairs = (packed ? 1 : sequences.count * division.parts) * heads;
+  const int group = problem.heads_per_kv_head() / division.heads;
+  const int64_t keys = std::min(problem.seqlen_k, int64_t{division.part_keys});
+  const int section = Schedule::even_section(pairs, 2 * keys * problem.head_dim * kElementBytes, group, kL2Bytes);
   const bool by_cost =
       packed || sequences.each.right != Sequence::kUnbounded;  // later rows see more, until a window is full
   // A section's costliest blocks load all its K and V together. Where keys are few, heads were measured to be faster
   // one by one, but for the last section, which ends evenly (docs/tuning.md).
   constexpr int kKeysByHead = 1024;
   const bool by_head = by_cost && !packed && sequences.each.keys <= kKeysByHead;
-  const int narrow = by_head ? problem.heads_per_kv_head() : section;
+  const int narrow = by_head ? group : section;
   return {.blocks = blocks,
           .heads = heads,
           .first_pair = 0,

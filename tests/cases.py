@@ -159,6 +159,16 @@ def plan_taken(row, dtype, seqlen_q, seqlen_k, **options):
     return short if seqlen_k <= FEW_KEYS or reach < FEW_KEYS else row["forward"]
 
 
+FEWEST_BLOCKS = 8  # kFewestBlocks of csrc/work.h: of a part of the keys
+
+
+def may_be_split(plan, seqlen_k, **options):
+    """Whether a dense forward by this plan may have its keys shared out among thread blocks: divide of csrc/work.h."""
+    return (
+        Options.of(**options).window == (UNBOUNDED, UNBOUNDED) and seqlen_k > (2 * FEWEST_BLOCKS - 1) * plan["block_kv"]
+    )
+
+
 # All plans of the forward, by row, place in the row and dtype.
 PLANS = [
     (row, which, dtype)
@@ -179,8 +189,11 @@ def lengths_of_plan(row, which, dtype):
 
 def forward_as_packed(q, k, v, **options):
     """out and lse of a dense call by the plan that packed calls take, and so their bits."""
-    row = row_of(q.shape[-1])
-    if q.device.type == "cpu" or plan_taken(row, q.dtype, q.shape[1], k.shape[1], **options) is row["forward"]:
+    if q.device.type == "cpu":
+        return flash_attn_ext.forward(q, k, v, **options)
+    row, (seqlen_q, seqlen_k) = row_of(q.shape[-1]), (q.shape[1], k.shape[1])
+    plan = plan_taken(row, q.dtype, seqlen_q, seqlen_k, **options)
+    if plan is row["forward"] and not may_be_split(plan, seqlen_k, **options):
         return flash_attn_ext.forward(q, k, v, **options)
     for name, x in zip("qk", (q, k), strict=True):
         starts = torch.arange(x.shape[0] + 1, device=x.device, dtype=torch.int32)
@@ -201,12 +214,34 @@ def forward_cases(row):
     """All cases of one row of limits."""
     plans = forward_plans(row)
     yield from _cases(row, plans[0], edges(plans, "block_q"), edges(plans, "block_kv"))
+    yield from divided_cases(row)
     if row["short_forward"]:  # rows that see too many keys for it, one by one and by a window
         seqlen_q, seqlen_k = 2 * row["short_forward"]["block_q"] + 37, FEW_KEYS + 133
         for causal in (False, True):
             yield Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, causal, 2, *GQA)
             yield Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, causal, 1, *GQA, window_size=(FEW_KEYS - 1, 0))
             yield Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, causal, 1, *GQA, window_size=(FEW_KEYS, 0))
+
+
+SPLIT_BLOCKS = 3 * FEWEST_BLOCKS  # of keys: enough for several parts
+
+
+def divided_cases(row):
+    """Calls that are divided (divide of csrc/work.h), and some beside them: few rows of grouped heads in more items
+    than any GPU has multiprocessors, few items that see many keys, and both."""
+    head_dim, block_kv = row["head_dim"], row["forward"]["block_kv"]
+    kinds = itertools.cycle(((16, 2), (12, 3), (6, 3), (16, 1), (24, 8)))
+    layouts = itertools.cycle(("bshd", "bhsd", "sbhd"))
+    for (seqlen_q, seqlen_k), dtype in itertools.product(
+        ((1, 3), (9, 131), (33, 2 * block_kv), (65, block_kv + 1), (131, 131), (277, 2 * block_kv + 9)), DTYPES
+    ):
+        yield Case(head_dim, dtype, seqlen_q, seqlen_k, False, 40, *next(kinds), next(layouts), sinks=seqlen_q % 2 == 0)
+    many = SPLIT_BLOCKS * block_kv
+    for (seqlen_q, seqlen_k), dtype in itertools.product(
+        ((1, many), (63, many + 1), (130, many + 7), (301, many - 1), (1000, 2 * many)), DTYPES
+    ):
+        yield Case(head_dim, dtype, seqlen_q, seqlen_k, False, 1, *next(kinds), next(layouts), sinks=seqlen_q % 2 == 0)
+        yield Case(head_dim, dtype, seqlen_q, seqlen_k, False, 2, 2, 2, next(layouts), sinks=seqlen_q % 2 == 1)
 
 
 def backward_cases(row):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import threading
 
 import gpu
@@ -16,6 +17,7 @@ from cases import (
     PLANS,
     ROWS,
     SMOKE,
+    SPLIT_BLOCKS,
     WALKS,
     Case,
     along_the_walk,
@@ -394,6 +396,131 @@ def test_scores_of_minus_inf(row, dtype, causal, where):
     out, lse = attend_and_check(q, k, v, causal=causal)
     if where == "all":
         assert (out == 0).all() and (lse == -math.inf).all()
+
+
+# Divided calls (docs/forward.md) ------------------------------------------------------------------------------------
+
+SHARED_TILES = {"seqlen_q": 131, "batch": 40, "heads": 16, "kv_heads": 2}  # in more items than multiprocessors
+SHARED_KEYS = {"seqlen_q": 75, "batch": 1, "heads": 4, "kv_heads": 2}  # few items, of many keys
+each_division = pytest.mark.parametrize("division", [SHARED_TILES, SHARED_KEYS], ids=["tiles", "keys"])
+
+
+def divided_inputs(row, division, dtype=torch.bfloat16):
+    is_split, block_kv = division is SHARED_KEYS, row["forward"]["block_kv"]
+    seqlen_k = SPLIT_BLOCKS * block_kv + 5 if is_split else 2 * block_kv + 5
+    batch, heads, kv_heads = division["batch"], division["heads"], division["kv_heads"]
+    shapes = (division["seqlen_q"], heads), (seqlen_k, kv_heads), (seqlen_k, kv_heads)
+    return [normal(batch, *shape, row["head_dim"], dtype=dtype) for shape in shapes]
+
+
+def kernels_of(*inputs, **options):
+    """Names of the forward's kernels that a call launches."""
+    flash_attn_ext.forward(*inputs, **options)  # makes the stream's counters
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        flash_attn_ext.forward(*inputs, **options)
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if re.search("forward_kernel|combine_kernel", event.name)]
+
+
+def test_which_calls_are_divided():
+    """By the names of kernels, and the last argument of their configs: this section's other tests would not notice that
+    none is."""
+    tiles, keys = (divided_inputs(ROWS[HEAD_DIMS.index(128)], division) for division in (SHARED_TILES, SHARED_KEYS))
+    calls = {
+        "tiles": (kernels_of(*tiles), ["true"]),
+        "keys": (kernels_of(*keys), ["true", "combine"]),
+        **{
+            f"{name}, {options}": (kernels_of(*inputs, **options), ["false"])
+            for name, inputs in (("tiles", tiles), ("keys", keys))
+            for options in ({"causal": True}, {"softcap": 30.0}, {"window_size": (9, 9)})
+        },
+    }
+    for name, (kernels, expected) in calls.items():
+        found = [re.search(r"ForwardConfig<[^>]*\b(true|false)>|(combine)_kernel", kernel) for kernel in kernels]
+        assert [match and (match[1] or match[2]) for match in found] == expected, f"{name}: {kernels}"
+
+
+@each_row
+@both_dtypes
+@each_division
+def test_surroundings_change_nothing_in_divided_calls(row, dtype, division):
+    inputs = divided_inputs(row, division, dtype)
+    expected = attend_and_check(*inputs)
+    for fill in (math.nan, math.inf):
+        embedded = [embed(x, fill, margin=70) for x in inputs]
+        assert_same(attend(*embedded), expected, f"with {fill} around q, k, v")
+
+
+@each_row
+@both_dtypes
+def test_heads_that_share_a_tile_have_the_bits_of_heads_alone(row, dtype):
+    """Also where other rows of the tile see scores that grow."""
+    q, k, v = divided_inputs(row, SHARED_TILES, dtype)
+    q[:, ::2, ::3] *= 5
+    expected = attend(q, k, v)
+    group = q.shape[2] // k.shape[2]
+    for head in range(q.shape[2]):
+        out, lse = attend(q[:, :, head : head + 1], *(x[:, :, head // group : head // group + 1] for x in (k, v)))
+        assert_same((out, lse), (expected[0][:, :, head : head + 1], expected[1][:, head : head + 1]), f"head {head}")
+
+
+@each_row
+@each_division
+@pytest.mark.parametrize("kind", ["growing by 90 a block", "steps of 60 a block", "one key of 3000, the first"])
+def test_scores_along_the_walk_of_divided_calls(row, division, kind):
+    _, seqlen_k, *_ = divided_inputs(row, division)[1].shape
+    q, k, v = along_the_walk(kind, row, division["seqlen_q"], seqlen_k, division["heads"], division["kv_heads"])
+    inputs = [x.expand(division["batch"], -1, -1, -1).contiguous() for x in (q, k, v)]
+    before = flash_attn_ext._C.items_again(q)
+    expected = attend_and_check(*inputs)
+    assert_same(attend(*inputs), expected, "in another run")
+    assert flash_attn_ext._C.items_again(q) == before or "keeps_offset" in row["forward"]
+
+
+@each_row
+@each_division
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_and_inf_in_divided_calls(row, division, value):
+    """A row of q has it, of one head; then a key, which all rows of its KV head's query heads see."""
+    q, k, v = divided_inputs(row, division)
+    out, lse = attend(q, k, v)
+    bad_q = q.clone()
+    bad_q[-1, 40, 1, 3] = value
+    bad_out, bad_lse = attend(bad_q, k, v)
+    assert bad_out[-1, 40, 1].isnan().all() and bad_lse[-1, 1, 40].isnan()
+    rest = torch.ones_like(lse, dtype=torch.bool)
+    rest[-1, 1, 40] = False
+    assert same_bits(bad_lse[rest], lse[rest])
+    assert same_bits(bad_out.transpose(1, 2)[rest], out.transpose(1, 2)[rest])
+
+    bad_v = v.clone()
+    bad_v[0, 7, 0, 5] = value
+    bad_out, bad_lse = attend(q, k, bad_v)
+    group = q.shape[2] // k.shape[2]
+    assert same_bits(bad_lse, lse)
+    expected = out[0, :, :group, 5].float() * 0 + value
+    assert torch.equal(bad_out[0, :, :group, 5].float().nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+    bad_out[0, :, :group, 5] = out[0, :, :group, 5]
+    assert same_bits(bad_out, out)
+
+
+@each_row
+@both_dtypes
+@each_division
+def test_graph_of_divided_calls(row, dtype, division):
+    """A chain of launches that overlap, on a workspace that each of them allocates."""
+    inputs = divided_inputs(row, division, dtype)
+    expected = attend(*inputs)
+    results = []
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results += [flash_attn_ext.forward(*inputs) for _ in range(3)]
+    for _ in range(3):
+        for x in itertools.chain(*results):
+            x.fill_(math.nan)
+        graph.replay()
+        for result in results:
+            assert_same(result, expected, "in a replay")
 
 
 # Sizes ---------------------------------------------------------------------------------------------------------------

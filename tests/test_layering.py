@@ -26,7 +26,7 @@ MAY_INCLUDE = {
     "torch": INTERFACE,
     "ptx": set(),
     "tile": {"ptx"},
-    "device.h": set(),
+    "device.h": {"launch.h"},
     "tensor_map.h": INTERFACE | {"device.h", "tile"},
     "forward": OF_KERNELS,
     "backward": OF_KERNELS,

@@ -19,20 +19,22 @@ import nvcc  # noqa: E402 (the build's own reader of ptxas output)
 
 KERNEL = re.compile(
     r"(?P<direction>forward|backward)(?P<wide>_wide)?_kernel.*?(?:Forward|Backward)ConfigILi(?P<row>\d+)E"
-    r"(?:13__nv_(?P<bf16>bfloat16)|6__half)Lb(?P<softcap>[01])E(?:Lb(?P<short>[01])E)?E"
+    r"(?:13__nv_(?P<bf16>bfloat16)|6__half)Lb(?P<softcap>[01])E(?:Lb(?P<short>[01])ELb(?P<divided>[01])E)?E"
     r"(?:EL\w*?9GradientsE(?P<gradients>\d)|ELb(?P<persistent>[01])E)?"
 )
 GRADIENTS = ("all", "dq", "dkv")  # csrc/backward.cu's enum class Gradients
 BY_PAIRS = ("wide", "persistent")  # the forms of csrc/backward_wide.cu: pairs have one item, or take item after item
+DIVIDED = "divided"
 DTYPES = ("fp16", "bf16")
 SOFTCAP = ("", "softcap")  # kernels without and with it
 
 
 def variants(direction, row, dtype, softcap):
-    """Of the forward, the kernel of the row's plan, and that for rows that see few keys. Of the backward, what kernels
-    compute, one after the other; the wide ones compute all, and write what is needed."""
+    """Of the forward, the kernel of the row's plan, and that for rows that see few keys; and both for divided calls. Of
+    the backward, what kernels compute, one after the other; the wide ones compute all, and write what is needed."""
     if direction == "forward":
-        return ["", "short"] if row["short_forward"] and (dtype, softcap) == ("bf16", "") else [""]
+        plans = ["", "short"] if row["short_forward"] and (dtype, softcap) == ("bf16", "") else [""]
+        return plans if softcap else [*plans, *(plan + DIVIDED for plan in plans)]
     return BY_PAIRS if is_by_pairs(row) else GRADIENTS
 
 
@@ -49,7 +51,7 @@ KERNELS = [
 
 def plan_of(kernel):
     direction, index, *_, variant = kernel
-    return TABLE[index]["short_forward" if variant == "short" else direction]
+    return TABLE[index]["short_forward" if variant.startswith("short") else direction]
 
 
 def kernel_id(kernel):
@@ -85,8 +87,12 @@ def by_kernel(output):
     for name, text in zip(parts[1::2], parts[2::2], strict=True):
         if match := KERNEL.search(name):
             dtype, softcap = "bf16" if match["bf16"] else "fp16", SOFTCAP[int(match["softcap"])]
-            variant = "short" if match["short"] == "1" else BY_PAIRS[int(match["persistent"])] if match["wide"] else ""
-            variant = GRADIENTS[int(match["gradients"])] if match["gradients"] else variant
+            if match["direction"] == "forward":
+                variant = "short" * (match["short"] == "1") + DIVIDED * (match["divided"] == "1")
+            elif match["wide"]:
+                variant = BY_PAIRS[int(match["persistent"])]
+            else:
+                variant = GRADIENTS[int(match["gradients"])]
             found[match["direction"], int(match["row"]), dtype, softcap, variant] = text
     return found
 
@@ -327,7 +333,7 @@ def test_documents_count_the_instructions_of_the_main_loop(sass, kernel):
     if BUILD["cuda"] != compiler:
         pytest.skip(f"docs/{direction}.md counts what nvcc {compiler} makes, and this binary is nvcc {BUILD['cuda']}'s")
     if softcap or gradients not in ("", "short", "all", *BY_PAIRS):
-        pytest.skip("only kernels of all gradients, and without softcap, are in the table")
+        pytest.skip("only kernels of all gradients, without softcap and of calls that are whole, are in the table")
     plan = plan_of(kernel)
     form_of_pair = {"wide": ", a pair", "persistent": ", a persistent pair"}.get(gradients, "[^|]*?")
     name = rf"{TABLE[index]['head_dim']} \({plan['block_q']} x {plan['block_kv']}{form_of_pair}\)"

@@ -55,12 +55,13 @@ struct OnlineSoftmax {
     }
 
     // Where both are -inf (or +inf) the difference is NaN, the comparison false, and the offset stays.
-    bool grew = __any_sync(
-        ~0u, (row_max[0] - offset[0]) * scale_log2 > kSlack || (row_max[1] - offset[1]) * scale_log2 > kSlack);
+    // A row's offset is raised for itself alone: what its neighbours see changes no bit of it.
+    const auto grows = [&](int r) { return (row_max[r] - offset[r]) * scale_log2 > kSlack; };
+    const bool grew = __any_sync(~0u, grows(0) || grows(1));
     if (grew) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float raised = fmaxf(offset[r], row_max[r]);
+        const float raised = grows(r) ? row_max[r] : offset[r];
         rescale[r] = raised == offset[r] ? 1.f : ptx::ex2((offset[r] - raised) * scale_log2);
         offset[r] = raised;
         sum[r] *= rescale[r];
@@ -82,14 +83,15 @@ struct OnlineSoftmax {
     return grew;
   }
 
-  // Before the first call of update_at_offset. A row that is NaN already is told from one that becomes NaN.
-  __device__ __forceinline__ void keep_offset() {
+  // Before the first call of update_at_offset. A row that is NaN already, or not used, gets an offset of +inf: whatever
+  // it sees, it is never large and never lost.
+  __device__ __forceinline__ void keep_offset(const bool (&is_used)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float total = sum[r];
       total += __shfl_xor_sync(~0u, total, 1);
       total += __shfl_xor_sync(~0u, total, 2);
-      if (isnan(total)) offset[r] = INFINITY;
+      if (isnan(total) || !is_used[r]) offset[r] = INFINITY;
     }
   }
 
@@ -124,10 +126,10 @@ struct OnlineSoftmax {
       const float largest_block = largest_of_row(r == 0 ? block.x : block.y), largest = largest_of_row(sum[r]);
       // A row is raised for itself alone, and by the sum, so that a key that dominates it has a P of 1, which rounding
       // leaves alone. At the smallest scales it cannot be, and need not, since a sum counts keys and no more.
-      const float raise = log2f(largest) / scale_log2;
-      const bool raises = largest_block >= kLargeSum && largest < kMostSum && raise < INFINITY;
+      const float raised = offset[r] + log2f(largest) / scale_log2;
+      const bool raises = largest_block >= kLargeSum && largest < kMostSum && raised < INFINITY;
       rescale[r] = raises ? ptx::rcp(largest) : 1.f;
-      offset[r] += raises ? raise : 0.f;
+      if (raises) offset[r] = raised;
       sum[r] *= largest < kMostSum ? rescale[r] : INFINITY;
     }
 #pragma unroll
@@ -141,16 +143,16 @@ struct OnlineSoftmax {
   // logit that joins the sum but not O. It is given in powers of two; -inf: none. A row that saw nothing, or only
   // scores of -inf, has O 0 and the lse that the sink has. NaN stays NaN. There is no branch, so that a product may run
   // meanwhile.
-  __device__ __forceinline__ void finish(float sink_log2, float (&row_scale)[2], float (&lse)[2]) {
+  __device__ __forceinline__ void finish(const float (&sink_log2)[2], float (&row_scale)[2], float (&lse)[2]) {
     constexpr float kLn2 = 0.6931471805599453f;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
       sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
       // From the offset to the larger of both, so that nothing overflows: by exactly 1 where that is the offset.
-      const float scaled = offset[r] * scale_log2, larger = fmaxf(scaled, sink_log2);
+      const float scaled = offset[r] * scale_log2, larger = fmaxf(scaled, sink_log2[r]);
       const float reference = larger == -INFINITY ? 0.f : larger;
-      const float rescale = ptx::ex2(scaled - reference), total = sum[r] * rescale + ptx::ex2(sink_log2 - reference);
+      const float rescale = ptx::ex2(scaled - reference), total = sum[r] * rescale + ptx::ex2(sink_log2[r] - reference);
       row_scale[r] = total == 0.f ? 0.f : rescale * ptx::rcp(total);
       lse[r] = (reference + log2f(total)) * kLn2;
     }

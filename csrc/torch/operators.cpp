@@ -196,7 +196,7 @@ ForwardResult forward_cuda(const at::Tensor& q, const at::Tensor& k, const at::T
   const Input q_in(q, part_of_q), k_in(k, part_of_k), v_in(v, part_of_k);
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(q.get_device());
   const at::Tensor counters = item_counters(stream, q);
-  const ForwardParams params{
+  ForwardParams params{
       .problem = problem_of(q, k, options),
       .q = q_in,
       .k = k_in,
@@ -206,6 +206,11 @@ ForwardResult forward_cuda(const at::Tensor& q, const at::Tensor& k, const at::T
       .sinks = options.sinks ? sinks.const_data_ptr<float>() : nullptr,
       .item_counters = counters.mutable_data_ptr<int>(),
   };
+  at::Tensor workspace;
+  if (const int64_t bytes = forward_workspace_bytes(params.problem); bytes > 0) {
+    workspace = allocate({bytes}, q, at::kByte);
+    params.workspace = workspace.mutable_data_ptr();
+  }
   launch_forward(params, stream.stream());
   return {out.finish(), lse};
 }

@@ -36,7 +36,7 @@ __global__ void online_softmax(const float* scores, const int* first_key, const 
     const bool sees_all = first[0] <= 0 && first[1] <= 0 && end[0] >= kBlock && end[1] >= kBlock;
     bool rescales = false;
     if (kKeepsOffset && block > 0 && __all_sync(~0u, sees_all)) {
-      if (!keeps_offset) softmax.keep_offset();
+      if (!keeps_offset) softmax.keep_offset({true, true});
       keeps_offset = true;
       rescales = __any_sync(~0u, softmax.update_at_offset(s));
       if (rescales) softmax.raise_offset(s, rescale);
@@ -53,7 +53,7 @@ __global__ void online_softmax(const float* scores, const int* first_key, const 
     for (int i = 0; i < kBlock / 2; ++i) o[fragment_row(i)] += s[i];
   }
   float row_scale[2], lse[2];
-  softmax.finish(sink * kLog2e, row_scale, lse);
+  softmax.finish({sink * kLog2e, sink * kLog2e}, row_scale, lse);
   for (int r = 0; r < 2; ++r) {
     o[r] += __shfl_xor_sync(~0u, o[r], 1);
     o[r] += __shfl_xor_sync(~0u, o[r], 2);

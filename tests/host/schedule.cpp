@@ -577,6 +577,90 @@ static void check_packings() {
   }
 }
 
+// Every row of every head meets every key once, in a tile of its KV head.
+static void check_division(const Problem& problem, const ForwardPlan& plan) {
+  const Division division = divide(problem, plan, kMultiprocessors);
+  const Schedule schedule = forward_schedule(problem, plan, division);
+  const int heads = static_cast<int>(problem.heads), batch = static_cast<int>(problem.batch);
+  const int rows = static_cast<int>(problem.seqlen_q), keys = static_cast<int>(problem.seqlen_k);
+  const int tile_rows = 1 << division.tile_rows_log2, parts = division.parts;
+  const std::string name = std::to_string(heads) + "/" + std::to_string(problem.kv_heads) + " heads of " +
+                           std::to_string(problem.head_dim) + ", " + std::to_string(batch) + " x " +
+                           std::to_string(rows) + " rows, " + std::to_string(keys) + " keys";
+  test::check(division.heads * tile_rows == 64, name + ": a tile has 64 rows");
+  test::check(problem.heads_per_kv_head() % division.heads == 0, name + ": the heads of a tile have one KV head");
+  if (parts > 1) {
+    const int part_keys = division.part_keys;
+    test::check(part_keys % plan.block_kv == 0 && (parts - 1) * part_keys < keys && parts * int64_t{part_keys} >= keys,
+                name + ": the parts are no blocks of keys, or not all keys");
+    test::check(division.part_values == int64_t{batch} * heads * rows, name + ": a part's values");
+  }
+  std::vector<int> visits(int64_t{batch} * parts * heads * rows);
+  for (int index = 0; index < schedule.items(); ++index) {
+    const WorkItem at = schedule.item(index);
+    for (int row = at.block * plan.consumers() * tile_rows; row < (at.block + 1) * plan.consumers() * tile_rows;
+         ++row) {
+      for (int head = at.head * division.heads; row < rows && head < (at.head + 1) * division.heads; ++head) {
+        ++visits[(int64_t{at.sequence} * heads + head) * rows + row];
+      }
+    }
+  }
+  test::check(std::count(visits.begin(), visits.end(), 1) == std::ssize(visits),
+              name + ": a row's keys are not met once");
+}
+
+static void check_divisions() {
+  for (const HeadDimLimits& row : kLimits) {
+    for (const ForwardPlan& plan : {row.forward, row.short_forward}) {
+      if (!plan.built()) continue;
+      for (int64_t seqlen_q : {1, 17, 64, 131, 300, 2000}) {
+        for (int64_t seqlen_k : {1, 131, 2049, 8192, 70001}) {
+          for (auto [heads, kv_heads] : {std::pair{1, 1}, {6, 2}, {12, 3}, {16, 2}, {32, 2}}) {
+            for (int64_t batch : {1, 3, 32}) {
+              check_division({.batch = batch,
+                              .seqlen_q = seqlen_q,
+                              .seqlen_k = seqlen_k,
+                              .heads = heads,
+                              .kv_heads = kv_heads,
+                              .head_dim = row.head_dim,
+                              .dtype = DType::kBFloat16},
+                             plan);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  const auto division = [](int64_t batch, int64_t rows, int64_t keys, int64_t heads, int64_t kv_heads,
+                           Options options = {}, Lengths lengths = {}) {
+    const Problem problem{.batch = batch,
+                          .seqlen_q = rows,
+                          .seqlen_k = keys,
+                          .heads = heads,
+                          .kv_heads = kv_heads,
+                          .head_dim = 128,
+                          .dtype = DType::kBFloat16,
+                          .options = options,
+                          .lengths = lengths};
+    return divide(problem, forward_plan(problem), kMultiprocessors);
+  };
+  test::check(division(32, 131, 131, 16, 2).heads == 8, "few rows of a large group share tiles");
+  test::check(division(32, 131, 131, 16, 16).heads == 1, "heads with K and V of their own do not");
+  test::check(division(1, 512, 8192, 16, 16).parts == 2, "keys are shared out where multiprocessors are idle");
+  const int most = division(1, 64, 70001, 1, 1).parts;
+  test::check(most > 8 && most <= 16, "but not into more parts than pay");
+  const int lengths[2] = {0, 131};
+  for (const Division& none :
+       {division(32, 512, 512, 16, 16), division(4, 4096, 4096, 32, 8), division(1, 8192, 8192, 32, 8),
+        division(32, 131, 131, 16, 2, {.causal = true}), division(32, 131, 131, 16, 2, {.window_left = 7}),
+        division(32, 131, 131, 16, 2, {.softcap = 30}),
+        division(1, 131, 131, 16, 2, {}, {.cu_seqlens_q = lengths, .cu_seqlens_k = lengths}),
+        division(1, 131, 131, 16, 2, {}, {.seqused_k = lengths})}) {
+    test::check(!none.is_any(), "a call is divided that need not be, or must not");
+  }
+}
+
 static void check_real_shapes() {
   struct Heads {
     int64_t heads, kv_heads;
@@ -658,6 +742,7 @@ int main() {
   check_rows();
   check_small_sizes();
   check_small_key_schedules();
+  check_divisions();
   check_real_shapes();
   check_numbers_of_heads();
   check_claims();
