@@ -61,7 +61,7 @@ struct BackwardParams {
 void launch_forward(const ForwardParams& params, cudaStream_t stream);
 
 // Bytes of ForwardParams::workspace that launch_forward needs on the current device: none but where few rows see many
-// keys. The head dim must have a forward plan.
+// keys.
 int64_t forward_workspace_bytes(const Problem& problem);
 
 // Attention backward: writes those of params.dq, dk, dv and dsinks that are needed. The head dim must have a backward

@@ -27,7 +27,7 @@ inline bool has_short_forward(const Problem& problem, const ForwardPlan& plan) {
          each.rows >= plan.block_q && has_few_keys;
 }
 
-// The plan of a head dim that the table has.
+// The plan that a call takes; not built where the table has none for its head dim.
 inline ForwardPlan forward_plan(const Problem& problem) {
   ForwardPlan plan;
   with_limits(problem.head_dim, [&]<std::size_t row>() {
@@ -56,7 +56,7 @@ inline Division divide(const Problem& problem, const ForwardPlan& plan, int mult
   const Sequences sequences = problem.sequences();
   const bool is_masked = sequences.each.left != Sequence::kUnbounded || sequences.each.right != Sequence::kUnbounded;
   Division best;
-  if (is_masked || problem.lengths.any() || problem.options.softcap != 0) return best;
+  if (!plan.built() || is_masked || problem.lengths.any() || problem.options.softcap != 0) return best;
 
   constexpr int kMostHeads = 8, kMostParts = 16, kFewestBlocks = 8;  // of a part: fewer are not worth combining
   const int group = problem.heads_per_kv_head();
