@@ -63,12 +63,13 @@ struct ForwardConfig {
       (2 * kBlockQ + 2 * kStages * kBlockKv) * kHeadDim * sizeof(T) + 4096 < kSharedMemoryBytes;
 
   // Where the first block's later half is masked for all rows of a consumer, it is not computed. At head dim 128 this
-  // was measured to cost more than it saves, since the consumers then fall into step (docs/tuning.md).
-  static constexpr bool kHalfFirstBlock = (kHeadDim == 64 || kDivided) && kBlockKv == 128;
+  // was measured to cost more than it saves, since the consumers then fall into step (docs/tuning.md), but in divided
+  // calls, whose items are short.
+  static constexpr bool kHalfFirstBlock = kHeadDim == (kDivided ? 128 : 64) && kBlockKv == 128;
 
   // Sums of rows are finished under the last P V where registers suffice: elsewhere ptxas serialises the products
   // (C7511).
-  static constexpr bool kFinishesEarly = !kHalfFirstBlock;
+  static constexpr bool kFinishesEarly = !kHalfFirstBlock && !(kHeadDim == 64 && kBlockKv == 128);
 
   // Only bf16 has float32's range, which P takes at an offset that stays. With it consumers need turns.
   static constexpr bool kKeepsOffset = kPlan.keeps_offset && std::is_same_v<T, __nv_bfloat16> && !kSoftcap;

@@ -56,14 +56,14 @@ inline constexpr HeadDimLimits kLimits[] = {
     // keys, and products of 64 columns read as much shared memory as there is time for. So that plan wins where items
     // are short.
     {.head_dim = 64,
-     .forward = {.block_q = 192, .block_kv = 128, .stages = 2, .turns = true, .keeps_offset = true},
+     .forward = {.block_q = 192, .block_kv = 128, .stages = 3, .turns = true, .keeps_offset = true},
      .short_forward = {.block_q = 256, .block_kv = 64, .stages = 8, .keeps_offset = true},
      .backward = {.block_q = 64, .block_kv = 128, .stages = 4, .ds_stages = 3, .kv_in_registers = true}},
     // Three warpgroups, since two fall behind on long sequences. With 112 keys a block softcap spills.
     // Backward: V takes 24 registers a thread, which K's would not find beside them. It is for shared memory that the
     // products wait.
     {.head_dim = 96,
-     .forward = {.block_q = 192, .block_kv = 96, .stages = 2, .turns = true, .keeps_offset = true},
+     .forward = {.block_q = 192, .block_kv = 96, .stages = 4, .turns = true, .keeps_offset = true},
      .backward = {.block_q = 64, .block_kv = 128, .stages = 3, .ds_stages = 2, .v_in_registers = true}},
     // Without turns where each block takes a maximum: two warpgroups then keep out of step by themselves
     // (docs/tuning.md).

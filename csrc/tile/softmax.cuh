@@ -162,7 +162,7 @@ struct OnlineSoftmax {
   // Of the thread's two rows.
   template <int kRegisters>
   static __device__ __forceinline__ float2 sum_of(const float (&p)[kRegisters]) {
-    float partial[2][2] = {};  // two chains a row
+    float partial[2][2] = {{-0.f, -0.f}, {-0.f, -0.f}};  // two chains a row; adding to -0 costs nothing
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) partial[fragment_row(i)][i / 4 % 2] += p[i];
     return {partial[0][0] + partial[0][1], partial[1][0] + partial[1][1]};
