@@ -38,11 +38,11 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------------- config
 
-template <int kRow, class Type, bool kCapped = false, bool kShort = false, bool kInParts = false>
+template <int kRow, class Type, bool kCapped = false, bool kShort = false, bool kIsDivided = false>
 struct ForwardConfig {
   using T = Type;
   static constexpr bool kSoftcap = kCapped;
-  static constexpr bool kDivided = kInParts;  // the call is (work.h); others pay nothing for it
+  static constexpr bool kDivided = kIsDivided;  // the call is (work.h); others pay nothing for it
   static constexpr ForwardPlan kPlan = kShort ? kLimits[kRow].short_forward : kLimits[kRow].forward;
   static constexpr int kHeadDim = kLimits[kRow].head_dim;  // that of the tiles, filled up with zeros
   static constexpr int kBlockQ = kPlan.block_q;
@@ -64,7 +64,7 @@ struct ForwardConfig {
 
   // Where the first block's later half is masked for all rows of a consumer, it is not computed. At head dim 128 this
   // was measured to cost more than it saves, since the consumers then fall into step (docs/tuning.md), but in divided
-  // calls, whose items are short.
+  // calls, whose items are short. These have no registers for it at head dim 64 (C7511).
   static constexpr bool kHalfFirstBlock = kHeadDim == (kDivided ? 128 : 64) && kBlockKv == 128;
 
   // Sums of rows are finished under the last P V where registers suffice: elsewhere ptxas serialises the products
@@ -323,8 +323,8 @@ __device__ __forceinline__ void find_items(const ForwardArguments& args, Forward
   for (int first = blockIdx.x, claims = 1;;) {
     const int number = first + claim;
     const bool is_claimed = claim < claims && number < items;
-    const Located tile = is_claimed ? locate_tile<Config>(args, number, consumer) : Located{{0, 0, -1}, 0};
-    const bool is_tile = is_claimed && has_rows<Config>(args, tile.tile);
+    const Located located = is_claimed ? locate_tile<Config>(args, number, consumer) : Located{{0, 0, -1}, 0};
+    const bool is_tile = is_claimed && has_rows<Config>(args, located.tile);
     const int first_lane = lane - consumer;
     const bool found = __ballot_sync(~0u, is_tile) >> first_lane & ((1u << kTiles) - 1);
     const uint32_t all_found = __ballot_sync(~0u, found && consumer == 0);
@@ -336,13 +336,13 @@ __device__ __forceinline__ void find_items(const ForwardArguments& args, Forward
     own.advance(rank);
     typename ForwardSmem<Config>::Item& item = smem.items[own.stage];
     if (found) {
-      describe_tile<Config>(args, tile, is_tile, item.tiles[consumer]);
+      describe_tile<Config>(args, located, is_tile, item.tiles[consumer]);
     }
     __syncwarp();
     if (found && consumer == 0) {
-      item.head = tile.tile.head;
-      item.kv_head = quotient(tile.tile.head, args.heads_per_kv_head);
-      if constexpr (Config::kDivided) item.first_key = tile.part * args.division.part_keys;
+      item.head = located.tile.head;
+      item.kv_head = quotient(located.tile.head, args.heads_per_kv_head);
+      if constexpr (Config::kDivided) item.first_key = located.part * args.division.part_keys;
       item.again = false;
       item.claims_next = rank == count / 4;
       describe_blocks<Config>(args, item);
@@ -477,7 +477,8 @@ struct Consumer {
   }
 
   // Where the config says so, consumers take turns at issuing products, so that one multiplies while another does its
-  // softmax. An item of n blocks with turns has n - 1 for each consumer, whether or not it has work in them.
+  // softmax. An item of n blocks with turns has n - 1 for each consumer, whether or not it has work in them;
+  // one without turns has none for anybody, so that no consumer gets ahead.
   __device__ __forceinline__ void await_turn() {
     if (Config::kTurns && has_turns) ptx::bar_sync(kTurnBarrier + index, 256);
   }
@@ -500,7 +501,7 @@ struct Consumer {
     return Config::kDivided ? row & ((1 << args.division.tile_rows_log2) - 1) : row;
   }
   __device__ __forceinline__ int head_of_tile(int r) const {
-    return Config::kDivided ? own_row() + 8 * r >> args.division.tile_rows_log2 : 0;
+    return Config::kDivided ? (own_row() + 8 * r) >> args.division.tile_rows_log2 : 0;
   }
 
   // Masks the edges that the block has.
@@ -523,10 +524,10 @@ struct Consumer {
   }
 
   // A block that rows of other consumers see, but none of this one's.
-  __device__ __forceinline__ void skip_block(bool has_turn) {
+  __device__ __forceinline__ void skip_block(bool takes_turn) {
     smem.k_ring.wait_full(k_at);
     release_k();
-    if (has_turn) {
+    if (takes_turn) {
       await_turn();
       pass_turn();
     }
@@ -638,6 +639,7 @@ struct Consumer {
       store_out(first_row, row_scale);
     }
     float* const row_lse = args.lse + value_of(0, row);
+    // From one address: two of them, with the record read again for each, took 150 cycles an item.
     const int64_t to_second = Config::kDivided ? value_of(1, second_row) - value_of(0, row) : 8;
     if (own_column() == 0) {
       if (row < tile.stored) row_lse[0] = lse[0];
@@ -700,7 +702,8 @@ struct Consumer {
     if (!Config::kOwnOutBuffer && threadIdx.x % 128 == 0) cuda::ptx::mbarrier_arrive(&smem.out_left[index]);
   }
 
-  // Rows that are stored but not used have O 0 and the lse of nothing, whatever their neighbours saw.
+  // Rows that are stored but not used have O 0 and the lse of nothing, whatever their neighbours saw. Divided calls
+  // have none.
   __device__ __forceinline__ void zero_unused(int row, int rows, float (&row_scale)[2], float (&lse)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -730,6 +733,7 @@ struct Consumer {
     for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.f;
 
     smem.q_ring[index].wait_full(q_at());
+    // A consumer that sees nothing has a turn less than blocks, as all have.
     for (int i = sees ? skipped : count; i > 0; --i) skip_block(sees || i > 1);
     if (sees) {
       int block = own.end - 1;

@@ -28,7 +28,7 @@ struct CombineArguments {
 template <class T>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ CombineArguments args) {
   cudaTriggerProgrammaticLaunchCompletion();
-  cudaGridDependencySynchronize();
+  cudaGridDependencySynchronize();  // by all threads: when this kernel has ended the forward has
   const int64_t value = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / args.lanes;
   const int column = threadIdx.x % args.lanes * kColumns;
   if (value >= args.values || column >= args.head_dim) return;
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
   float largest = sink;
 #pragma unroll 4
   for (int part = 0; part < args.parts; ++part) largest = fmaxf(largest, args.lse[part * args.values + value]);
-  const float reference = largest == -INFINITY ? 0.f : largest;  // of nothing: no NaN comes of a difference
+  const float reference = largest == -INFINITY ? 0.f : largest;  // where nothing was seen: -inf less -inf would be NaN
 
   float total = ptx::ex2((sink - reference) * kLog2E), out[kColumns] = {};
 #pragma unroll 4

@@ -45,20 +45,23 @@ struct Division {
   int tile_rows_log2 = 6;  // of each
   int parts = 1;           // of the keys
   int part_keys = Sequence::kUnbounded;
-  int64_t part_values = 0;  // rows of all heads
+  int64_t part_values = 0;  // rows of all heads and batches: results of a part
 
   constexpr bool is_any() const { return heads > 1 || parts > 1; }
 };
 
 // Only calls without a mask, and of sequences of one length: a row's result is then the same, bit for bit, whichever
-// heads share its tile. Kernels with softcap cannot.
+// heads share its tile, unless the tile is lost. Kernels with softcap cannot.
 inline Division divide(const Problem& problem, const ForwardPlan& plan, int multiprocessors) {
   const Sequences sequences = problem.sequences();
   const bool is_masked = sequences.each.left != Sequence::kUnbounded || sequences.each.right != Sequence::kUnbounded;
   Division best;
   if (!plan.built() || is_masked || problem.lengths.any() || problem.options.softcap != 0) return best;
 
-  constexpr int kMostHeads = 8, kMostParts = 16, kFewestBlocks = 8;  // of a part: fewer are not worth combining
+  constexpr int kMostHeads = 8, kMostParts = 16;
+  constexpr int kFewestBlocks = 8;  // of a part: fewer are not worth combining
+  // The estimate is a rough one: what gains less than this is left as it is. Parts are likelier to disappoint.
+  constexpr double kWorthHeads = 0.97, kWorthParts = 0.93;
   const int group = problem.heads_per_kv_head();
   const int64_t values = problem.batch * problem.heads * problem.seqlen_q;
   const int64_t blocks = (problem.seqlen_k - 1) / plan.block_kv + 1;
@@ -66,8 +69,9 @@ inline Division divide(const Problem& problem, const ForwardPlan& plan, int mult
   for (int heads = 1; heads <= kMostHeads && group % heads == 0; heads *= 2) {
     const int64_t rows = plan.block_q / heads;
     const int64_t tiles = ((problem.seqlen_q - 1) / rows + 1) * (problem.heads / heads) * problem.batch;
-    const int64_t most_parts = tiles < 2 * multiprocessors ? std::min<int64_t>(blocks / kFewestBlocks, kMostParts) : 1;
-    for (int64_t asked = 1; asked <= std::max<int64_t>(most_parts, 1); ++asked) {
+    const int64_t most_parts =
+        tiles < 2 * multiprocessors ? std::clamp<int64_t>(blocks / kFewestBlocks, 1, kMostParts) : 1;
+    for (int64_t asked = 1; asked <= most_parts; ++asked) {
       const int64_t part_blocks = (blocks - 1) / asked + 1, parts = (blocks - 1) / part_blocks + 1;
       // In the time that a block of keys takes. Items take one more. They are of one length, so that rounds of them
       // count; but in many rounds multiprocessors drift apart, so that it is their number: half of each. Combining has
@@ -76,7 +80,7 @@ inline Division divide(const Problem& problem, const ForwardPlan& plan, int mult
       const double of_items = (rounds + static_cast<double>(items) / multiprocessors) / 2 * (part_blocks + 1);
       const double of_combining = 1 + 1.5 * parts * values / (plan.block_q * plan.block_kv);
       const double time = of_items + (parts > 1 ? of_combining : 0);
-      if (least > 0 && time > (parts > best.parts ? 0.93 : 0.97) * least) continue;  // not for a small gain
+      if (least > 0 && time > (parts > best.parts ? kWorthParts : kWorthHeads) * least) continue;
       least = time;
       best = {.heads = heads,
               .tile_rows_log2 = std::countr_zero(64u / heads),

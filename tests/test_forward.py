@@ -474,7 +474,8 @@ def test_scores_along_the_walk_of_divided_calls(row, division, kind):
     before = flash_attn_ext._C.items_again(q)
     expected = attend_and_check(*inputs)
     assert_same(attend(*inputs), expected, "in another run")
-    assert flash_attn_ext._C.items_again(q) == before or "keeps_offset" in row["forward"]
+    if kind == "growing by 90 a block":  # too much for any offset that is kept
+        assert (flash_attn_ext._C.items_again(q) > before) == ("keeps_offset" in row["forward"])
 
 
 @each_row
