@@ -71,8 +71,7 @@ struct ForwardConfig {
   // (C7511).
   static constexpr bool kFinishesEarly = !kHalfFirstBlock && !(kHeadDim == 64 && kBlockKv == 128);
 
-  // Only bf16 has float32's range, which P takes at an offset that stays. With it consumers need turns.
-  static constexpr bool kKeepsOffset = kPlan.keeps_offset && std::is_same_v<T, __nv_bfloat16> && !kSoftcap;
+  static constexpr bool kKeepsOffset = kPlan.keeps_offset && !kSoftcap;  // with it consumers need turns
   static constexpr bool kTurns = kPlan.turns || kKeepsOffset;
 
   static_assert(kPlan.built() && kBlockQ == 64 * kConsumers && kBlockKv % 16 == 0 && kHeadDim % 32 == 0);
@@ -866,28 +865,29 @@ void launch(const ForwardParams& params, const Division& division, cudaStream_t 
 
 void launch_forward(const ForwardParams& params, cudaStream_t stream) {
   const Problem& problem = params.problem;
+  const int multiprocessors = multiprocessors_to_fill();
   const auto launch_plan = [&]<int row, class T, bool kSoftcap, bool kShort>() {
     using Config = ForwardConfig<row, T, kSoftcap, kShort>;
-    const Division division = divide(problem, Config::kPlan, multiprocessors_to_fill());
+    const Division division = divide(problem, Config::kPlan, multiprocessors);
     if constexpr (!kSoftcap) {
       if (division.is_any()) return launch<ForwardConfig<row, T, kSoftcap, kShort, true>>(params, division, stream);
     }
     launch<Config>(params, division, stream);
   };
-  const auto launch_type = [&]<int row, bool kSoftcap>() {
-    if constexpr (kLimits[row].short_forward.built() && !kSoftcap) {  // has_short_forward says no to the others
-      if (has_short_forward(problem, kLimits[row].short_forward)) {
-        return launch_plan.template operator()<row, __nv_bfloat16, kSoftcap, true>();
-      }
-    }
+  const auto launch_type = [&]<int row, bool kSoftcap, bool kShort = false>() {
     if (problem.dtype == DType::kFloat16) {
-      launch_plan.template operator()<row, __half, kSoftcap, false>();
+      launch_plan.template operator()<row, __half, kSoftcap, kShort>();
     } else {
-      launch_plan.template operator()<row, __nv_bfloat16, kSoftcap, false>();
+      launch_plan.template operator()<row, __nv_bfloat16, kSoftcap, kShort>();
     }
   };
   const bool found = with_limits(problem.head_dim, [&]<std::size_t row>() {
     if constexpr (kLimits[row].forward.built()) {
+      if constexpr (kLimits[row].short_forward.built()) {
+        if (has_short_forward(problem, kLimits[row], multiprocessors)) {  // not with softcap
+          return launch_type.template operator()<row, false, true>();
+        }
+      }
       if (problem.options.softcap == 0) {
         launch_type.template operator()<row, false>();
       } else {
@@ -899,7 +899,9 @@ void launch_forward(const ForwardParams& params, cudaStream_t stream) {
 }
 
 int64_t forward_workspace_bytes(const Problem& problem) {
-  return PartialResults(problem, divide(problem, forward_plan(problem), multiprocessors_to_fill()), nullptr).bytes;
+  const int multiprocessors = multiprocessors_to_fill();
+  const Division division = divide(problem, forward_plan(problem, multiprocessors), multiprocessors);
+  return PartialResults(problem, division, nullptr).bytes;
 }
 
 int forward_shared_memory(int head_dim, bool short_forward) {

@@ -22,7 +22,7 @@ struct ForwardPlan {
   int block_kv = 0;    // keys of one step of the main loop
   int stages = 0;      // K blocks, and as many V blocks, in flight
   bool turns = false;  // consumers take turns at issuing products ("ping-pong")
-  // In bf16 without softcap, blocks without a mask take no maximum: scores stay relative to that of the blocks before
+  // Without softcap, blocks without a mask take no maximum: scores stay relative to that of the blocks before
   // (softmax.cuh). Consumers then take turns.
   bool keeps_offset = false;
   constexpr bool built() const { return block_q > 0; }
@@ -46,7 +46,7 @@ struct BackwardPlan {
 struct HeadDimLimits {
   int head_dim;  // the largest of the row
   ForwardPlan forward;
-  ForwardPlan short_forward = {};  // of bf16 calls whose rows see few keys (work.h); not built: as any other
+  ForwardPlan short_forward = {};  // of calls whose rows see few keys (work.h); not built: as any other
   BackwardPlan backward;
 };
 

@@ -15,26 +15,11 @@ namespace flash_attn_ext {
 // Sections of the deterministic backward may take more where that lets its items wait less.
 inline constexpr int64_t kL2Bytes = int64_t{32} << 20, kMostL2Bytes = int64_t{48} << 20;
 
-// Whether the forward takes the plan that its row of the table has for rows that see few keys: in bf16, as its blocks
-// keep their offset. Not packed sequences, which fill large Q blocks badly where they are short, and a few rows
-// neither.
-inline bool has_short_forward(const Problem& problem, const ForwardPlan& plan) {
-  constexpr int64_t kFewKeys = 4096;
-  const Sequences sequences = problem.sequences();
-  const Sequence& each = sequences.each;
-  const bool has_few_keys = each.keys <= kFewKeys || int64_t{each.left} + each.right < kFewKeys;
-  return plan.built() && problem.dtype == DType::kBFloat16 && problem.options.softcap == 0 && !sequences.is_packed() &&
-         each.rows >= plan.block_q && has_few_keys;
-}
-
-// The plan that a call takes; not built where the table has none for its head dim.
-inline ForwardPlan forward_plan(const Problem& problem) {
-  ForwardPlan plan;
-  with_limits(problem.head_dim, [&]<std::size_t row>() {
-    const HeadDimLimits& limits = kLimits[row];
-    plan = has_short_forward(problem, limits.short_forward) ? limits.short_forward : limits.forward;
-  });
-  return plan;
+// How many items one after the other take as long as these do. They are of one length, so that rounds of them count;
+// but in many rounds multiprocessors drift apart, so that it is their number: half of each.
+inline double rounds_of_equal_items(int64_t items, int multiprocessors) {
+  if (items <= multiprocessors) return 1;
+  return ((items - 1) / multiprocessors + 1 + static_cast<double>(items) / multiprocessors) / 2;
 }
 
 // How the forward divides a call whose rows are few for its tiles, or its tiles for the multiprocessors. Query heads of
@@ -46,6 +31,7 @@ struct Division {
   int parts = 1;           // of the keys
   int part_keys = Sequence::kUnbounded;
   int64_t part_values = 0;  // rows of all heads and batches: results of a part
+  double block_times = 0;   // an estimate of what the call takes, in the time of a block of keys; 0: there is none
 
   constexpr bool is_any() const { return heads > 1 || parts > 1; }
 };
@@ -54,7 +40,8 @@ struct Division {
 // heads share its tile, unless the tile is lost. Kernels with softcap cannot.
 inline Division divide(const Problem& problem, const ForwardPlan& plan, int multiprocessors) {
   const Sequences sequences = problem.sequences();
-  const bool is_masked = sequences.each.left != Sequence::kUnbounded || sequences.each.right != Sequence::kUnbounded;
+  const Sequence& each = sequences.each;
+  const bool is_masked = each.left < each.keys - 1 || each.right < each.rows - 1;
   Division best;
   if (!plan.built() || is_masked || problem.lengths.any() || problem.options.softcap != 0) return best;
 
@@ -64,8 +51,10 @@ inline Division divide(const Problem& problem, const ForwardPlan& plan, int mult
   constexpr double kWorthHeads = 0.97, kWorthParts = 0.93;
   const int group = problem.heads_per_kv_head();
   const int64_t values = problem.batch * problem.heads * problem.seqlen_q;
-  const int64_t blocks = (problem.seqlen_k - 1) / plan.block_kv + 1;
-  double least = 0;
+  const int64_t blocks = (problem.seqlen_k - 1) / plan.block_kv + 1, block_scores = plan.block_q * plan.block_kv;
+  // Of the kernel that combines, and its launch: some 6 us, in which a block of 128 x 128 at head dim 128 is done 5
+  // times.
+  const double combining_begins = 5.0 * 128 * 128 * 128 / static_cast<double>(block_scores * problem.head_dim);
   for (int heads = 1; heads <= kMostHeads && group % heads == 0; heads *= 2) {
     const int64_t rows = plan.block_q / heads;
     const int64_t tiles = ((problem.seqlen_q - 1) / rows + 1) * (problem.heads / heads) * problem.batch;
@@ -73,23 +62,58 @@ inline Division divide(const Problem& problem, const ForwardPlan& plan, int mult
         tiles < 2 * multiprocessors ? std::clamp<int64_t>(blocks / kFewestBlocks, 1, kMostParts) : 1;
     for (int64_t asked = 1; asked <= most_parts; ++asked) {
       const int64_t part_blocks = (blocks - 1) / asked + 1, parts = (blocks - 1) / part_blocks + 1;
-      // In the time that a block of keys takes. Items take one more. They are of one length, so that rounds of them
-      // count; but in many rounds multiprocessors drift apart, so that it is their number: half of each. Combining has
-      // its launch, and float32 results that are written and read again.
-      const int64_t items = tiles * parts, rounds = (items - 1) / multiprocessors + 1;
-      const double of_items = (rounds + static_cast<double>(items) / multiprocessors) / 2 * (part_blocks + 1);
-      const double of_combining = 1 + 1.5 * parts * values / (plan.block_q * plan.block_kv);
+      // In the time that a block of keys takes. Items take one more. Combining has float32 results that are written and
+      // read again.
+      const double of_items = rounds_of_equal_items(tiles * parts, multiprocessors) * (part_blocks + 1);
+      const double of_combining = combining_begins + 1.5 * parts * values / block_scores;
       const double time = of_items + (parts > 1 ? of_combining : 0);
-      if (least > 0 && time > (parts > best.parts ? kWorthParts : kWorthHeads) * least) continue;
-      least = time;
+      const double worth = (parts > best.parts ? kWorthParts : kWorthHeads) * best.block_times;
+      if (best.block_times > 0 && time > worth) continue;
       best = {.heads = heads,
               .tile_rows_log2 = std::countr_zero(64u / heads),
               .parts = static_cast<int>(parts),
               .part_keys = parts == 1 ? Sequence::kUnbounded : static_cast<int>(part_blocks) * plan.block_kv,
-              .part_values = values};
+              .part_values = values,
+              .block_times = time};
     }
   }
   return best;
+}
+
+// An estimate of what a dense call takes by a plan of the forward: elements of scores that a multiprocessor computes
+// one after the other.
+inline double forward_time(const Problem& problem, const ForwardPlan& plan, int multiprocessors) {
+  const Division division = divide(problem, plan, multiprocessors);
+  if (division.block_times > 0) return division.block_times * plan.block_q * plan.block_kv;
+  // Masks: the costliest item comes first, and cheaper ones even out what it leaves. Half of a causal square is masked.
+  const double rows = static_cast<double>(problem.batch * problem.heads * problem.seqlen_q) / multiprocessors;
+  return std::max<double>(plan.block_q, rows / 2) * static_cast<double>(problem.seqlen_k);
+}
+
+// Whether the forward takes the plan that its row of the table has for rows that see few keys: without softcap, as its
+// blocks keep their offset. Not packed sequences, which fill large Q blocks badly where they are short, and a few rows
+// neither. Nor where its Q blocks are so few that multiprocessors are idle for longer than by the other plan.
+inline bool has_short_forward(const Problem& problem, const HeadDimLimits& limits, int multiprocessors) {
+  constexpr int64_t kFewKeys = 4096;
+  constexpr double kWorth = 1.05;  // its beginnings and ends of items are hidden better
+  const ForwardPlan& plan = limits.short_forward;
+  const Sequences sequences = problem.sequences();
+  const Sequence& each = sequences.each;
+  const bool has_few_keys = each.keys <= kFewKeys || int64_t{each.left} + each.right < kFewKeys;
+  return plan.built() && problem.options.softcap == 0 && !sequences.is_packed() && each.rows >= plan.block_q &&
+         has_few_keys &&
+         forward_time(problem, plan, multiprocessors) <=
+             kWorth * forward_time(problem, limits.forward, multiprocessors);
+}
+
+// The plan that a call takes; not built where the table has none for its head dim.
+inline ForwardPlan forward_plan(const Problem& problem, int multiprocessors) {
+  ForwardPlan plan;
+  with_limits(problem.head_dim, [&]<std::size_t row>() {
+    const HeadDimLimits& limits = kLimits[row];
+    plan = has_short_forward(problem, limits, multiprocessors) ? limits.short_forward : limits.forward;
+  });
+  return plan;
 }
 
 // Blocks of query rows. The query heads of a KV head read the same K and V.

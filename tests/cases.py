@@ -150,10 +150,10 @@ def largest_q_block(row):
 FEW_KEYS = 4096  # kFewKeys of csrc/work.h
 
 
-def plan_taken(row, dtype, seqlen_q, seqlen_k, **options):
-    """The plan of the row that a forward of dense sequences takes: has_short_forward of csrc/work.h."""
+def plan_taken(row, seqlen_q, seqlen_k, **options):
+    """The plan that a forward of dense sequences takes if it has items enough: has_short_forward of csrc/work.h."""
     short, options = row["short_forward"], Options.of(**options)
-    if not short or dtype != torch.bfloat16 or options.softcap or seqlen_q < short["block_q"]:
+    if not short or options.softcap or seqlen_q < short["block_q"]:
         return row["forward"]
     reach = math.inf if UNBOUNDED in options.window else sum(options.window)
     return short if seqlen_k <= FEW_KEYS or reach < FEW_KEYS else row["forward"]
@@ -173,7 +173,7 @@ def may_be_split(plan, seqlen_k, **options):
 PLANS = [
     (row, which, dtype)
     for row in ROWS
-    for which, dtype in (("forward", "fp16"), ("forward", "bf16"), ("short_forward", "bf16"))
+    for which, dtype in itertools.product(("forward", "short_forward"), DTYPES)
     if row[which]
 ]
 each_plan = pytest.mark.parametrize(
@@ -181,9 +181,9 @@ each_plan = pytest.mark.parametrize(
 )
 
 
-def lengths_of_plan(row, which, dtype):
+def lengths_of_plan(row, which):
     """seqlen_q and seqlen_k of a dense call that takes the plan: some Q blocks, and KV blocks that lap its rings."""
-    avoids_short = row["short_forward"] and which == "forward" and dtype == "bf16"
+    avoids_short = row["short_forward"] and which == "forward"
     return 3 * row[which]["block_q"] + 7, 9 * row["forward"]["block_kv"] + 3 + (FEW_KEYS if avoids_short else 0)
 
 
@@ -192,7 +192,7 @@ def forward_as_packed(q, k, v, **options):
     if q.device.type == "cpu":
         return flash_attn_ext.forward(q, k, v, **options)
     row, (seqlen_q, seqlen_k) = row_of(q.shape[-1]), (q.shape[1], k.shape[1])
-    plan = plan_taken(row, q.dtype, seqlen_q, seqlen_k, **options)
+    plan = plan_taken(row, seqlen_q, seqlen_k, **options)
     if plan is row["forward"] and not may_be_split(plan, seqlen_k, **options):
         return flash_attn_ext.forward(q, k, v, **options)
     for name, x in zip("qk", (q, k), strict=True):
@@ -219,6 +219,7 @@ def forward_cases(row):
         seqlen_q, seqlen_k = 2 * row["short_forward"]["block_q"] + 37, FEW_KEYS + 133
         for causal in (False, True):
             yield Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, causal, 2, *GQA)
+            yield Case(row["head_dim"], "fp16", seqlen_q, seqlen_k, causal, 2, *GQA)
             yield Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, causal, 1, *GQA, window_size=(FEW_KEYS - 1, 0))
             yield Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, causal, 1, *GQA, window_size=(FEW_KEYS, 0))
 
@@ -356,6 +357,7 @@ def extreme_logits(kind, row, dtype):
 WALKS = {
     **{f"growing by {by} a block": lambda walked, key, by=by: by * walked for by in (10, 40, 90, 130, 1000)},
     **{f"steps of {by} a block": lambda walked, key, by=by: by * walked.floor() for by in (10, 20, 60, 130)},
+    **{f"a late step of {by}": lambda walked, key, by=by: by * (key < len(key) // 20) for by in (3, 6, 12, 60)},
     "falling": lambda walked, key: -40 * walked,
     "a saw": lambda walked, key: 60 * (walked / 1.5 % 1),
     "spikes": lambda walked, key: 20.0 * (key % 97 % 5 == 0) + 100 * (key % 331 == 7),
@@ -372,25 +374,25 @@ WALKS = {
 }
 
 
-def along_the_walk(kind, row, seqlen_q, seqlen_k, heads, kv_heads, packed=False, device="cuda"):
-    """q, k, v in bf16 with those scores and little noise. Every third query hardly sees them: a warp's rows differ.
+def along_the_walk(kind, row, seqlen_q, seqlen_k, heads, kv_heads, dtype=torch.bfloat16, packed=False):
+    """q, k, v with those scores and little noise. Every third query hardly sees them: a warp's rows differ.
     Blocks are those of the call's plan, as one of packed sequences or alone.
 
-    The largest score is 0: the yardstick, which rounds scores to bf16, is precise there. A score is the sum of two
-    numbers in bf16, one in each of two columns.
+    The largest score is 0: the yardstick, which rounds scores to the dtype, is precise there. A score is the sum of two
+    numbers, one in each of two columns.
     """
     head_dim, size = row["head_dim"], math.sqrt(row["head_dim"])
     shapes = (seqlen_q, heads), (seqlen_k, kv_heads), (seqlen_k, kv_heads)
-    q, k, v = (torch.randn(1, *shape, head_dim, device=device).bfloat16() for shape in shapes)
-    key = torch.arange(seqlen_k, device=device)
-    plan = row["forward"] if packed else plan_taken(row, torch.bfloat16, seqlen_q, seqlen_k)
+    q, k, v = (torch.randn(1, *shape, head_dim, device="cuda").to(dtype) for shape in shapes)
+    key = torch.arange(seqlen_k, device="cuda")
+    plan = row["forward"] if packed else plan_taken(row, seqlen_q, seqlen_k)
     scores = WALKS[kind]((seqlen_k - 1 - key) / plan["block_kv"], key).float()
     scores = (scores - scores.max())[:, None]
     q, k = q / 2, k / 2
     q[..., :2] = size
     q[:, ::3, :, :2] = size * 2**-10
     k[..., 0] = scores
-    k[..., 1] = scores - scores.bfloat16().float()
+    k[..., 1] = scores - scores.to(dtype).float()
     return q, k, v
 
 

@@ -1,9 +1,12 @@
 """What tests on a GPU share."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 import flash_attn_ext
+from flash_attn_ext import limits
 from flash_attn_ext.options import lse_shape
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -40,6 +43,27 @@ def attend(q, k, v, *options, **options_by_name):
     """out and lse of the forward, in memory that held NaN before."""
     poison(q, q.new_empty(lse_shape(q), dtype=torch.float32))
     return flash_attn_ext.forward(q, k, v, *options, **options_by_name)
+
+
+@contextmanager
+def one_multiprocessor():
+    """The order of work of a GPU with one, which any call fills: the forward takes the plan for few keys wherever
+    lengths allow that, and the backward's items are long and few."""
+    flash_attn_ext._C.set_test_faults(multiprocessors=1)
+    try:
+        yield
+    finally:
+        flash_attn_ext._C.set_test_faults()
+
+
+def attend_by_each_plan(q, k, v, *options, **options_by_name):
+    """What `attend` returns, and behind it what it does by the plan for few keys, where lengths may allow that."""
+    results = [attend(q, k, v, *options, **options_by_name)]
+    short = limits.row_of(q.shape[-1])["short_forward"]
+    if short and q.dim() == 4 and q.shape[1] >= short["block_q"]:
+        with one_multiprocessor():
+            results.append(attend(q, k, v, *options, **options_by_name))
+    return results
 
 
 def normal(*shape, dtype=torch.bfloat16):

@@ -635,10 +635,9 @@ def test_dk_and_dv_are_bitwise_reproducible(row, causal, kind, softcap):
 
 @pytest.fixture
 def one_multiprocessor():
-    """The order of work of a GPU with one: its items are long and few, and so even the small cases have coarse ones."""
-    flash_attn_ext._C.set_test_faults(multiprocessors=1)
-    yield
-    flash_attn_ext._C.set_test_faults()
+    """Even the small cases have coarse items."""
+    with gpu.one_multiprocessor():
+        yield
 
 
 GROUPED = [case for case in BACKWARD if case.heads != case.kv_heads and max(case.seqlen_q, case.seqlen_k) < 5000]

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 import threading
+from contextlib import nullcontext
 
 import gpu
 import pytest
@@ -31,7 +32,7 @@ from cases import (
     random_cases,
 )
 from conftest import SEED
-from gpu import attend, normal
+from gpu import attend, attend_by_each_plan, normal, one_multiprocessor
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from oracle import check, same_bits
@@ -52,6 +53,19 @@ def attend_and_check(q, k, v, *options, lse_slack=1.0, **options_by_name):
     return out, lse
 
 
+def check_each_plan(q, k, v, lse_slack=1.0, **options):
+    for out, lse in attend_by_each_plan(q, k, v, **options):
+        check(out, lse, q, k, v, lse_slack=lse_slack, **options)
+
+
+@pytest.fixture(autouse=True)
+def plan_is_taken(request):
+    """By tests of one plan, whatever the number of their items."""
+    which = request.node.callspec.params.get("which") if hasattr(request.node, "callspec") else None
+    with one_multiprocessor() if which == "short_forward" else nullcontext():
+        yield
+
+
 def assert_same(results, expected, what=""):
     for name, a, b in zip(("out", "lse"), results, expected, strict=True):
         assert same_bits(a, b), f"{name} differs {what}"
@@ -68,19 +82,19 @@ def test_smoke(case):
 
 @pytest.mark.parametrize("case", FORWARD, ids=str)
 def test_table(case):
-    attend_and_check(*case.inputs("cuda"), **case.options("cuda"))
+    check_each_plan(*case.inputs("cuda"), **case.options("cuda"))
 
 
 @pytest.mark.parametrize("case", FORWARD_OPTIONS, ids=str)
 def test_options(case):
-    attend_and_check(*case.inputs("cuda"), **case.options("cuda"))
+    check_each_plan(*case.inputs("cuda"), **case.options("cuda"))
 
 
 @seed(SEED)
 @settings(max_examples=60, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck))
 @given(case=random_cases("forward"), values=st.integers(0, 2**32 - 1))
 def test_random_shapes(case, values):
-    attend_and_check(*case.inputs("cuda", seed=values), **case.options("cuda"))
+    check_each_plan(*case.inputs("cuda", seed=values), **case.options("cuda"))
 
 
 # The public function -------------------------------------------------------------------------------------------------
@@ -183,22 +197,23 @@ def test_extreme_logits(kind, row, dtype, causal):
     # full precision, the truncations add up to 1.2 times lse's bound (docs/forward.md), and no schedule changes that.
     one_sign = kind in ("growing", "falling", "all very negative", "all very positive")
     lse_slack = max(1, row["head_dim"] / 128) if one_sign and dtype == torch.float16 else 1
-    attend_and_check(*extreme_logits(kind, row, dtype), causal=causal, lse_slack=lse_slack)
+    check_each_plan(*extreme_logits(kind, row, dtype), causal=causal, lse_slack=lse_slack)
 
 
-# In bf16, where a plan keeps its offset, blocks without a mask take no maximum (docs/forward.md). With the window
+# Where a plan keeps its offset, blocks without a mask take no maximum (docs/forward.md). With the window
 # masked blocks follow them.
 SEEN = {"full": {}, "causal": {"causal": True}, "window": {"window_size": (700, 40)}}
 each_seen = pytest.mark.parametrize("seen", SEEN.values(), ids=SEEN.keys())
 each_walk = pytest.mark.parametrize("kind", WALKS)
-KEEPING_PLANS = [(row, which) for row, which, dtype in PLANS if dtype == "bf16" and "keeps_offset" in row[which]]
+KEEPING_PLANS = [plan for plan in PLANS if "keeps_offset" in plan[0][plan[1]]]
 
 
 @each_row
+@both_dtypes
 @each_seen
 @each_walk
-def test_scores_along_the_walk(kind, row, seen):
-    attend_and_check(*along_the_walk(kind, row, 301, 1163, heads=4, kv_heads=2), **seen)
+def test_scores_along_the_walk(kind, row, dtype, seen):
+    check_each_plan(*along_the_walk(kind, row, 301, 1163, heads=4, kv_heads=2, dtype=dtype), **seen)
 
 
 @each_row
@@ -217,10 +232,20 @@ def test_scores_along_the_walk_of_packed_sequences(kind, row, seen):
 
 
 @each_row
+@both_dtypes
 @each_seen
-def test_growing_scores_and_huge_v(row, seen):
-    q, k, v = along_the_walk("steps of 20 a block", row, 301, 1163, heads=4, kv_heads=2)
-    attend_and_check(q, k, v * 1e20, **seen)
+def test_growing_scores_and_huge_v(row, dtype, seen):
+    q, k, v = along_the_walk("steps of 20 a block", row, 301, 1163, heads=4, kv_heads=2, dtype=dtype)
+    check_each_plan(q, k, v * (1e4 if dtype == torch.float16 else 1e20), **seen)
+
+
+@each_row
+@both_dtypes
+@both_masks
+@pytest.mark.parametrize("kind", [kind for kind in WALKS if "late step" in kind])
+def test_a_late_step_up_from_many_equal_scores(kind, row, dtype, causal):
+    """Sums of many keys, and then a block that is large: P must stay in the range of the dtype, fp16's too."""
+    check_each_plan(*along_the_walk(kind, row, 301, 20011, heads=2, kv_heads=1, dtype=dtype), causal=causal)
 
 
 @each_row
@@ -237,8 +262,8 @@ def test_repeats_of_scores_along_the_walk_are_bitwise_equal(kind, row, causal):
 @both_masks
 def test_items_are_computed_twice_where_a_row_grows_too_far_and_nowhere_else(row, which, dtype, causal):
     """Some rows see their first key, the last of the walk, so many nats above all others."""
-    block_q, keeps_offset = row[which]["block_q"], dtype == "bf16" and "keeps_offset" in row[which]
-    seqlen_q, seqlen_k = lengths_of_plan(row, which, dtype)
+    block_q, keeps_offset = row[which]["block_q"], "keeps_offset" in row[which]
+    seqlen_q, seqlen_k = lengths_of_plan(row, which)
     q, k, v = (normal(2, s, 2, row["head_dim"], dtype=DTYPES[dtype]) for s in (seqlen_q, seqlen_k, seqlen_k))
     q[..., 0], k[..., 0] = 0, 0
     places = [(0, 0, 0), (0, 1, 5), (0, 1, 70), (1, 0, block_q), (1, 1, 2 * block_q + 1), (1, 1, seqlen_q - 1)]
@@ -253,16 +278,18 @@ def test_items_are_computed_twice_where_a_row_grows_too_far_and_nowhere_else(row
 
 
 @pytest.mark.parametrize(
-    "row, which", KEEPING_PLANS, ids=[f"d{row['head_dim']}-{which}" for row, which in KEEPING_PLANS]
+    "row, which, dtype",
+    KEEPING_PLANS,
+    ids=[f"d{row['head_dim']}-{which}-{dtype}" for row, which, dtype in KEEPING_PLANS],
 )
 @both_masks
-def test_no_item_is_computed_twice_for_usual_scores(row, which, causal):
+def test_no_item_is_computed_twice_for_usual_scores(row, which, dtype, causal):
     """Nor for a mask that ends with a block, or a NaN that a row meets in its first block."""
-    seqlen_q, seqlen_k = lengths_of_plan(row, which, "bf16")
+    seqlen_q, seqlen_k = lengths_of_plan(row, which)
     before = flash_attn_ext._C.items_again(torch.empty(0, device="cuda"))
     for more_keys in range(65):
         lengths = (seqlen_q, seqlen_k + more_keys, seqlen_k + more_keys)
-        q, k, v = (normal(1, seqlen, 1, row["head_dim"]) for seqlen in lengths)
+        q, k, v = (normal(1, seqlen, 1, row["head_dim"], dtype=DTYPES[dtype]) for seqlen in lengths)
         q[0, 3, 0, 1] = math.nan
         attend(q, k, v, causal=causal)
     if not causal:
@@ -465,11 +492,13 @@ def test_heads_that_share_a_tile_have_the_bits_of_heads_alone(row, dtype):
 
 
 @each_row
+@both_dtypes
 @each_division
 @pytest.mark.parametrize("kind", ["growing by 90 a block", "steps of 60 a block", "one key of 3000, the first"])
-def test_scores_along_the_walk_of_divided_calls(row, division, kind):
+def test_scores_along_the_walk_of_divided_calls(row, dtype, division, kind):
     _, seqlen_k, *_ = divided_inputs(row, division)[1].shape
-    q, k, v = along_the_walk(kind, row, division["seqlen_q"], seqlen_k, division["heads"], division["kv_heads"])
+    heads, kv_heads = division["heads"], division["kv_heads"]
+    q, k, v = along_the_walk(kind, row, division["seqlen_q"], seqlen_k, heads, kv_heads, dtype)
     inputs = [x.expand(division["batch"], -1, -1, -1).contiguous() for x in (q, k, v)]
     before = flash_attn_ext._C.items_again(q)
     expected = attend_and_check(*inputs)
@@ -602,7 +631,7 @@ def test_cuda_graph_replays(causal):
 
 def inputs_of_plan(row, which, dtype, batch, heads, kv_heads):
     """q, k and v of a call that takes the plan."""
-    seqlen_q, seqlen_k = lengths_of_plan(row, which, dtype)
+    seqlen_q, seqlen_k = lengths_of_plan(row, which)
     shapes = (seqlen_q, heads), (seqlen_k, kv_heads), (seqlen_k, kv_heads)
     return [normal(batch, *shape, row["head_dim"], dtype=DTYPES[dtype]) for shape in shapes]
 

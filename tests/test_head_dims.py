@@ -19,7 +19,7 @@ from cases import (
     forward_plans,
     largest_q_block,
 )
-from gpu import attend, normal
+from gpu import attend, attend_by_each_plan, normal
 from gradients import ONE_BLOCK, both_passes, both_passes_and_check, differentiate
 from oracle import check, same_bits
 from views import VIEWS, odd_strides_where_size_is_one
@@ -49,11 +49,12 @@ def assert_same(results, expected, what):
 @pytest.mark.parametrize("case", BETWEEN_CASES, ids=str)
 def test_table(case):
     inputs, options = case.inputs("cuda"), case.options("cuda")
-    results = attend(*inputs, **options)
-    check(*results, *inputs, **options)
+    every = attend_by_each_plan(*inputs, **options)
+    for results in every:
+        check(*results, *inputs, **options)
     dlse = normal(case.batch, case.heads, case.seqlen_q, dtype=torch.float32) if case.dlse else None
     arguments, gradients = both_passes_and_check(*inputs, dlse=dlse, **options)
-    assert_same(arguments[-2:], results, "in a second run")
+    assert_same(arguments[-2:], every[0], "in a second run")
     if case.deterministic:
         assert_same(differentiate(*arguments, dlse=dlse, **options), gradients, "in a second run")
 
@@ -120,7 +121,7 @@ def test_packed_and_used_lengths(head_dim):
 
 
 def loses_scores(head_dim):
-    """Whether in bf16 a plan keeps its offset."""
+    """Whether a plan keeps its offset."""
     return any("keeps_offset" in plan for plan in forward_plans(limits.row_of(head_dim)))
 
 
@@ -133,10 +134,11 @@ def test_scores_that_are_computed_again(head_dim, kind, causal):
     row = limits.row_of(head_dim)
     rows = largest_q_block(row) + 45
     inputs = along_the_walk(kind, row | {"head_dim": head_dim}, rows, 1163, heads=4, kv_heads=2)
-    expected = attend(*inputs, causal=causal)
-    check(*expected, *inputs, causal=causal)
     wide = [among_nan(x, 8, 64) for x in inputs]
-    assert_same(attend(*wide, causal=causal), expected, "among NaN")
+    every, every_among_nan = (attend_by_each_plan(*tensors, causal=causal) for tensors in (inputs, wide))
+    for expected, results in zip(every, every_among_nan, strict=True):
+        check(*expected, *inputs, causal=causal)
+        assert_same(results, expected, "among NaN")
 
 
 @pytest.mark.parametrize("head_dim", [24, 104, 200])

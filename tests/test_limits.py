@@ -126,7 +126,7 @@ def test_few_keys_are_those_of_the_source():
 
 @each_plan
 def test_every_plan_has_lengths_that_take_it(row, which, dtype):
-    assert plan_taken(row, DTYPES[dtype], *lengths_of_plan(row, which, dtype)) is row[which]
+    assert plan_taken(row, *lengths_of_plan(row, which)) is row[which]
 
 
 def plans_of(cases):
@@ -134,7 +134,7 @@ def plans_of(cases):
     taken = set()
     for case in cases:
         row = limits.row_of(case.head_dim)
-        plan = plan_taken(row, DTYPES[case.dtype], case.seqlen_q, case.seqlen_k, **case.options())
+        plan = plan_taken(row, case.seqlen_q, case.seqlen_k, **case.options())
         taken |= {(row["head_dim"], which) for which in ("forward", "short_forward") if row[which] is plan}
     return taken
 

@@ -71,7 +71,7 @@ struct OnlineSoftmax {
     float scaled[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) scaled[r] = scaled_offset(r);
-    float partial[2][2] = {{sum[0], 0.f}, {sum[1], 0.f}};
+    float partial[2][2] = {{sum[0], -0.f}, {sum[1], -0.f}};  // adding to -0 costs nothing
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) {
       int r = fragment_row(i);
@@ -95,8 +95,9 @@ struct OnlineSoftmax {
     }
   }
 
-  // The same as `update`, at the offset as it is: that spares the maximum. P may be as large as float32 and bf16 allow.
-  // Returns whether P is large in one of the thread's rows. If so in a thread of the warp, `raise_offset` comes next.
+  // The same as `update`, at the offset as it is: that spares the maximum. P may be as large as float32 allows. Returns
+  // whether it is large in one of the thread's rows. If so in a thread of the warp, `raise_offset` comes next. If not,
+  // P is in range for fp16 too.
   template <int kRegisters>
   __device__ __forceinline__ bool update_at_offset(float (&scores)[kRegisters]) {
     // Before any finite score the offset is -inf, and all is lost.
@@ -117,17 +118,16 @@ struct OnlineSoftmax {
   template <int kRegisters>
   __device__ __forceinline__ void raise_offset(float (&p)[kRegisters], float (&rescale)[2]) {
     const float2 block = sum_of(p);
-    const auto largest_of_row = [](float x) {  // of its threads; a NaN stays in the sum
-      x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-      return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-    };
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float largest_block = largest_of_row(r == 0 ? block.x : block.y), largest = largest_of_row(sum[r]);
-      // A row is raised for itself alone, and by the sum, so that a key that dominates it has a P of 1, which rounding
-      // leaves alone. At the smallest scales it cannot be, and need not, since a sum counts keys and no more.
+      float largest = r == 0 ? block.x : block.y;  // of the row's threads; a NaN stays in the sum
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+      // A row is raised for itself alone, and by the block's sum, so that a key that dominates it has a P of 1, which
+      // rounding leaves alone; by the sum of all blocks P might end below fp16's range. At the smallest scales the
+      // offset cannot be raised, and need not, since a sum counts keys and no more.
       const float raised = offset[r] + log2f(largest) / scale_log2;
-      const bool raises = largest_block >= kLargeSum && largest < kMostSum && raised < INFINITY;
+      const bool raises = largest >= kLargeSum && largest < kMostSum && raised < INFINITY;
       rescale[r] = raises ? ptx::rcp(largest) : 1.f;
       if (raises) offset[r] = raised;
       sum[r] *= largest < kMostSum ? rescale[r] : INFINITY;
@@ -162,7 +162,7 @@ struct OnlineSoftmax {
   // Of the thread's two rows.
   template <int kRegisters>
   static __device__ __forceinline__ float2 sum_of(const float (&p)[kRegisters]) {
-    float partial[2][2] = {{-0.f, -0.f}, {-0.f, -0.f}};  // two chains a row; adding to -0 costs nothing
+    float partial[2][2] = {{-0.f, -0.f}, {-0.f, -0.f}};  // two chains a row
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) partial[fragment_row(i)][i / 4 % 2] += p[i];
     return {partial[0][0] + partial[0][1], partial[1][0] + partial[1][1]};

@@ -467,7 +467,7 @@ static void check_shape(int64_t heads, int64_t kv_heads, int head_dim, int64_t b
     constexpr BackwardPlan kBackward = kLimits[row].backward;
     check_balance(name + ", forward", forward_costs(problem, kForward, forward_schedule(problem, kForward)));
     if constexpr (constexpr ForwardPlan kShort = kLimits[row].short_forward; kShort.built()) {
-      if (has_short_forward(problem, kShort)) {
+      if (has_short_forward(problem, kLimits[row], kMultiprocessors)) {
         check_balance(name + ", short forward", forward_costs(problem, kShort, forward_schedule(problem, kShort)));
       }
     }
@@ -643,10 +643,12 @@ static void check_divisions() {
                           .dtype = DType::kBFloat16,
                           .options = options,
                           .lengths = lengths};
-    return divide(problem, forward_plan(problem), kMultiprocessors);
+    return divide(problem, forward_plan(problem, kMultiprocessors), kMultiprocessors);
   };
   test::check(division(32, 131, 131, 16, 2).heads == 8, "few rows of a large group share tiles");
   test::check(division(32, 131, 131, 16, 16).heads == 1, "heads with K and V of their own do not");
+  const Problem wide{1, 997, 3001, 4, 2, 256, DType::kBFloat16, {}};
+  test::check(divide(wide, forward_plan(wide, kMultiprocessors), kMultiprocessors).parts == 4, "until none is idle");
   test::check(division(1, 512, 8192, 16, 16).parts == 2, "keys are shared out where multiprocessors are idle");
   const int most = division(1, 64, 70001, 1, 1).parts;
   test::check(most > 8 && most <= 16, "but not into more parts than pay");
@@ -658,6 +660,28 @@ static void check_divisions() {
         division(1, 131, 131, 16, 2, {}, {.cu_seqlens_q = lengths, .cu_seqlens_k = lengths}),
         division(1, 131, 131, 16, 2, {}, {.seqused_k = lengths})}) {
     test::check(!none.is_any(), "a call is divided that need not be, or must not");
+  }
+}
+
+// The plan for few keys, where there is one, is taken where it fills multiprocessors. All of these were measured.
+static void check_short_plans() {
+  struct Call {
+    int64_t batch, rows, heads;
+    bool causal, is_short;
+  };
+  constexpr Call kCalls[] = {
+      {1, 1301, 16, false, false}, {1, 512, 32, false, false}, {1, 1024, 16, false, false}, {1, 3001, 8, false, false},
+      {1, 2048, 16, false, true},  {4, 1021, 32, false, true}, {32, 512, 32, false, true},  {4, 4096, 32, false, true},
+      {1, 1301, 16, true, false},  {1, 512, 32, true, false},  {1, 1024, 32, true, false},  {1, 2053, 16, true, false},
+      {1, 4096, 8, true, false},   {1, 2048, 32, true, true},  {2, 2053, 64, true, true},   {4, 2048, 64, true, true},
+      {1, 8192, 64, true, false},
+  };
+  for (const auto& [batch, rows, heads, causal, is_short] : kCalls) {
+    const Problem problem{batch, rows, rows, heads, heads, 64, DType::kFloat16, {.causal = causal}};
+    const ForwardPlan plan = forward_plan(problem, kMultiprocessors);
+    const int block_q = is_short ? kLimits[0].short_forward.block_q : kLimits[0].forward.block_q;
+    test::check(plan.block_q == block_q, std::to_string(batch) + " x " + std::to_string(heads) + " heads of " +
+                                             std::to_string(rows) + " rows: another plan is faster");
   }
 }
 
@@ -743,6 +767,7 @@ int main() {
   check_small_sizes();
   check_small_key_schedules();
   check_divisions();
+  check_short_plans();
   check_real_shapes();
   check_numbers_of_heads();
   check_claims();
