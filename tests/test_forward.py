@@ -200,8 +200,8 @@ def test_extreme_logits(kind, row, dtype, causal):
     check_each_plan(*extreme_logits(kind, row, dtype), causal=causal, lse_slack=lse_slack)
 
 
-# Where a plan keeps its offset, blocks without a mask take no maximum (docs/forward.md). With the window
-# masked blocks follow them.
+# Where a plan keeps its offset, blocks without a mask take no maximum (docs/forward.md). With the window masked blocks
+# follow them.
 SEEN = {"full": {}, "causal": {"causal": True}, "window": {"window_size": (700, 40)}}
 each_seen = pytest.mark.parametrize("seen", SEEN.values(), ids=SEEN.keys())
 each_walk = pytest.mark.parametrize("kind", WALKS)

@@ -129,8 +129,7 @@ def loses_scores(head_dim):
 @both_masks
 @pytest.mark.parametrize("kind", ["growing by 130 a block", "one key of 100, the middle", "spikes"])
 def test_scores_that_are_computed_again(head_dim, kind, causal):
-    """Where the softmax keeps its offset it may lose scores, and then reads q and k by ordinary loads
-    (docs/forward.md)."""
+    """Where the softmax keeps its offset it may lose a tile, whose item is then handed out again (docs/forward.md)."""
     row = limits.row_of(head_dim)
     rows = largest_q_block(row) + 45
     inputs = along_the_walk(kind, row | {"head_dim": head_dim}, rows, 1163, heads=4, kv_heads=2)
