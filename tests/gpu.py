@@ -47,8 +47,9 @@ def attend(q, k, v, *options, **options_by_name):
 
 @contextmanager
 def one_multiprocessor():
-    """The order of work of a GPU with one, which any call fills: the forward takes the plan for few keys wherever
-    lengths allow that, and the backward's items are long and few."""
+    """The order of work of a GPU with one, which any call fills: the forward takes the plan for few keys where lengths
+    allow that and its Q blocks are not filled worse than the other plan's, and the backward's items are long and few.
+    """
     flash_attn_ext._C.set_test_faults(multiprocessors=1)
     try:
         yield
