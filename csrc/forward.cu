@@ -2,10 +2,10 @@
 //
 // FlashAttention-3 (Shah et al. 2024), sections 3.1 and 3.2. A thread block keeps 64 query rows per consumer warpgroup
 // and walks the KV blocks that they see from the last to the first. Roles: of warpgroup 0, the producer, one warp finds
-// work items, one thread copies their K and V blocks into two rings, and one copies Q; each other warpgroup, a
-// consumer, multiplies and does the softmax of its own rows. Thread blocks are persistent: they take item after item
-// (tile/schedule.h), and the producer is already at the next item while the consumers finish this one. docs/forward.md
-// has the barriers, the layout of shared memory and the cycle budget.
+// work items, one thread copies their K and V blocks into two rings, one copies Q, and one may send O away; each other
+// warpgroup, a consumer, multiplies and does the softmax of its own rows. Thread blocks are persistent: they take item
+// after item (tile/schedule.h), and the producer is already at the next item while the consumers finish this one.
+// docs/forward.md has the barriers, the layout of shared memory and the cycle budget.
 
 #include <algorithm>
 #include <cmath>
@@ -58,18 +58,20 @@ struct ForwardConfig {
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 112;
 
   // With a buffer of its own, O leaves while V of the next item arrives. Where it does not fit beside Q, K, V and 4 KB
-  // of barriers and items, O leaves through V's.
+  // of barriers and items, O leaves through V's, and V waits for it: then the producer sends it, so that consumers are
+  // at their next item meanwhile.
   static constexpr bool kOwnOutBuffer =
       (2 * kBlockQ + 2 * kStages * kBlockKv) * kHeadDim * sizeof(T) + 4096 < kSharedMemoryBytes;
 
-  // Where the first block's later half is masked for all rows of a consumer, it is not computed. At head dim 128 this
-  // was measured to cost more than it saves, since the consumers then fall into step (docs/tuning.md), but in divided
-  // calls, whose items are short. These have no registers for it at head dim 64 (C7511).
-  static constexpr bool kHalfFirstBlock = kHeadDim == (kDivided ? 128 : 64) && kBlockKv == 128;
+  // Where no row of a consumer sees more than kFewColumns of the first block, no more are computed. At head dim 128
+  // this was measured to cost more than it saves, since the consumers then fall into step (docs/tuning.md), but in
+  // divided calls, whose items are short. These have no registers for it at head dim 64 (C7511).
+  static constexpr int kFewColumns = 64;
+  static constexpr bool kHasFewColumns = kHeadDim > 128 || (kHeadDim == (kDivided ? 128 : 64) && kBlockKv == 128);
 
   // Sums of rows are finished under the last P V where registers suffice: elsewhere ptxas serialises the products
   // (C7511).
-  static constexpr bool kFinishesEarly = !kHalfFirstBlock && !(kHeadDim == 64 && kBlockKv == 128);
+  static constexpr bool kFinishesEarly = kHeadDim > 128 || !(kHasFewColumns || (kHeadDim == 64 && kBlockKv == 128));
 
   static constexpr bool kKeepsOffset = kPlan.keeps_offset && !kSoftcap;  // with it consumers need turns
   static constexpr bool kTurns = kPlan.turns || kKeepsOffset;
@@ -143,15 +145,25 @@ struct ForwardSmem {
   static_assert(2 * kMostClaims <= kItems && kMostClaims * kConsumers <= 32, "a lane of the scheduler finds a tile");
   using ItemPosition = RingPosition<kItems>;
   using Item = flash_attn_ext::Item<kConsumers>;
-  Ring<kItems> item_ring;  // scheduler -> loaders and consumers; empty: the item is done
+  Ring<kItems> item_ring;  // scheduler -> all others; empty: the item is done
   Item items[kItems];
-  uint64_t next_items;            // KV loader -> scheduler: the item that claims the next ones has come to its last K
-  uint64_t out_left[kConsumers];  // consumer -> KV loader: O has left V's stage (without an own buffer)
+  uint64_t next_items;           // KV loader -> scheduler: the item that claims the next ones has come to its last K
+  Ring<1> out_ring[kConsumers];  // consumer -> sender and KV loader; empty: O has left V's stage. An O for each item
+
+  // Without an own buffer, O leaves by the stage that V comes to after so many blocks. For the second consumer it is
+  // the one after that, since it is half a block behind. So none waits for the other's last P V.
+  __device__ __forceinline__ QTile& out_in_v(int consumer, unsigned v_blocks) {
+    return reinterpret_cast<QTile&>(v[(v_blocks + consumer) % Config::kStages]);
+  }
+  static __device__ __forceinline__ RingPosition<1> out_position(ItemPosition at) {
+    static_assert(kItems % 2 == 0);
+    return RingPosition<1>::of(at.stage);
+  }
 };
 
 // Named barriers; 0 is __syncthreads.
 constexpr int kTurnBarrier = 1;  // + consumer: the one before me has issued its products, the tensor cores are mine
-constexpr int kOutBarrier = 5;   // + consumer: my four warps agree on the state of my O buffer
+constexpr int kOutBarrier = 5;   // + consumer: my four warps agree on the state of my own O buffer
 
 struct ForwardArguments {
   CUtensorMap q, k, v, out;
@@ -398,7 +410,7 @@ __device__ __forceinline__ void load_kv(const ForwardArguments& args, ForwardSme
           // Each consumer's O of the item before, ahead of the V that comes to its stage; and all of them ahead of the
           // last V: of each item, or a phase would be missed.
           const int left = i == count ? Config::kConsumers : min(i, Config::kConsumers);
-          for (int c = i - 1; c < left; ++c) wait_phase(&smem.out_left[c], item_at.stage % 2 ^ 1);
+          for (int c = i - 1; c < left; ++c) smem.out_ring[c].wait_empty(Smem::out_position(item_at));
         }
         load(smem.v[v_at.stage], args.v, last_segment, last_block, smem.v_ring.begin_fill(v_at, Smem::KvTile::kBytes));
         v_at.next();
@@ -425,6 +437,31 @@ __device__ __forceinline__ void load_q(const ForwardArguments& args, ForwardSmem
       uint64_t* full = smem.q_ring[consumer].begin_fill(q_at, Smem::QTile::kBytes);
       const Tile& tile = item.tiles[consumer];
       load_tile(smem.q[consumer], args.q, tile.q, tile.first_row, item.head, full);
+    }
+    smem.item_ring.release(item_at);
+  }
+}
+
+// Sends O away from where V is. Of a part of the keys the consumers store it themselves.
+template <class Config>
+__device__ __forceinline__ void send_out(const ForwardArguments& args, ForwardSmem<Config>& smem) {
+  using Smem = ForwardSmem<Config>;
+  const bool is_partial = Config::kDivided && args.partial_out != nullptr;
+  unsigned v_blocks = 0;
+  for (typename Smem::ItemPosition item_at;; item_at.next()) {
+    smem.item_ring.wait_full(item_at);
+    const typename Smem::Item& item = smem.items[item_at.stage];
+    if (item.head == Smem::Item::kNone) break;
+    v_blocks += item.block_count;
+    for (int consumer = 0; consumer < Config::kConsumers && !is_partial; ++consumer) {
+      const Tile& tile = item.tiles[consumer];
+      smem.out_ring[consumer].wait_full(Smem::out_position(item_at));
+      // What was sent before is wrong: it must have arrived ahead of this.
+      if (Config::kKeepsOffset && item.again) cuda::ptx::cp_async_bulk_wait_group(cuda::ptx::n32_t<0>{});
+      store_tile(args.out, smem.out_in_v(consumer, v_blocks), tile.out, tile.first_row, item.head);
+      cuda::ptx::cp_async_bulk_commit_group();
+      cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
+      smem.out_ring[consumer].release(Smem::out_position(item_at));
     }
     smem.item_ring.release(item_at);
   }
@@ -457,7 +494,9 @@ struct Consumer {
       : args(args), smem(smem), index(index), q(smem.q[index]), k(smem.k[0]), v(smem.v[0]) {}
 
   __device__ __forceinline__ Smem::ItemPosition item_at() const { return Smem::ItemPosition::of(item_count); }
-  __device__ __forceinline__ RingPosition<1> q_at() const { return RingPosition<1>::of(item_count); }  // one an item
+  // Q and O: one an item.
+  __device__ __forceinline__ RingPosition<1> q_at() const { return RingPosition<1>::of(item_count); }
+  __device__ __forceinline__ RingPosition<1> out_at() const { return RingPosition<1>::of(item_count); }
 
   // The first kColumns columns of the scores.
   template <int kColumns>
@@ -523,15 +562,21 @@ struct Consumer {
   }
 
   // A block that rows of other consumers see, but none of this one's.
-  __device__ __forceinline__ void skip_block(bool takes_turn) {
+  __device__ __forceinline__ void skip_k(bool takes_turn) {
     smem.k_ring.wait_full(k_at);
     release_k();
     if (takes_turn) {
       await_turn();
       pass_turn();
     }
+  }
+  __device__ __forceinline__ void skip_v() {
     smem.v_ring.wait_full(v_at);
     release_v();
+  }
+  __device__ __forceinline__ void skip_block(bool takes_turn) {
+    skip_k(takes_turn);
+    skip_v();
   }
 
   // The item's first block has no P V to hide its softmax behind. Of its keys only the first kColumns are seen.
@@ -654,33 +699,29 @@ struct Consumer {
 
   // Through shared memory.
   __device__ __forceinline__ void store_out(int first_row, const float (&row_scale)[2]) {
-    const bool leader = threadIdx.x % 128 == 0;
-    const int head = item().head;
-    typename Smem::QTile* buffer;
-    if constexpr (Config::kOwnOutBuffer) {  // the item before has left it
-      buffer = &smem.out_buffer.tile[index];
-      if (leader) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
+    if constexpr (Config::kOwnOutBuffer) {
+      typename Smem::QTile& buffer = smem.out_buffer.tile[index];
+      const bool leader = threadIdx.x % 128 == 0;
+      const int head = item().head;
+      if (leader) cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});  // the item before has left it
+      ptx::bar_sync(kOutBarrier + index, 128);
+      store_fragment<T, kHeadDim>(buffer, out, row_scale);
+      cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+      ptx::bar_sync(kOutBarrier + index, 128);
+      if (leader) {
+        // What was stored before is wrong: it must have arrived ahead of this.
+        if (Config::kKeepsOffset && item().again) cuda::ptx::cp_async_bulk_wait_group(cuda::ptx::n32_t<0>{});
+        store_tile(args.out, buffer, tile().out, first_row, head);
+        cuda::ptx::cp_async_bulk_commit_group();
+      }
     } else {
-      // The stage that V comes to next; for the second consumer the one after it, since it is half a block behind. So
-      // none waits for the other's last P V.
       auto at = v_at;
       at.advance(index);
-      buffer = reinterpret_cast<typename Smem::QTile*>(&smem.v[at.stage]);
       smem.v_ring.wait_empty(at);
-    }
-    ptx::bar_sync(kOutBarrier + index, 128);
-    store_fragment<T, kHeadDim>(*buffer, out, row_scale);
-    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
-    ptx::bar_sync(kOutBarrier + index, 128);
-    if (leader) {
-      // What was stored before is wrong: it must have arrived ahead of this.
-      if (Config::kKeepsOffset && item().again) cuda::ptx::cp_async_bulk_wait_group(cuda::ptx::n32_t<0>{});
-      store_tile(args.out, *buffer, tile().out, first_row, head);
-      cuda::ptx::cp_async_bulk_commit_group();
-      if constexpr (!Config::kOwnOutBuffer) {
-        cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
-        cuda::ptx::mbarrier_arrive(&smem.out_left[index]);
-      }
+      store_fragment<T, kHeadDim>(smem.out_in_v(index, v_at.stage), out, row_scale);
+      cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) smem.out_ring[index].end_fill(out_at());
     }
   }
 
@@ -698,7 +739,7 @@ struct Consumer {
         *reinterpret_cast<float2*>(to + column) = {out[i] * row_scale[r], out[i + 1] * row_scale[r]};
       }
     }
-    if (!Config::kOwnOutBuffer && threadIdx.x % 128 == 0) cuda::ptx::mbarrier_arrive(&smem.out_left[index]);
+    if (!Config::kOwnOutBuffer && threadIdx.x % 128 == 0) smem.out_ring[index].release(out_at());
   }
 
   // Rows that are stored but not used have O 0 and the lse of nothing, whatever their neighbours saw. Divided calls
@@ -733,15 +774,20 @@ struct Consumer {
 
     smem.q_ring[index].wait_full(q_at());
     // A consumer that sees nothing has a turn less than blocks, as all have.
-    for (int i = sees ? skipped : count; i > 0; --i) skip_block(sees || i > 1);
+    // The last V that is passed over comes later than the first K that is not: it is not waited for.
+    for (int i = sees ? skipped : count; i > 0; --i) {
+      skip_k(sees || i > 1);
+      if (!sees || i > 1) skip_v();
+    }
     if (sees) {
       int block = own.end - 1;
-      const bool half = same(tile().end_key) <= block * kBlockKv + kBlockKv / 2;
-      if (Config::kHalfFirstBlock && half) {
-        first_block<Config::kHalfFirstBlock ? kBlockKv / 2 : kBlockKv>(softmax, block, block == own.begin);
+      const bool few = same(tile().end_key) <= block * kBlockKv + Config::kFewColumns;
+      if (Config::kHasFewColumns && few) {
+        first_block<Config::kHasFewColumns ? Config::kFewColumns : kBlockKv>(softmax, block, block == own.begin);
       } else {
         first_block<kBlockKv>(softmax, block, block == own.begin);
       }
+      if (skipped > 0) skip_v();
       // Masked blocks, those that need no mask, and masked ones again at the window's other edge. As two loops in a
       // third they need more registers than there are (C7511 at head dim 64).
       for (--block; block >= max(full.end, own.begin); --block) {
@@ -789,9 +835,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
     smem.k_ring.init(kConsumerWarps);
     smem.v_ring.init(kConsumerWarps);
     for (auto& ring : smem.q_ring) ring.init(4);
-    smem.item_ring.init(kConsumerWarps + 2);  // and the loaders
+    for (auto& ring : smem.out_ring) ring.init(1, 4);
+    smem.item_ring.init(kConsumerWarps + (Config::kOwnOutBuffer ? 2 : 3));  // and those of the producer's that copy
     cuda::ptx::mbarrier_init(&smem.next_items, 1);
-    for (auto& barrier : smem.out_left) cuda::ptx::mbarrier_init(&barrier, 1);
     cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
     for (const CUtensorMap* map : {&args.q, &args.k, &args.v, &args.out}) ptx::prefetch_tensormap(map);
   }
@@ -807,6 +853,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(const __gr
     if (threadIdx.x == 0) load_kv<Config>(args, smem);
     if (threadIdx.x == 32) load_q<Config>(args, smem);
     if (threadIdx.x / 32 == 2) find_items<Config>(args, smem);
+    if (!Config::kOwnOutBuffer && threadIdx.x == 96) send_out<Config>(args, smem);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     Consumer<Config> consumer(args, smem, warpgroup - 1);

@@ -1,4 +1,4 @@
-// A ring of stages between one producer, which fills them by bulk copies, and consumers, which hand them back.
+// A ring of stages between a producer, which fills them, by bulk copies or stores, and consumers, which hand them back.
 #pragma once
 
 #include <cstdint>
@@ -52,9 +52,9 @@ struct Ring {
   uint64_t full[kStages];   // producer -> consumers: the stage's bytes have arrived
   uint64_t empty[kStages];  // consumers -> producer: nobody reads the stage any more
 
-  __device__ void init(int consumer_arrivals) {
+  __device__ void init(int consumer_arrivals, int producer_arrivals = 1) {
     for (int i = 0; i < kStages; ++i) {
-      cuda::ptx::mbarrier_init(&full[i], 1);
+      cuda::ptx::mbarrier_init(&full[i], producer_arrivals);
       cuda::ptx::mbarrier_init(&empty[i], consumer_arrivals);
     }
   }
