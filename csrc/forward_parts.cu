@@ -14,7 +14,8 @@ namespace flash_attn_ext {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kColumns = 8;  // of a thread: 16 bytes of the result
+constexpr int kColumns = 8;   // of a thread: 16 bytes of the result
+constexpr int kTogether = 8;  // parts that a thread reads together: one wait for memory, mostly
 
 struct CombineArguments {
   const float *lse, *partial_out;  // of each part, one after the other
@@ -36,23 +37,42 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
   const int row = static_cast<int>(value - pair * args.rows);
   const int batch = static_cast<int>(pair / args.heads), head = static_cast<int>(pair - int64_t{batch} * args.heads);
 
-  const float sink = args.sinks != nullptr ? args.sinks[head] : -INFINITY;
-  float largest = sink;
-#pragma unroll 4
-  for (int part = 0; part < args.parts; ++part) largest = fmaxf(largest, args.lse[part * args.values + value]);
-  const float reference = largest == -INFINITY ? 0.f : largest;  // where nothing was seen: -inf less -inf would be NaN
-
-  float total = ptx::ex2((sink - reference) * kLog2E), out[kColumns] = {};
-#pragma unroll 4
-  for (int part = 0; part < args.parts; ++part) {
-    const int64_t at = part * args.values + value;
-    const float weight = ptx::ex2((args.lse[at] - reference) * kLog2E);
-    const auto* from = reinterpret_cast<const float4*>(args.partial_out + at * args.head_dim + column);
-    const float4 low = from[0], high = from[1];
-    const float columns[kColumns] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    total += weight;
+  // Relative to the largest lse so far. Before any finite one it is -inf, and 0 stands for it: -inf less -inf would be
+  // NaN.
+  float largest = args.sinks != nullptr ? args.sinks[head] : -INFINITY;
+  float reference = largest == -INFINITY ? 0.f : largest;
+  float total = ptx::ex2((largest - reference) * kLog2E), out[kColumns] = {};
+  for (int first = 0; first < args.parts; first += kTogether) {
+    float lse[kTogether];
+    float4 low[kTogether], high[kTogether];
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) out[i] += weight * columns[i];
+    for (int i = 0; i < kTogether; ++i) {
+      lse[i] = -INFINITY;
+      low[i] = high[i] = float4{};
+      if (first + i >= args.parts) continue;
+      const int64_t at = (first + i) * args.values + value;
+      const auto* from = reinterpret_cast<const float4*>(args.partial_out + at * args.head_dim + column);
+      lse[i] = args.lse[at];
+      low[i] = from[0];
+      high[i] = from[1];
+    }
+    const float before = reference;
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) largest = fmaxf(largest, lse[i]);
+    reference = largest == -INFINITY ? 0.f : largest;
+    const float rescale = total == 0.f ? 1.f : ptx::ex2((before - reference) * kLog2E);
+    total *= rescale;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) out[c] *= rescale;
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const float weight = ptx::ex2((lse[i] - reference) * kLog2E);
+      const float columns[kColumns] = {low[i].x,  low[i].y,  low[i].z,  low[i].w,
+                                       high[i].x, high[i].y, high[i].z, high[i].w};
+      total += weight;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) out[c] += weight * columns[c];
+    }
   }
   const float scale = total == 0.f ? 0.f : 1 / total;
   uint4 packed;

@@ -46,15 +46,15 @@ inline Division divide(const Problem& problem, const ForwardPlan& plan, int mult
   if (!plan.built() || is_masked || problem.lengths.any() || problem.options.softcap != 0) return best;
 
   constexpr int kMostHeads = 8, kMostParts = 16;
-  constexpr int kFewestBlocks = 8;  // of a part: fewer are not worth combining
+  constexpr int kFewestBlocks = 2;  // of a part: fewer are not worth combining
   // The estimate is a rough one: what gains less than this is left as it is. Parts are likelier to disappoint.
   constexpr double kWorthHeads = 0.97, kWorthParts = 0.93;
   const int group = problem.heads_per_kv_head();
   const int64_t values = problem.batch * problem.heads * problem.seqlen_q;
   const int64_t blocks = (problem.seqlen_k - 1) / plan.block_kv + 1, block_scores = plan.block_q * plan.block_kv;
-  // Of the kernel that combines, and its launch: some 6 us, in which a block of 128 x 128 at head dim 128 is done 5
+  // Of the kernel that combines, and its launch: some 4 us, in which a block of 128 x 128 at head dim 128 is done 3
   // times.
-  const double combining_begins = 5.0 * 128 * 128 * 128 / static_cast<double>(block_scores * problem.head_dim);
+  const double combining_begins = 3.0 * 128 * 128 * 128 / static_cast<double>(block_scores * problem.head_dim);
   for (int heads = 1; heads <= kMostHeads && group % heads == 0; heads *= 2) {
     const int64_t rows = plan.block_q / heads;
     const int64_t tiles = ((problem.seqlen_q - 1) / rows + 1) * (problem.heads / heads) * problem.batch;

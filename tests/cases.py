@@ -159,7 +159,7 @@ def plan_taken(row, seqlen_q, seqlen_k, **options):
     return short if seqlen_k <= FEW_KEYS or reach < FEW_KEYS else row["forward"]
 
 
-FEWEST_BLOCKS = 8  # kFewestBlocks of csrc/work.h: of a part of the keys
+FEWEST_BLOCKS = 2  # kFewestBlocks of csrc/work.h: of a part of the keys
 
 
 def may_be_split(plan, seqlen_k, **options):
@@ -224,7 +224,7 @@ def forward_cases(row):
             yield Case(row["head_dim"], "bf16", seqlen_q, seqlen_k, causal, 1, *GQA, window_size=(FEW_KEYS, 0))
 
 
-SPLIT_BLOCKS = 3 * FEWEST_BLOCKS  # of keys: enough for several parts
+SPLIT_BLOCKS = 24  # of keys: enough for many parts
 
 
 def divided_cases(row):
@@ -237,9 +237,10 @@ def divided_cases(row):
         ((1, 3), (9, 131), (33, 2 * block_kv), (65, block_kv + 1), (131, 131), (277, 2 * block_kv + 9)), DTYPES
     ):
         yield Case(head_dim, dtype, seqlen_q, seqlen_k, False, 40, *next(kinds), next(layouts), sinks=seqlen_q % 2 == 0)
-    many = SPLIT_BLOCKS * block_kv
+    few, many = 2 * FEWEST_BLOCKS * block_kv, SPLIT_BLOCKS * block_kv
     for (seqlen_q, seqlen_k), dtype in itertools.product(
-        ((1, many), (63, many + 1), (130, many + 7), (301, many - 1), (1000, 2 * many)), DTYPES
+        ((1, many), (63, many + 1), (130, many + 7), (301, many - 1), (1000, 2 * many), (65, few), (257, few + 9)),
+        DTYPES,
     ):
         yield Case(head_dim, dtype, seqlen_q, seqlen_k, False, 1, *next(kinds), next(layouts), sinks=seqlen_q % 2 == 0)
         yield Case(head_dim, dtype, seqlen_q, seqlen_k, False, 2, 2, 2, next(layouts), sinks=seqlen_q % 2 == 1)
