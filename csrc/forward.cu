@@ -774,10 +774,11 @@ struct Consumer {
 
     smem.q_ring[index].wait_full(q_at());
     // A consumer that sees nothing has a turn less than blocks, as all have.
-    // The last V that is passed over comes later than the first K that is not: it is not waited for.
+    // Without an own buffer V may be late, for O's sake: the last one that is passed over is not waited for ahead of
+    // the first K that is not, which comes before it.
     for (int i = sees ? skipped : count; i > 0; --i) {
       skip_k(sees || i > 1);
-      if (!sees || i > 1) skip_v();
+      if (Config::kOwnOutBuffer || !sees || i > 1) skip_v();
     }
     if (sees) {
       int block = own.end - 1;
@@ -787,7 +788,7 @@ struct Consumer {
       } else {
         first_block<kBlockKv>(softmax, block, block == own.begin);
       }
-      if (skipped > 0) skip_v();
+      if (!Config::kOwnOutBuffer && skipped > 0) skip_v();
       // Masked blocks, those that need no mask, and masked ones again at the window's other edge. As two loops in a
       // third they need more registers than there are (C7511 at head dim 64).
       for (--block; block >= max(full.end, own.begin); --block) {
