@@ -614,7 +614,7 @@ static void check_divisions() {
     for (const ForwardPlan& plan : {row.forward, row.short_forward}) {
       if (!plan.built()) continue;
       for (int64_t seqlen_q : {1, 17, 64, 131, 300, 2000}) {
-        for (int64_t seqlen_k : {1, 131, 2049, 8192, 70001}) {
+        for (int64_t seqlen_k : {1, 131, 500, 2049, 8192, 70001}) {
           for (auto [heads, kv_heads] : {std::pair{1, 1}, {6, 2}, {12, 3}, {16, 2}, {32, 2}}) {
             for (int64_t batch : {1, 3, 32}) {
               check_division({.batch = batch,
@@ -650,6 +650,7 @@ static void check_divisions() {
   const Problem wide{1, 997, 3001, 4, 2, 256, DType::kBFloat16, {}};
   test::check(divide(wide, forward_plan(wide, kMultiprocessors), kMultiprocessors).parts == 4, "until none is idle");
   test::check(division(1, 512, 8192, 16, 16).parts == 2, "keys are shared out where multiprocessors are idle");
+  test::check(division(1, 300, 1500, 4, 4).parts == 6, "and not only many keys");
   const int most = division(1, 64, 70001, 1, 1).parts;
   test::check(most > 8 && most <= 16, "but not into more parts than pay");
   const int lengths[2] = {0, 131};
