@@ -60,8 +60,8 @@ struct BackwardParams {
 // current device must be of compute capability 9.0.
 void launch_forward(const ForwardParams& params, cudaStream_t stream);
 
-// Bytes of ForwardParams::workspace that launch_forward needs on the current device: none but where few rows see many
-// keys.
+// Bytes of ForwardParams::workspace that launch_forward needs on the current device: none but where keys are shared out
+// (work.h).
 int64_t forward_workspace_bytes(const Problem& problem);
 
 // Attention backward: writes those of params.dq, dk, dv and dsinks that are needed. The head dim must have a backward
